@@ -1,0 +1,283 @@
+"""The objective: losses on pairs of answers, and the head that turns hidden states into them.
+
+From the paper to the code (MIO, arXiv 2506.22578; the units are nats throughout):
+
+  s_w, s_l    log pi(y|x), summed over an answer's tokens    chosen_logps, rejected_logps
+  ref_w ...   the same under the frozen reference model      ref_chosen_logps, ...
+  T(x, y)     the critic, beta * (s - ref)                   rewards
+  E_pos       mean over the chosen answers
+  E_marg      mean over the half-and-half mixture of chosen and rejected
+  sp(x)       log(1 + e^x)                                   F.softplus
+
+Two lower bounds on the mutual information of prompt and preferred answer, for one pair:
+
+  Donsker-Varadhan   T_w - log(e^T_w / 2 + e^T_l / 2)  =  log 2 - dpo
+  Jensen-Shannon     -sp(-T_w) - sp(T_w) / 2 - sp(T_l) / 2  =  -mio
+
+so that DPO maximises the first and MIO the second. As a function of T_w and T_l, `mio` is the
+pairwise NCA loss (arXiv 2402.05369); the reading as mutual information is what the paper adds.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# --- Losses: (B,) in, (B,) out -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PairTerms:
+    """What a loss may be made of; every tensor is (B,)."""
+
+    chosen_logps: Tensor  # sums over the answer's tokens, its end token included
+    rejected_logps: Tensor
+    chosen_mean_logps: Tensor | None  # the same by token; None where no lengths were given
+    chosen_rewards: Tensor | None  # beta * log-ratio; None where there is no reference
+    rejected_rewards: Tensor | None
+    beta: float
+
+
+def dpo(pair: PairTerms) -> Tensor:
+    # -log sigma(T_w - T_l)
+    return F.softplus(pair.rejected_rewards - pair.chosen_rewards)
+
+
+def mio(pair: PairTerms) -> Tensor:
+    # sp(-T_w) + sp(T_w) / 2 + sp(T_l) / 2: positives against the half-and-half mixture
+    positive = F.softplus(-pair.chosen_rewards)
+    return positive + (F.softplus(pair.chosen_rewards) + F.softplus(pair.rejected_rewards)) / 2
+
+
+def bce(pair: PairTerms) -> Tensor:
+    # sp(-T_w) + sp(T_l): positives against the rejected alone, the other reading of the paper
+    return F.softplus(-pair.chosen_rewards) + F.softplus(pair.rejected_rewards)
+
+
+def sft(pair: PairTerms) -> Tensor:
+    # -s_w / n_w: supervised fine-tuning on the chosen answer
+    return -pair.chosen_mean_logps
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The declaration of a loss."""
+
+    function: Callable[[PairTerms], Tensor]
+    needs_reference: bool
+    uses: str  # "sums" or "means" over an answer's tokens
+    pairwise: bool  # False: a loss of the whole batch that does not split into pairs
+    beta: float  # the default; dpo's is half of mio's, which gives equal gradients at step 0
+    start: float | None  # its value while policy and reference agree; None where it depends
+    formula: str
+    source: str
+
+
+LOSSES: dict[str, Loss] = {
+    "dpo": Loss(
+        dpo, True, "sums", True, 0.1, math.log(2), "sp(T_l - T_w)", "arXiv 2305.18290, eq. 7"
+    ),
+    "mio": Loss(
+        mio, True, "sums", True, 0.2, math.log(4), "sp(-T_w) + sp(T_w)/2 + sp(T_l)/2",
+        "arXiv 2506.22578; as a function NCA's pair loss, 2402.05369",
+    ),
+    "bce": Loss(
+        bce, True, "sums", True, 0.1, math.log(4), "sp(-T_w) + sp(T_l)",
+        "the Jensen-Shannon bound with the rejected alone as marginal",
+    ),
+    "sft": Loss(
+        sft, False, "means", True, 0.1, None, "-s_w / n_w", "maximum likelihood of the chosen"
+    ),
+}  # fmt: skip
+
+
+def pair_loss(
+    name: str,
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None,
+    *,
+    beta: float,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    **options,
+) -> Tensor:
+    """The loss of each pair, by the name of a row of LOSSES.
+
+    Log-probs are sums in nats, (B,); lengths are tokens, (B,), needed by losses that use means;
+    reference log-probs may be None for losses without a reference; `options` go to the loss's own
+    function. Returns (B,). Raises KeyError for an unknown name.
+    """
+    loss = LOSSES[name]
+    chosen_rewards = rejected_rewards = chosen_mean_logps = None
+    if loss.needs_reference:
+        chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
+        rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+    if loss.uses == "means":
+        chosen_mean_logps = chosen_logps / chosen_lengths
+    terms = PairTerms(
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        chosen_mean_logps=chosen_mean_logps,
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        beta=beta,
+    )
+    return loss.function(terms, **options)
+
+
+# --- The head: hidden states of the answers' tokens, laid end to end, to losses ------------------
+# Completions come in the order chosen_0, rejected_0, chosen_1, rejected_1, ...: hidden (N, D) holds
+# the state that predicts each of their tokens, targets (N,) the tokens, lengths (2B,) the counts.
+
+
+def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
+    """The oracle: all logits at once. hidden (N, D), head_weight (V, D), targets (N,), lengths (S,)
+    -> summed log-probability of each completion (S,), in nats, differentiable."""
+    logits = at_least_float32(hidden @ head_weight.T)  # (N, V)
+    token_logps = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]  # (N,)
+    return torch.stack([part.sum() for part in token_logps.split(lengths.tolist())])
+
+
+@torch.no_grad()
+def chunked_logps(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor, chunk_tokens: int = 1024
+) -> Tensor:
+    """naive_logps without a gradient, with at most `chunk_tokens` rows of logits at a time."""
+    parts = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
+    token_logps = torch.cat([_project(h, head_weight, t)[2] for h, t in parts])  # (N,)
+    return _sum_by(token_logps, _owners(lengths, hidden.device), len(lengths))
+
+
+def fused_pair_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    lengths: Tensor,
+    ref_logps: Tensor | None,
+    name: str,
+    *,
+    beta: float,
+    chunk_tokens: int = 1024,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Loss of each pair (B,) and log-probability of each completion (2B,), logits never kept.
+
+    hidden (N, D), head_weight (V, D), targets (N,), lengths (2B,), ref_logps (2B,) or None.
+    Differentiable in hidden and head_weight through losses.mean() or losses.sum(), that is with
+    one gradient for all losses; anything else gives NaN gradients. The log-probs are detached.
+    """
+    assert LOSSES[name].pairwise, f"{name} is a loss of the whole batch"
+    assert len(lengths) % 2 == 0, "completions come in pairs"
+    return FusedPairLoss.apply(
+        hidden, head_weight, targets, lengths, ref_logps, name, beta, chunk_tokens, options
+    )
+
+
+class FusedPairLoss(torch.autograd.Function):
+    """Forward and backward of the head in one pass over the answers' tokens.
+
+    With z = W h the logits of a token y, p = softmax(z) and s the sum of log p_y over a completion,
+        d s / d z = onehot(y) - p                    for each of its tokens,
+        d L / d z = w (onehot(y) - p)                with w = d L / d s,
+        d L / d h = W^T (d L / d z),   d L / d W = sum over tokens of (d L / d z) h^T.
+    A pairwise loss needs only the two sums of its own pair, so w is known as soon as a chunk of
+    whole pairs has been projected: its logits turn into their own gradient in place, and are gone
+    before the next chunk comes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden, head_weight, targets, lengths, ref_logps, name, beta, chunk_tokens, options
+    ):
+        need_hidden, need_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        accumulator = torch.promote_types(head_weight.dtype, torch.float32)
+        grad_head = torch.zeros_like(head_weight, dtype=accumulator) if need_head else None
+        losses, logps = [], []
+        for pairs, tokens in _chunks_of_pairs(lengths.tolist(), chunk_tokens):
+            count, chunk = lengths[pairs].to(hidden.device), hidden[tokens]
+            owner = _owners(lengths[pairs], hidden.device)  # (n,) the completion of each token
+            logits, log_z, token_logps = _project(chunk, head_weight, targets[tokens])
+            sums = _sum_by(token_logps, owner, len(count))
+            with torch.enable_grad():
+                sums.requires_grad_(True)
+                ref_w = ref_l = None
+                if ref_logps is not None:
+                    ref_w, ref_l = ref_logps[pairs][0::2], ref_logps[pairs][1::2]
+                loss = pair_loss(
+                    *(name, sums[0::2], sums[1::2], ref_w, ref_l),
+                    beta=beta, chosen_lengths=count[0::2], rejected_lengths=count[1::2], **options,
+                )  # fmt: skip
+                (w,) = torch.autograd.grad(loss.sum(), sums)  # d L / d s, (completions,)
+            losses.append(loss.detach())
+            logps.append(sums.detach())
+            # d L / d z = w (onehot(y) - p), where the logits were
+            weight = w[owner, None]
+            grad_logits = logits.sub_(log_z[:, None]).exp_().mul_(-weight)
+            grad_logits.scatter_add_(1, targets[tokens, None], weight)
+            grad_logits = grad_logits.to(_matmul_dtype(chunk))
+            if need_hidden:
+                grad_hidden[tokens] = grad_logits @ head_weight.to(grad_logits.dtype)
+            if need_head:
+                grad_head += grad_logits.T @ chunk.to(grad_logits.dtype)
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.head_dtype = head_weight.dtype
+        losses, logps = torch.cat(losses), torch.cat(logps)
+        ctx.mark_non_differentiable(logps)
+        return losses, logps
+
+    @staticmethod
+    def backward(ctx, grad_losses, _):
+        grad_hidden, grad_head = ctx.saved_tensors
+        # The chunks are summed already, so one factor must do for all pairs: NaN where it cannot.
+        factor = torch.where((grad_losses == grad_losses[0]).all(), grad_losses[0], torch.nan)
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * factor.to(grad_hidden.dtype)
+        if grad_head is not None:
+            grad_head = (grad_head * factor).to(ctx.head_dtype)
+        return grad_hidden, grad_head, *[None] * 7
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """A log-softmax in bfloat16 errs by nats on a long answer; float64 stays what it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _project(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (n, D), targets (n,) -> logits (n, V), their logsumexp (n,), token log-probs (n,)."""
+    dtype = _matmul_dtype(hidden)
+    logits = at_least_float32(hidden.to(dtype) @ head_weight.to(dtype).T)
+    log_z = logits.logsumexp(dim=-1)
+    return logits, log_z, logits.gather(1, targets[:, None])[:, 0] - log_z
+
+
+def _owners(lengths: Tensor, device: torch.device) -> Tensor:
+    """lengths (S,) -> the number of the completion that each of their tokens belongs to (N,)."""
+    return torch.repeat_interleave(torch.arange(len(lengths)), lengths.cpu()).to(device)
+
+
+def _sum_by(values: Tensor, owner: Tensor, count: int) -> Tensor:
+    """values (N,), owner (N,) -> sums (count,)."""
+    return torch.zeros(count, dtype=values.dtype, device=values.device).index_add_(0, owner, values)
+
+
+def _chunks_of_pairs(lengths: list[int], chunk_tokens: int):
+    """Yields (slice of completions, slice of tokens): whole pairs, about `chunk_tokens` tokens."""
+    first = start = end = 0
+    for pair in range(0, len(lengths), 2):
+        size = lengths[pair] + lengths[pair + 1]
+        if end > start and end + size - start > chunk_tokens:
+            yield slice(first, pair), slice(start, end)
+            first, start = pair, end
+        end += size
+    yield slice(first, len(lengths)), slice(start, end)

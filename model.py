@@ -1,0 +1,475 @@
+"""The transformer: Llama's architecture, Hugging Face's parameter names, safetensors on disk.
+
+Read from leaf to root: configuration, rotary embedding, attention, block, model, generation, files.
+Sizes in comments: B rows, T tokens, S tokens seen so far, D width, H query heads, K key-value
+heads, E width of a head, V vocabulary.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+MAX_SHARD_BYTES = 5_000_000_000  # transformers' own limit, so that its loader finds what it expects
+
+# Keys of a config.json that do not change what the forward pass computes.
+INERT_KEYS = {
+    *("_name_or_path", "architectures", "auto_map", "dtype", "model_type", "pad_token_id"),
+    *("rope_parameters", "torch_dtype", "transformers_version", "unk_token_id", "use_cache"),
+}
+# Features that a Llama config may name, with the one value that this file implements.
+ONLY_VALUE = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "partial_rotary_factor": 1.0,
+}
+LLAMA3_ROPE = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What a Llama is made of, under Hugging Face's names. `rope_scaling` is None or llama3's."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> "ModelConfig":
+        """Reads the contents of a config.json, as transformers 4 or 5 writes it.
+
+        Raises ValueError that names the key when a value is wrong or a feature is not implemented.
+        """
+        if not isinstance(hf, dict):
+            raise ValueError("config.json: not a JSON object")
+        if hf.get("model_type") != "llama":
+            raise ValueError(
+                f"config.json: model_type {hf.get('model_type')!r} is not supported; use 'llama'"
+            )
+        fields = {field.name for field in dataclasses.fields(cls)}
+        for key, value in hf.items():
+            if key in ONLY_VALUE and value not in (ONLY_VALUE[key], None):
+                raise ValueError(
+                    f"config.json: {key} = {value!r} is not implemented, only {ONLY_VALUE[key]!r}"
+                )
+            # A feature that is switched off needs no implementation.
+            if key not in fields | INERT_KEYS | ONLY_VALUE.keys() and value not in (None, False):
+                raise ValueError(
+                    f"config.json: {key} = {value!r} is not known here; "
+                    "remove the key if it does not change the model"
+                )
+        values = {key: hf[key] for key in fields & hf.keys() if hf[key] is not None}
+        for key in ("hidden_size", "num_attention_heads"):
+            _check_number(key, values.get(key), int)
+        values.setdefault("num_key_value_heads", values["num_attention_heads"])
+        values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+        values |= _read_rope(hf)
+        for field in dataclasses.fields(cls):
+            if field.type in (int, float) and (field.name in values or _required(field)):
+                _check_number(field.name, values.get(field.name), field.type)
+        if not isinstance(values.get("tie_word_embeddings", False), bool):
+            raise ValueError("config.json: tie_word_embeddings must be true or false")
+        if values["num_attention_heads"] % values["num_key_value_heads"]:
+            raise ValueError("config.json: num_attention_heads must be a multiple of "
+                             "num_key_value_heads")  # fmt: skip
+        if values["head_dim"] % 2:
+            raise ValueError("config.json: head_dim must be even, rotary embedding turns pairs")
+        return cls(**values)
+
+    def to_hf(self) -> dict:
+        """The contents of a config.json that transformers 4 and 5 both read."""
+        hf = dataclasses.asdict(self)
+        rope = {"rope_type": "default"} | (self.rope_scaling or {})
+        return hf | {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **ONLY_VALUE,
+            "rope_parameters": {"rope_theta": self.rope_theta} | rope,
+        }
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING
+
+
+def _check_number(name: str, value: object, kind: type) -> None:
+    number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < 2**40:
+        raise ValueError(f"config.json: {name} must be a positive {kind.__name__}, not {value!r}")
+
+
+def _read_rope(hf: dict) -> dict:
+    """rope_theta and rope_scaling, from transformers 5's `rope_parameters` or the older keys."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope_scaling must be an object, not {rope!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", hf.get("rope_theta") or ModelConfig.rope_theta)
+    _check_number("rope_theta", theta, float)
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor is not implemented")
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind != "llama3":
+        raise ValueError(f"config.json: rope type {kind!r} is not implemented: default or llama3")
+    for key in LLAMA3_ROPE:
+        _check_number(f"rope_scaling.{key}", rope.get(key), float)
+    scaling = {"rope_type": "llama3"} | {key: rope[key] for key in LLAMA3_ROPE}
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def rotary_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angle by which each position turns each pair of a head's numbers.
+
+    positions (B, T) -> two float32 tensors (B, 1, T, E), ready to broadcast over heads.
+    Sources: RoFormer (arXiv 2104.09864) in the half-split layout of Hugging Face; the llama3
+    scaling is that of transformers' `modeling_rope_utils`, which slows the low frequencies.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float()
+    frequencies = 1.0 / config.rope_theta ** (exponents / config.head_dim)  # (E/2,)
+    if config.rope_scaling is not None:
+        factor, low, high, context = (config.rope_scaling[key] for key in LLAMA3_ROPE)
+        turns = context * frequencies / (2 * torch.pi)  # full turns within the original context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, as it is; 0: slow, stretched
+        frequencies = keep * frequencies + (1 - keep) * frequencies / factor
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, E/2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies the rotary embedding to x (B, heads, T, E)."""
+    left, right = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share K key-value heads."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.grouped = H != K
+        self.q_proj = nn.Linear(D, H * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(D, K * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(D, K * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(H * self.head_dim, D, bias=False)
+
+    def forward(self, x: Tensor, rotary, mask: Tensor | None, cache: Tensor | None, start: int):
+        """x (B, T, D); mask (B, 1, T, S), True where a query sees a key, or None for plain causal;
+        cache (2, B, K, capacity, E) of keys and values, of which `start` are already filled."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
+            k, v = cache[:, :, :, : start + T]  # (B, K, S, E) each
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary, mask=None, cache=None, start: int = 0) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, start)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """A Llama-compatible language model. Its forward pass ends before the head: which positions
+    are worth projecting onto the vocabulary is for the objective to say (`mio.py`)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False  # recompute each block in the backward pass to save memory
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # As transformers' LlamaPreTrainedModel: normal(0, initializer_range), norms at one.
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=config.initializer_range)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The (V, D) matrix that turns hidden states into logits."""
+        tied = self.config.tie_word_embeddings
+        return self.model["embed_tokens"].weight if tied else self.lm_head.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Tensor | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        tokens (B, T) ids; positions (B, T), 0, 1, 2, ... when None; mask (B, 1, T, S) bool, True
+        where a query sees a key, plain causal when None; cache (layers, 2, B, K, capacity, E)
+        holds `start` earlier tokens and receives these. Returns (B, T, D).
+        """
+        assert tokens.dim() == 2, f"tokens must be (B, T), not {tuple(tokens.shape)}"
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        rotary = rotary_table(self.config, positions)
+        x = self.model["embed_tokens"](tokens)  # (B, T, D)
+        for index, block in enumerate(self.model["layers"]):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
+            else:
+                x = block(x, rotary, mask, None if cache is None else cache[index], start)
+        return self.model["norm"](x)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        stop_ids=(),
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """Continues each prompt until a stop id or `max_new_tokens`.
+
+        prompts: lists of ids of any lengths, none empty; temperature 0 is greedy; top_p keeps the
+        smallest set of tokens whose probability reaches it. Returns the new ids of each prompt,
+        the stop id included when one was produced. The same seed and batch give the same answers.
+        """
+        assert prompts and all(prompts), "every prompt needs at least one token"
+        config, device = self.config, self.head_weight.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        B, P = len(prompts), int(lengths.max())
+        # Prompts are padded on the left, so that every row writes its next token in one column.
+        padded = [[0] * (P - len(prompt)) + list(prompt) for prompt in prompts]
+        tokens = torch.tensor(padded, device=device)  # (B, P)
+        columns = torch.arange(P + max_new_tokens, device=device)
+        positions = columns - (P - lengths)[:, None]  # (B, capacity), negative at padding
+        real = positions >= 0
+        # A padded query sees itself, or its softmax would be empty; nobody looks at the result.
+        mask = real[:, None, :P] & (columns[:P] <= columns[:P, None])
+        mask = (mask | torch.eye(P, dtype=torch.bool, device=device))[:, None]  # (B, 1, P, P)
+        shape = (B, config.num_key_value_heads, P + max_new_tokens, config.head_dim)
+        dtype = self.model["embed_tokens"].weight.dtype
+        cache = torch.zeros(config.num_hidden_layers, 2, *shape, dtype=dtype, device=device)
+        stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+        generator = torch.Generator().manual_seed(seed)
+        answers: list[list[int]] = [[] for _ in prompts]
+        rows = torch.arange(B, device=device)  # which prompt each row of the cache belongs to
+        running = torch.ones(B, dtype=torch.bool, device=device)
+        for start in range(P, P + max_new_tokens):
+            T = tokens.shape[1]
+            here = positions[rows, start - T : start].clamp(min=0)
+            hidden = self(tokens, here, mask, cache, start - T)[:, -1]  # (rows, D)
+            # One draw a prompt, stopped or not: a row's luck does not depend on its neighbours'.
+            luck = torch.rand(B, generator=generator).to(device)[rows]
+            tokens = sample((hidden @ self.head_weight.T).float(), temperature, top_p, luck)
+            for row, token, on in zip(rows.tolist(), tokens.tolist(), running.tolist()):
+                if on:
+                    answers[row].append(token)
+            running = running & ~torch.isin(tokens, stop)
+            left = int(running.sum())
+            if left == 0:
+                break
+            if left <= len(rows) // 2:  # drop the finished rows once they are half of the work
+                tokens, rows = tokens[running], rows[running]
+                cache, running = cache[:, :, running], running[running]
+            tokens = tokens[:, None]
+            mask = real[rows, None, None, : start + 1]  # (rows, 1, 1, S)
+        return answers
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Llama":
+        """Loads a checkpoint folder, one safetensors file or shards with an index.
+
+        Every tensor must be there, in its shape, and none beside. Raises OSError or ValueError
+        that names the file and what is wrong with it.
+        """
+        config = ModelConfig.from_hf(read_json(Path(folder) / "config.json"))
+        with torch.device("meta"):  # shapes without memory
+            model = cls(config)
+        missing = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        state = {}
+        for file in weight_files(Path(folder)):
+            try:
+                with safe_open(file, framework="pt", device=str(device)) as tensors:
+                    for name in sorted(tensors.keys()):
+                        if name.endswith("rotary_emb.inv_freq"):
+                            continue  # older files carry it; it follows from the configuration
+                        shape = tuple(tensors.get_slice(name).get_shape())
+                        if name not in missing:
+                            raise ValueError(f"{file}: unexpected tensor {name}")
+                        if shape != missing.pop(name):
+                            raise ValueError(
+                                f"{file}: {name} has shape {shape}, config.json asks for "
+                                f"{tuple(model.get_parameter(name).shape)}"
+                            )
+                        tensor = tensors.get_tensor(name)
+                        if not tensor.is_floating_point() or tensor.element_size() < 2:
+                            raise ValueError(f"{file}: {name} has unsupported type {tensor.dtype}")
+                        state[name] = tensor.to(dtype)
+            except SafetensorError as error:
+                raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+        if missing:
+            raise ValueError(f"{folder}: tensor {min(missing)} is missing, {len(missing)} in all")
+        model.load_state_dict(state, strict=True, assign=True)
+        return model
+
+    def save_pretrained(self, folder) -> None:
+        """Writes config.json and safetensors, in shards when above 5 GB, for transformers to load.
+
+        Each file is written aside and renamed, so that none is ever seen half written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        shards: list[dict[str, Tensor]] = [{}]
+        room = MAX_SHARD_BYTES
+        for name, tensor in self.state_dict().items():
+            if tensor.nbytes > room and shards[-1]:
+                shards.append({})
+                room = MAX_SHARD_BYTES
+            shards[-1][name] = tensor.contiguous()
+            room -= tensor.nbytes
+        names = ["model.safetensors"]
+        if len(shards) > 1:
+            last = len(shards)
+            names = [f"model-{i:05}-of-{last:05}.safetensors" for i in range(1, last + 1)]
+            weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
+            total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(folder / "model.safetensors.index.json", index)
+        for stale in set(folder.glob("model*.safetensors*")) - {folder / name for name in names}:
+            if len(shards) == 1 or stale.name != "model.safetensors.index.json":
+                stale.unlink()  # of a larger model saved here before
+        for name, shard in zip(names, shards):
+            save_file(shard, folder / f"{name}.partial", metadata={"format": "pt"})
+            os.replace(folder / f"{name}.partial", folder / name)
+        dtype = str(self.head_weight.dtype).removeprefix("torch.")
+        write_json(folder / "config.json", self.config.to_hf() | {"dtype": dtype})
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, luck: Tensor) -> Tensor:
+    """Picks a token a row by inverting the cumulative distribution at `luck`, uniform in [0, 1).
+
+    logits (B, V) float32, luck (B,) -> ids (B,).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits / temperature).softmax(dim=-1)
+    order = None
+    if top_p < 1:
+        probabilities, order = probabilities.sort(dim=-1, descending=True)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
+    # Strictly above: a token of probability zero is never picked, not even at luck 0.
+    above = cumulative > luck[:, None] * cumulative[:, -1:]
+    choice = above.to(torch.uint8).argmax(dim=-1)
+    return choice if order is None else order.gather(1, choice[:, None])[:, 0]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        single = folder / "model.safetensors"
+        if not single.exists():
+            raise FileNotFoundError(f"{folder}: no model.safetensors and no index of shards in it")
+        return [single]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ValueError(f"{index}: weight_map must map tensor names to file names")
+    files = sorted(set(weight_map.values()))
+    for name in files:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{index}: shard {name!r} is not a file of this folder")
+    return [folder / name for name in files]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; the errors name the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileNotFoundError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

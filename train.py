@@ -1,0 +1,642 @@
+"""Preference optimisation of a language model, from pairs of answers.
+
+    python train.py --loss mio                                     the built-in demonstration
+    python train.py --loss mio --init FOLDER --data FILE.jsonl     a Llama checkpoint, your pairs
+
+Five stages: base model, pairs, reference log-probs, training, evaluation. The demonstration makes
+the first two itself, then runs as any other job does. What a stage makes is kept under a hash of
+what went into it, and found again by the next run.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+import eval as evaluation
+from data import (
+    Batch,
+    Pair,
+    Tokenizer,
+    byte_tokenizer,
+    epoch_order,
+    is_correct,
+    load_pairs,
+    load_tokenizer,
+    make_batches,
+    make_pair,
+    problems,
+    row_length,
+    solution,
+    split_pairs,
+)
+from mio import LOSSES, fused_pair_loss, pair_loss
+from model import Llama, ModelConfig, read_json, weight_files, write_json
+
+# --- Options: a line each; the parser, its help and its checks are made from them -----------------
+
+
+def option(default, text: str, **checks):
+    """A field of Options. checks: choices=(...), above=x (exclusive), least=x, most=x."""
+    return dataclasses.field(default=default, metadata={"help": text, **checks})
+
+
+# fmt: off
+@dataclasses.dataclass(frozen=True)
+class Options:
+    loss: str = option("mio", "the objective", choices=tuple(LOSSES))
+    beta: float | None = option(None, "pull towards the reference (default: by loss)", above=0)
+    init: str | None = option(None, "checkpoint folder; its weights are also the reference")
+    data: str | None = option(None, "JSONL file of preference pairs to train on")
+    eval_data: str | None = option(None, "JSONL file of held-out preference pairs")
+    eval_fraction: float = option(0.1, "of the pairs, held out without --eval_data", least=0, most=0.9)
+    out: str | None = option(None, "run folder (default: out/LOSS)")
+    epochs: int | None = option(None, "passes over the pairs", least=1)
+    max_steps: int | None = option(None, "steps after which to stop all the same", least=0)
+    batch_size: int | None = option(None, "pairs in an optimizer step", least=1)
+    max_length: int | None = option(None, "tokens of a prompt and its longer answer", least=2)
+    row_tokens: int | None = option(None, "tokens in a packed row (default: the longest pair)", least=2)
+    micro_tokens: int = option(4096, "tokens in a forward pass: memory, not mathematics", least=1)
+    lr: float | None = option(None, "peak learning rate", above=0)
+    warmup: float = option(0.1, "of the steps, in which the learning rate rises", least=0, most=1)
+    schedule: str = option("cosine", "of the learning rate after that", choices=("cosine", "linear", "constant"))
+    weight_decay: float = option(0.0, "AdamW's, on matrices only", least=0)
+    grad_clip: float = option(1.0, "largest norm of a gradient; inf for any", above=0)
+    seed: int = option(0, "of order, held-out split and base model", least=0)
+    dtype: str = option("float32", "of matrix products; weights stay float32", choices=("float32", "bfloat16"))
+    checkpointing: str = option("off", "recompute blocks going back, for memory", choices=("off", "on"))
+    eval_every: int | None = option(None, "steps between evaluations (default: a tenth of the run)", least=1)
+    log_every: int = option(1, "steps between rows of metrics.jsonl", least=1)
+    device: str = option("auto", "cpu, cuda or cuda:N; auto is cuda where there is one")
+    config: str | None = option(None, "JSON file of options, such as a train_config.json; flags win")
+
+
+# Where the two kinds of run differ. The demonstration's model is tiny: large steps, small batches.
+DEMONSTRATION = {"epochs": 3, "batch_size": 64, "max_length": 96, "lr": 1e-4}
+CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6}  # 1B to 8B parameters
+# The demonstration's answers are short, so its log-ratios are too: every default beta times this.
+DEMONSTRATION_BETA = 5
+# fmt: on
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """Bad input: one line on standard error, exit status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
+    parser = Parser("train.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    fields = {field.name: field for field in dataclasses.fields(Options)}
+    for name, field in fields.items():
+        default = "" if field.default is None else f" (default: {field.default})"
+        parser.add_argument(f"--{name}", help=field.metadata["help"] + default)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value}
+    try:
+        if "config" in given:
+            file = read_json(Path(given["config"]))
+            given = {name: file[name] for name in fields & file.keys()} | given
+        options = Options(**{name: _checked(fields[name], value) for name, value in given.items()})
+        return _resolved(options), parser
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _checked(field: dataclasses.Field, value):
+    """A value from the command line or a JSON file, in the field's type and within its bounds."""
+    kind, checks = (get_args(field.type) or (field.type,))[0], field.metadata
+    if value is None and field.default is None:
+        return None
+    try:
+        value = kind(value)
+    except (ValueError, TypeError):
+        raise ValueError(f"--{field.name} {value}: expected {kind.__name__}") from None
+    if "choices" in checks and value not in checks["choices"]:
+        raise ValueError(f"--{field.name} {value}: choose from {', '.join(checks['choices'])}")
+    for bound, word, wrong in (
+        ("above", "more than", lambda limit: not value > limit),
+        ("least", "at least", lambda limit: not value >= limit),
+        ("most", "at most", lambda limit: not value <= limit),
+    ):
+        if bound in checks and wrong(checks[bound]):
+            raise ValueError(f"--{field.name} {value}: must be {word} {checks[bound]}")
+    if kind is float and not math.isfinite(value) and field.name != "grad_clip":
+        raise ValueError(f"--{field.name} {value}: must be finite")
+    return value
+
+
+def _resolved(options: Options) -> Options:
+    """Fills in the defaults that depend on other options."""
+    if bool(options.init) != bool(options.data):
+        absent = "--data FILE.jsonl" if options.init else "--init FOLDER"
+        raise ValueError(f"{absent} is missing: --init and --data go together, or leave out both "
+                         "for the built-in demonstration")  # fmt: skip
+    if options.eval_data and not options.data:
+        raise ValueError("--eval_data needs --init and --data")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device if options.device == "auto" else options.device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {device}: not available here, try --device cpu") from None
+    own = CHECKPOINT if options.init else DEMONSTRATION
+    scale = 1 if options.init else DEMONSTRATION_BETA
+    own = own | {"beta": scale * LOSSES[options.loss].beta, "out": f"out/{options.loss}"}
+    own = {name: value for name, value in own.items() if getattr(options, name) is None}
+    return dataclasses.replace(options, **own, device=device)
+
+
+# --- Stages: what they make is kept, with the hash of what went into it ---------------------------
+
+
+@contextlib.contextmanager
+def stage(title: str):
+    """Says what a stage does, and afterwards how long it took and what it left (notes)."""
+    print(f"{title} ...", flush=True)
+    start, notes = time.perf_counter(), []
+    yield notes
+    print(f"  {time.perf_counter() - start:.1f} s", *notes, sep=", ", flush=True)
+
+
+def digest(*parts) -> str:
+    """SHA-256 over JSON values, bytes, arrays and files (as Path), in order."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                one = hashlib.file_digest(file, "sha256").digest()
+        else:
+            raw = part if isinstance(part, (bytes, np.ndarray)) else json.dumps(part).encode()
+            one = hashlib.sha256(raw).digest()
+        total.update(one)
+    return total.hexdigest()
+
+
+def kept(record: Path, key: str) -> dict | None:
+    """The record of a finished stage, if it was made from the same things."""
+    if record.is_file():
+        found = read_json(record)
+        if found.get("key") == key:
+            return found
+    return None
+
+
+# --- The demonstration: a base model, and pairs drawn from it ------------------------------------
+
+BASE_MODEL = ModelConfig(
+    vocab_size=258,
+    hidden_size=96,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=24,
+    max_position_embeddings=128,
+    tie_word_embeddings=True,
+    bos_token_id=256,
+    eos_token_id=257,
+)
+BASE = {
+    "lr": 2e-3,
+    "batch_size": 64,
+    "check_every": 20,
+    "problems": 500,
+    "target": 0.6,
+    "max_steps": 4000,
+}
+PAIRS = {"prompts": 6000, "held_out": 500, "samples": 8, "per_prompt": 2}
+
+
+def make_base(folder: Path, seed: int, device: str) -> dict:
+    """Supervised training on worked solutions, up to a target accuracy on validation problems:
+    after a fixed number of steps the accuracy depends too much on the seed."""
+    key = digest(dataclasses.asdict(BASE_MODEL), BASE, seed)
+    record = kept(folder / "base.json", key)
+    if record:
+        print(f"base model: found in {folder}")
+        return record
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(seed)
+    model = Llama(BASE_MODEL).to(device)
+    options = Options(loss="sft", lr=BASE["lr"], device=device)
+    optimizer = make_optimizer(model, options)
+    questions = problems("validation", BASE["problems"], seed=0)
+    accuracy = 0.0
+    title = f"base model: supervised training until {BASE['target']:.0%} of validation is right"
+    with stage(title) as notes, tqdm(desc="supervised", unit="step", leave=False) as bar:
+        while accuracy < BASE["target"]:
+            batch = [
+                make_pair(tokenizer, problem, solution(problem), None)
+                for problem in problems("train", BASE["batch_size"], seed=[seed, bar.n])
+            ]
+            set_lr(optimizer, BASE["lr"] * min(1, (bar.n + 1) / 50))
+            row = max(map(row_length, batch))
+            batches = make_batches(batch, list(range(len(batch))), row, options.micro_tokens)
+            train_step(model, optimizer, batches, options, None)
+            bar.update()
+            if bar.n % BASE["check_every"] == 0:
+                answers = evaluation.sample_answers(model, tokenizer, questions, temperature=0)
+                right = [a is not None and is_correct(q, a) for q, (a,) in zip(questions, answers)]
+                accuracy = sum(right) / len(right)
+                bar.set_postfix(accuracy=f"{accuracy:.1%}")
+            assert bar.n < BASE["max_steps"], "the base model does not learn"
+        model.save_pretrained(folder)
+        tokenizer.save(folder)
+        record = {"key": key, "steps": bar.n, "validation_accuracy": accuracy, "seed": seed}
+        write_json(folder / "base.json", record)
+        notes += [f"{bar.n} steps", f"{accuracy:.1%} right", f"in {folder}"]
+    return record
+
+
+def make_pairs(folder: Path, seed: int, device: str) -> None:
+    """Draws answers to training problems from the base, grades them, and pairs right with wrong:
+    pairs.jsonl, and heldout_pairs.jsonl from test problems."""
+    key = digest(*weight_files(folder), PAIRS, seed)
+    if kept(folder / "pairs.json", key):
+        print(f"pairs: found in {folder}")
+        return
+    model = Llama.from_pretrained(folder, device=device)
+    tokenizer = load_tokenizer(folder)
+    counts = {}
+    with stage("pairs: drawn from the base model, graded, right against wrong") as notes:
+        for name, split, count in (
+            ("pairs.jsonl", "train", PAIRS["prompts"]),
+            ("heldout_pairs.jsonl", "test", PAIRS["held_out"]),
+        ):
+            questions = problems(split, count, seed=[seed, 1])
+            answers = evaluation.sample_answers(
+                model, tokenizer, questions, samples=PAIRS["samples"], seed=seed
+            )
+            rows = []
+            for question, drawn in zip(questions, answers):
+                drawn = list(dict.fromkeys(a for a in drawn if a is not None))
+                right = [a for a in drawn if is_correct(question, a)]
+                wrong = [a for a in drawn if not is_correct(question, a)]
+                for chosen, rejected in list(zip(right, wrong))[: PAIRS["per_prompt"]]:
+                    rows.append({"prompt": question, "chosen": chosen, "rejected": rejected})
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / name).write_text(text, encoding="utf-8")
+            counts[name] = len(rows)
+            notes.append(f"{len(rows)} in {folder / name}")
+        write_json(folder / "pairs.json", {"key": key, **counts})
+
+
+def demonstration(options: Options) -> Options:
+    """Makes base model and pairs, and names them as any user would name theirs."""
+    name = "base" if options.seed == 0 else f"base-seed{options.seed}"
+    folder = Path(options.out).parent / name
+    make_base(folder, options.seed, options.device)
+    make_pairs(folder, options.seed, options.device)
+    return dataclasses.replace(
+        options,
+        init=str(folder),
+        data=str(folder / "pairs.jsonl"),
+        eval_data=str(folder / "heldout_pairs.jsonl"),
+    )
+
+
+# --- The job: everything that can be wrong with the input is found here, before a file is written -
+
+
+class Job(NamedTuple):
+    options: Options
+    model: Llama
+    tokenizer: Tokenizer
+    pairs: list[Pair]  # to train on
+    held_out: list[Pair]
+
+
+def load_job(options: Options) -> Job:
+    tokenizer = load_tokenizer(options.init)
+    pairs = load_pairs(options.data, tokenizer, options.max_length)
+    if options.eval_data:
+        held_out = load_pairs(options.eval_data, tokenizer, options.max_length)
+    else:
+        pairs, held_out = split_pairs(pairs, options.eval_fraction, options.seed)
+    if not pairs:
+        raise ValueError(f"{options.data}: too few prompts to hold out {options.eval_fraction:.0%}"
+                         "; give --eval_fraction 0 or more rows")  # fmt: skip
+    longest = max(map(row_length, pairs + held_out))
+    row_tokens = options.row_tokens or longest
+    if longest > row_tokens:
+        raise ValueError(f"--row_tokens {row_tokens}: the longest pair takes {longest}")
+    model = Llama.from_pretrained(options.init, device=options.device)
+    model.checkpointing = options.checkpointing == "on"
+    config = model.config
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{options.init}: the tokenizer has {tokenizer.vocab_size} ids, the model "
+                         f"{config.vocab_size}; they do not belong together")  # fmt: skip
+    context = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs + held_out)
+    if context > config.max_position_embeddings:
+        raise ValueError(f"a prompt with its answer has {context} tokens, the model reads "
+                         f"{config.max_position_embeddings}; lower --max_length")  # fmt: skip
+    options = dataclasses.replace(options, row_tokens=row_tokens)
+    return Job(options, model, tokenizer, pairs, held_out)
+
+
+def fresh_folder(options: Options) -> Path:
+    """An empty --out. An earlier run in it is kept as OUT.old; anything else there is refused."""
+    folder = Path(options.out)
+    if folder.resolve() in [Path(options.init).resolve(), *Path(options.init).resolve().parents]:
+        raise ValueError(f"--out {folder}: --init lies there; choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: is a file; choose another name")
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / "train_config.json").is_file():
+            raise ValueError(f"--out {folder}: holds files of other kinds; choose an empty folder")
+        old = folder.with_name(f"{folder.name}.old")
+        if old.exists():
+            if not (old / "train_config.json").is_file():
+                raise ValueError(f"{old}: in the way of the earlier run in {folder}; move it")
+            shutil.rmtree(old)
+        folder.rename(old)
+        print(f"the earlier run in {folder} is now {old}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def reference_logps(job: Job) -> Tensor:
+    """Log-probs of the training pairs under the initial weights (pairs, 2), from the cache if
+    weights, ids and dtype are the same. Nothing else of the reference stays in memory."""
+    options = job.options
+    ids = [np.array([len(part), *part], dtype=np.int64) for pair in job.pairs for part in pair]
+    weights = sorted(weight_files(Path(options.init)))
+    key = digest(*weights, Path(options.init) / "config.json", np.concatenate(ids), options.dtype)
+    file = Path(options.out).parent / "cache" / f"reference-{key[:16]}.safetensors"
+    if file.is_file():
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                logps = tensors.get_tensor("logps")
+                same = (tensors.metadata() or {}).get("key") == key
+        except SafetensorError:
+            same = False
+        if same and logps.shape == (len(job.pairs), 2) and bool(logps.isfinite().all()):
+            print(f"reference log-probs: found in {file}")
+            return logps
+    with stage("reference log-probs: the initial weights on the training pairs") as notes:
+        logps = logps_of(job, job.pairs)
+        assert logps.isfinite().all(), "a pair has no reference log-prob"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"logps": logps}, f"{file}.partial", metadata={"key": key})
+        Path(f"{file}.partial").replace(file)
+        notes.append(f"in {file}")
+    return logps
+
+
+def logps_of(job: Job, pairs: list[Pair]) -> Tensor:
+    options = job.options
+    dtype = getattr(torch, options.dtype)
+    return evaluation.pair_logps(job.model, pairs, options.row_tokens, options.micro_tokens, dtype)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def make_optimizer(model: Llama, options: Options) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    norms = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, options.lr, weight_decay=options.weight_decay, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def learning_rate(options: Options, step: int, steps: int) -> float:
+    """Of step 1, 2, ..., steps: rises linearly, then falls as the schedule says, never to 0."""
+    rising = math.ceil(options.warmup * steps)
+    if step <= rising:
+        return options.lr * step / rising
+    done = (step - rising - 1) / (steps - rising)  # in [0, 1)
+    falling = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return options.lr * falling[options.schedule]
+
+
+def train_step(
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    options: Options,
+    ref_logps: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One optimizer step on the pairs of `batches`; ref_logps (all pairs, 2) or None.
+
+    Returns the loss of each pair (B,), log-probs (B, 2), both in the order of the batches' index,
+    and the gradient's norm before clipping. Raises FloatingPointError, the weights untouched, when
+    a loss or the gradient is not finite.
+    """
+    device, dtype = model.head_weight.device, getattr(torch, options.dtype)
+    pairs = sum(len(batch.index) for batch in batches)
+    losses, logps = [], []
+    for batch in batches:
+        ref = None if ref_logps is None else ref_logps[batch.index].flatten().to(device)  # (2B,)
+        batch = batch.to(device)
+        with evaluation.autocast(device, dtype):
+            hidden = model(batch.tokens, batch.positions, batch.mask())  # (R, T, D)
+            hidden = hidden.flatten(0, 1)[batch.source]  # (N, D), the answers' tokens alone
+            loss, logp = fused_pair_loss(
+                hidden, model.head_weight, batch.targets, batch.lengths, ref,
+                options.loss, beta=options.beta,
+            )  # fmt: skip
+        # Divided by the pairs of the whole step: however it is cut up, the gradient is the same.
+        (loss.sum() / pairs).backward()
+        losses.append(loss.detach())
+        logps.append(logp.view(-1, 2))
+    losses, logps = torch.cat(losses), torch.cat(logps)
+    grad_norm = clip_grad_norm_(model.parameters(), options.grad_clip)
+    if not (losses.isfinite().all() and grad_norm.isfinite()):
+        index = [i for batch in batches for i in batch.index]
+        bad = [i for i, fine in zip(index, losses.isfinite().tolist()) if not fine] or index
+        raise FloatingPointError(f"loss or gradient not finite, from pairs {bad[:8]}")
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses.cpu(), logps.float().cpu(), grad_norm
+
+
+def check_start(options: Options, losses: Tensor, logps: Tensor, ref_logps: Tensor) -> None:
+    """Before the first update policy and reference are one: rewards are 0, the loss is known."""
+    drift = (logps - ref_logps).abs().max().item()
+    # Float rounding differs between packings; the bound grows with the length of a sum.
+    allowed = (1e-4 if options.dtype == "float32" else 2e-2) * (1 + ref_logps.abs().max())
+    start, loss = LOSSES[options.loss].start, losses.mean().item()
+    assert drift <= allowed, f"step 0: policy and reference differ by {drift:.2g} nats"
+    if start is not None:
+        off = abs(loss - start)
+        assert off <= 2 * options.beta * allowed, f"step 0: loss {loss:.6f}, not {start:.6f}"
+    print(f"  step 0: rewards 0 within {drift * options.beta:.1e}, loss {loss:.6f}")
+
+
+def train(job: Job, folder: Path, ref_logps: Tensor | None) -> tuple[Tensor, Tensor, dict]:
+    """Trains job.model in place and writes metrics.jsonl. Returns the held-out pairs' log-probs
+    before and after, and the last row of metrics."""
+    options, count = job.options, len(job.pairs)
+    per_epoch = math.ceil(count / options.batch_size)  # the last step of an epoch may be short
+    steps = options.epochs * per_epoch
+    steps = steps if options.max_steps is None else min(steps, options.max_steps)
+    eval_every = options.eval_every or max(1, math.ceil(steps / 10))
+    optimizer, tokens = make_optimizer(job.model, options), 0
+    start = end = logps_of(job, job.held_out)
+    row = {"step": 0, "epoch": 0.0, **held_out_metrics(job, start, start)}
+    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics:
+        print(json.dumps(row), file=metrics, flush=True)
+        for step in tqdm(range(1, steps + 1), desc=options.loss, unit="step", leave=False):
+            began = time.perf_counter()
+            epoch, place = divmod(step - 1, per_epoch)
+            order = epoch_order(count, options.seed, epoch).tolist()
+            index = order[place * options.batch_size : (place + 1) * options.batch_size]
+            batches = make_batches(job.pairs, index, options.row_tokens, options.micro_tokens)
+            index = [i for batch in batches for i in batch.index]  # as they come back
+            lr = set_lr(optimizer, learning_rate(options, step, steps))
+            try:
+                losses, logps, grad_norm = train_step(
+                    job.model, optimizer, batches, options, ref_logps
+                )
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {step}: {error}; try a lower --lr") from None
+            ref = None if ref_logps is None else ref_logps[index]
+            if step == 1 and ref is not None:
+                check_start(options, losses, logps, ref)
+            seconds = time.perf_counter() - began
+            new = sum(row_length(job.pairs[i]) for i in index)
+            tokens += new
+            row = {"step": step, "epoch": step / per_epoch, "loss": mean(losses)}
+            row |= {"learning_rate": lr, "grad_norm": float(grad_norm), "num_tokens": tokens}
+            row |= {"step_seconds": seconds, "tokens_per_second": new / seconds}
+            values = evaluation.preference_values(logps, ref, options.beta)
+            row |= {name: mean(value) for name, value in values.items()}
+            if step % eval_every == 0 or step == steps:
+                end = logps_of(job, job.held_out)
+                row |= held_out_metrics(job, end, start)
+            if len(row) > 20 or step % options.log_every == 0:
+                print(json.dumps(row), file=metrics, flush=True)
+    return start, end, row
+
+
+def held_out_metrics(job: Job, logps: Tensor, start: Tensor) -> dict[str, float]:
+    """The figures of metrics.jsonl under eval_; `start` is the log-probs at step 0, (pairs, 2)."""
+    if not job.held_out:
+        return {}
+    options, lengths = job.options, [[len(p.chosen), len(p.rejected)] for p in job.held_out]
+    n_w, n_l = torch.tensor(lengths).unbind(dim=1)
+    losses = pair_loss(
+        options.loss, *logps.unbind(dim=1), *start.unbind(dim=1),
+        beta=options.beta, chosen_lengths=n_w, rejected_lengths=n_l,
+    )  # fmt: skip
+    metrics = {"loss": mean(losses)} | evaluation.preference_metrics(logps, start, options.beta)
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def mean(values: Tensor) -> float:
+    return values.double().mean().item()
+
+
+# --- The whole path -------------------------------------------------------------------------------
+
+
+def describe(job: Job) -> str:
+    """What is about to be trained, so that a wrong flag is seen before it costs anything."""
+    options, loss = job.options, LOSSES[job.options.loss]
+    steps = options.epochs * math.ceil(len(job.pairs) / options.batch_size)
+    parameters = sum(p.numel() for p in job.model.parameters())
+    return "\n".join(
+        [
+            f"{options.loss}: {loss.formula}   [{loss.source}]",
+            f"  log-probs as {loss.uses} over an answer's tokens, beta {options.beta:g}, "
+            f"{'with' if loss.needs_reference else 'without'} a reference",
+            f"  {options.init}: {parameters:,} parameters, {options.dtype} products on "
+            f"{options.device}",
+            f"  {len(job.pairs)} pairs, {len(job.held_out)} held out; {options.epochs} epochs of "
+            f"batches of {options.batch_size} make {steps} steps; lr {options.lr:g}, "
+            f"{options.schedule}, seed {options.seed}",
+        ]
+    )
+
+
+def provenance() -> dict:
+    """What else a run depends on, for train_config.json."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "commit": commit or None,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def base_values(folder: Path, device: str) -> dict[str, list]:
+    """The base model's answers to the test problems, graded; kept in its folder."""
+    key = digest(*weight_files(folder), evaluation.TEST_PROBLEMS, evaluation.SAMPLES)
+    found = kept(folder / "eval.json", key)
+    if not found:
+        with stage("evaluation: the base model on the held-out problems") as notes:
+            model = Llama.from_pretrained(folder, device=device)
+            found = evaluation.task_values(model, load_tokenizer(folder))
+            write_json(folder / "eval.json", {"key": key, **found})
+            notes.append(f"in {folder / 'eval.json'}")
+    return {name: values for name, values in found.items() if name != "key"}
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Runs the command line `argv` and returns the run folder."""
+    options, parser = parse_options(argv)
+    demo, began = options.init is None, time.perf_counter()
+    try:
+        job = load_job(demonstration(options) if demo else options)
+        folder = fresh_folder(job.options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    options = job.options
+    print(describe(job), flush=True)
+    ref_logps = reference_logps(job) if LOSSES[options.loss].needs_reference else None
+    write_json(folder / "train_config.json", {**dataclasses.asdict(options), **provenance()})
+    with stage(f"training: {options.loss}") as notes:
+        try:
+            start, end, last = train(job, folder, ref_logps)
+        except FloatingPointError as error:
+            parser.error(str(error))
+        job.model.save_pretrained(folder)
+        job.tokenizer.save(folder)
+        notes.append(f"checkpoint and metrics.jsonl in {folder}")
+    rows = {"base": {}, folder.name: {}, "gain": {}}
+    if demo:
+        before = base_values(Path(options.init), options.device)
+        with stage("evaluation: the trained model on the held-out problems"):
+            after = evaluation.task_values(job.model, job.tokenizer)
+        for name in after:  # the same problems, so the gain's error is that of the differences
+            rows["base"][name] = evaluation.Figure.of(before[name])
+            rows[folder.name][name] = evaluation.Figure.of(after[name])
+            rows["gain"][name] = evaluation.Figure.of(np.subtract(after[name], before[name]))
+    if job.held_out:
+        rows["gain"] |= evaluation.change_figures(end, start)
+    summary = {"seconds": time.perf_counter() - began, **last}
+    summary |= {
+        f"{name}/{column}": figure for name in rows for column, figure in rows[name].items()
+    }
+    write_json(folder / "summary.json", summary)
+    print(evaluation.table({name: row for name, row in rows.items() if row}))
+    return folder
+
+
+if __name__ == "__main__":
+    main()
