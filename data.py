@@ -23,13 +23,13 @@ from torch import Tensor
 # --- The built-in task: chains of additions and subtractions, with the steps written out ---------
 
 OPERATIONS = 3
-LARGEST = 19
+LARGEST = 9
 # Of a problem's hash, modulo this: 0 is for testing, 1 for validation, the rest for training.
 SPLIT_MODULUS = 16
 
 
 def problems(split: str, count: int, seed: int) -> list[str]:
-    """`count` distinct problems of a split, "train", "validation" or "test", like "7+12-3+15\\n".
+    """`count` distinct problems of a split, "train", "validation" or "test", like "7+9-3+5\\n".
 
     The split of a problem is a hash of its text: the three are disjoint whatever the seeds.
     """

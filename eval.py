@@ -1,11 +1,11 @@
 """Evaluation: log-probs of pairs, what they say about preferences, answers sampled and graded.
 
-python eval.py out/base out/mio out/dpo
+python eval.py out/base out/mio out/dpo          problems of the built-in task, held-out pairs
+python eval.py out/mio --data FILE.jsonl         preference pairs of your own
 """
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from data import (
     load_tokenizer,
     make_batches,
     problems,
+    row_length,
 )
 from mio import chunked_logps
 from model import Llama, read_json
@@ -46,6 +47,17 @@ class Figure(NamedTuple):
         values = np.asarray(values, dtype=np.float64)
         error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return cls(float(values.mean()), float(error), len(values))
+
+
+class Parser(argparse.ArgumentParser):
+    """No abbreviated flags; bad input is one line on standard error and exit status 2."""
+
+    def __init__(self, prog: str, description: str):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 # --- Preferences ----------------------------------------------------------------------------------
@@ -161,45 +173,101 @@ def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
 
 
 def task_values(model: Llama, tokenizer: Tokenizer, count: int = TEST_PROBLEMS) -> dict[str, list]:
-    """Greedy accuracy and pass@k on the built-in task's test problems, a number for each problem."""
+    """Greedy accuracy and pass@k on test problems of the built-in task, a number a problem."""
     questions = problems("test", count, seed=0)
     greedy = sample_answers(model, tokenizer, questions, temperature=0)
     drawn = sample_answers(model, tokenizer, questions, samples=SAMPLES)
     right = [[a is not None and is_correct(q, a) for a in row] for q, row in zip(questions, drawn)]
     correct = np.array(right).sum(axis=1)
     accuracy = [float(a is not None and is_correct(q, a)) for q, (a,) in zip(questions, greedy)]
-    return {"accuracy": accuracy} | {
+    return {"greedy": accuracy} | {
         f"pass@{k}": pass_at_k(correct, SAMPLES, k).tolist() for k in PASS_AT
     }
 
 
 # --- Tables ---------------------------------------------------------------------------------------
 
-PERCENT = ("accuracy", "pass@", "rewards/accuracies")
+Row = dict[str, Figure]
 
 
-def table(rows: dict[str, dict[str, Figure]]) -> str:
-    """Lines of aligned text: a row for each name, a column for each figure, mean ± standard error."""
+def change_figures(logps: Tensor, start_logps: Tensor) -> Row:
+    """By how many nats the log-probs of chosen and rejected answers moved, (pairs, 2) each."""
+    chosen, rejected = (logps - start_logps).unbind(dim=1)
+    return {"chosen logp": Figure.of(chosen), "rejected logp": Figure.of(rejected)}
+
+
+def table(rows: dict[str, Row]) -> str:
+    """Aligned lines of text: a row a name, a column a figure, each mean ± standard error."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [["", *(f"{c}, %" if c.startswith(PERCENT) else c for c in columns)]]
+    lines = [["", *(f"{c}, %" if _is_share(c) else f"{c}, nats" for c in columns)]]
     for name, row in rows.items():
         lines.append([name, *(_cell(column, row.get(column)) for column in columns)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    aligned = (
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
         for line in lines
     )
+    return "\n".join(line.rstrip() for line in aligned)
+
+
+def _is_share(column: str) -> bool:
+    return column.startswith(("greedy", "pass@", "accuracy"))
 
 
 def _cell(column: str, figure: Figure | None) -> str:
     if figure is None:
         return "-"
-    if column.startswith(PERCENT):
+    if _is_share(column):
         return f"{100 * figure.mean:.1f} ± {100 * figure.error:.1f}"
     return f"{figure.mean:+.2f} ± {figure.error:.2f}"
 
 
-def change_figures(logps: Tensor, start_logps: Tensor) -> dict[str, Figure]:
-    """By how many nats the log-probs of chosen and rejected answers moved."""
-    chosen, rejected = (logps - start_logps).unbind(dim=1)
-    return {"chosen logp": Figure.of(chosen), "rejected logp": Figure.of(rejected)}
+# --- The command ----------------------------------------------------------------------------------
+
+
+def preference_figures(model: Llama, tokenizer: Tokenizer, folder: Path, data: Path) -> Row:
+    """A checkpoint on pairs, against the reference that its train_config.json names as `init`."""
+    pairs = load_pairs(data, tokenizer)
+    row_tokens = max(map(row_length, pairs))
+    sizes = row_tokens, 8 * row_tokens, torch.float32
+    logps = pair_logps(model, pairs, *sizes)
+    if not (folder / "train_config.json").is_file():
+        chosen, rejected = logps.unbind(dim=1)
+        return {"chosen logp": Figure.of(chosen), "rejected logp": Figure.of(rejected)}
+    config = read_json(folder / "train_config.json")
+    reference = Llama.from_pretrained(config["init"], device=model.head_weight.device)
+    ref_logps = pair_logps(reference, pairs, *sizes)
+    values = preference_values(logps, ref_logps, config["beta"])
+    accuracy = {"accuracy of rewards": Figure.of(values["rewards/accuracies"])}
+    return {f"change of {k}": v for k, v in change_figures(logps, ref_logps).items()} | accuracy
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    """Prints a table and returns it: run -> figure -> mean."""
+    parser = Parser("eval.py", __doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="folders to compare")
+    parser.add_argument("--data", metavar="FILE.jsonl", help="preference pairs to evaluate on")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    options = parser.parse_args(argv)
+    rows: dict[str, Row] = {}
+    try:
+        for name in options.runs:
+            folder = Path(name)
+            model = Llama.from_pretrained(folder, device=options.device)
+            tokenizer, row = load_tokenizer(folder), {}
+            data = options.data
+            if data is None:
+                row = {k: Figure.of(v) for k, v in task_values(model, tokenizer).items()}
+                if (folder / "train_config.json").is_file():
+                    data = read_json(folder / "train_config.json")["eval_data"]
+            if data is not None:
+                row |= preference_figures(model, tokenizer, folder, Path(data))
+            rows[name] = row
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(table(rows))
+    return {name: {key: figure.mean for key, figure in row.items()} for name, row in rows.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -267,8 +267,9 @@ def _owners(lengths: Tensor, device: torch.device) -> Tensor:
 
 
 def _sum_by(values: Tensor, owner: Tensor, count: int) -> Tensor:
-    """values (N,), owner (N,) -> sums (count,)."""
-    return torch.zeros(count, dtype=values.dtype, device=values.device).index_add_(0, owner, values)
+    """values (N,), owner (N,) -> sums (count,), accumulated in float64: answers can be long."""
+    sums = torch.zeros(count, dtype=torch.float64, device=values.device)
+    return sums.index_add_(0, owner, values.double()).to(values.dtype)
 
 
 def _chunks_of_pairs(lengths: list[int], chunk_tokens: int):

@@ -8,6 +8,7 @@ heads, E width of a head, V vocabulary.
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -411,11 +412,13 @@ class Llama(nn.Module):
         for stale in set(folder.glob("model*.safetensors*")) - {folder / name for name in names}:
             if len(shards) == 1 or stale.name != "model.safetensors.index.json":
                 stale.unlink()  # of a larger model saved here before
-        for name, shard in zip(names, shards):
-            save_file(shard, folder / f"{name}.partial", metadata={"format": "pt"})
-            os.replace(folder / f"{name}.partial", folder / name)
         dtype = str(self.head_weight.dtype).removeprefix("torch.")
         write_json(folder / "config.json", self.config.to_hf() | {"dtype": dtype})
+        for name, shard in zip(names, shards):
+            partial = folder / f"{name}.partial"
+            save_file(shard, partial, metadata={"format": "pt"})
+            shutil.copymode(folder / "config.json", partial)  # save_file lets the owner alone read
+            os.replace(partial, folder / name)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, luck: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ the first two itself, then runs as any other job does. What a stage makes is kep
 what went into it, and found again by the next run.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -57,6 +56,10 @@ def option(default, text: str, **checks):
     return dataclasses.field(default=default, metadata={"help": text, **checks})
 
 
+SCHEDULES = ("cosine", "linear", "constant")
+DTYPES = ("float32", "bfloat16")
+
+
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -65,26 +68,26 @@ class Options:
     init: str | None = option(None, "checkpoint folder; its weights are also the reference")
     data: str | None = option(None, "JSONL file of preference pairs to train on")
     eval_data: str | None = option(None, "JSONL file of held-out preference pairs")
-    eval_fraction: float = option(0.1, "of the pairs, held out without --eval_data", least=0, most=0.9)
+    eval_fraction: float = option(0.1, "of pairs, held out without --eval_data", least=0, most=0.9)
     out: str | None = option(None, "run folder (default: out/LOSS)")
     epochs: int | None = option(None, "passes over the pairs", least=1)
     max_steps: int | None = option(None, "steps after which to stop all the same", least=0)
     batch_size: int | None = option(None, "pairs in an optimizer step", least=1)
     max_length: int | None = option(None, "tokens of a prompt and its longer answer", least=2)
-    row_tokens: int | None = option(None, "tokens in a packed row (default: the longest pair)", least=2)
+    row_tokens: int | None = option(None, "tokens of a packed row (default: longest pair)", least=2)
     micro_tokens: int = option(4096, "tokens in a forward pass: memory, not mathematics", least=1)
     lr: float | None = option(None, "peak learning rate", above=0)
     warmup: float = option(0.1, "of the steps, in which the learning rate rises", least=0, most=1)
-    schedule: str = option("cosine", "of the learning rate after that", choices=("cosine", "linear", "constant"))
+    schedule: str = option("cosine", "of the learning rate after that", choices=SCHEDULES)
     weight_decay: float = option(0.0, "AdamW's, on matrices only", least=0)
     grad_clip: float = option(1.0, "largest norm of a gradient; inf for any", above=0)
     seed: int = option(0, "of order, held-out split and base model", least=0)
-    dtype: str = option("float32", "of matrix products; weights stay float32", choices=("float32", "bfloat16"))
-    checkpointing: str = option("off", "recompute blocks going back, for memory", choices=("off", "on"))
-    eval_every: int | None = option(None, "steps between evaluations (default: a tenth of the run)", least=1)
+    dtype: str = option("float32", "of matrix products; weights stay float32", choices=DTYPES)
+    checkpointing: str = option("off", "recompute blocks to save memory", choices=("off", "on"))
+    eval_every: int | None = option(None, "steps from one evaluation to the next", least=1)
     log_every: int = option(1, "steps between rows of metrics.jsonl", least=1)
     device: str = option("auto", "cpu, cuda or cuda:N; auto is cuda where there is one")
-    config: str | None = option(None, "JSON file of options, such as a train_config.json; flags win")
+    config: str | None = option(None, "JSON file of options, as train_config.json; flags win")
 
 
 # Where the two kinds of run differ. The demonstration's model is tiny: large steps, small batches.
@@ -95,15 +98,8 @@ DEMONSTRATION_BETA = 5
 # fmt: on
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """Bad input: one line on standard error, exit status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
-    parser = Parser("train.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def parse_options(argv: list[str] | None) -> tuple[Options, evaluation.Parser]:
+    parser = evaluation.Parser("train.py", __doc__)
     fields = {field.name: field for field in dataclasses.fields(Options)}
     for name, field in fields.items():
         default = "" if field.default is None else f" (default: {field.default})"
@@ -209,6 +205,7 @@ BASE_MODEL = ModelConfig(
     num_key_value_heads=4,
     head_dim=24,
     max_position_embeddings=128,
+    initializer_range=0.05,  # so small a model does not get going from the usual 0.02
     tie_word_embeddings=True,
     bos_token_id=256,
     eos_token_id=257,
@@ -216,9 +213,9 @@ BASE_MODEL = ModelConfig(
 BASE = {
     "lr": 2e-3,
     "batch_size": 64,
-    "check_every": 20,
-    "problems": 500,
-    "target": 0.6,
+    "check_every": 10,
+    "problems": 300,
+    "target": 0.55,
     "max_steps": 4000,
 }
 PAIRS = {"prompts": 6000, "held_out": 500, "samples": 8, "per_prompt": 2}
@@ -286,7 +283,7 @@ def make_pairs(folder: Path, seed: int, device: str) -> None:
             )
             rows = []
             for question, drawn in zip(questions, answers):
-                drawn = list(dict.fromkeys(a for a in drawn if a is not None))
+                drawn = list(dict.fromkeys(a for a in drawn if a and a.strip()))
                 right = [a for a in drawn if is_correct(question, a)]
                 wrong = [a for a in drawn if not is_correct(question, a)]
                 for chosen, rejected in list(zip(right, wrong))[: PAIRS["per_prompt"]]:

@@ -1,0 +1,77 @@
+"""Small models and files that several tests share. Nothing here needs a network."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the project has no package to install
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from data import byte_tokenizer  # noqa: E402
+from model import Llama, ModelConfig  # noqa: E402
+
+# A folder of real data that may lie beside the project; tests that use it are skipped without.
+SHARED = Path(__file__).parent.parent.parent / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real data beside us")
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def tiny_config(**changes) -> ModelConfig:
+    values = {
+        "vocab_size": 258,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,  # so that logits are far from uniform
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+    }
+    return ModelConfig(**values | changes)
+
+
+def tiny_model(seed: int = 0, **changes) -> Llama:
+    torch.manual_seed(seed)
+    return Llama(tiny_config(**changes))
+
+
+PAIR_ROWS = [
+    {
+        "prompt": f"Question {i}: what is {i} + {i}?\n",
+        "chosen": f"It is {2 * i}, " + "surely " * (i % 4),
+        "rejected": f"I think that {2 * i + 1} might be it" + "." * (i % 3),
+    }
+    for i in range(23)
+]
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A folder with a tiny model and the byte tokenizer, as a user would bring one."""
+    tiny_model().save_pretrained(tmp_path / "init")
+    byte_tokenizer().save(tmp_path / "init")
+    return tmp_path / "init"
+
+
+@pytest.fixture
+def pairs_file(tmp_path) -> Path:
+    return write_rows(tmp_path / "pairs.jsonl", PAIR_ROWS)
