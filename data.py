@@ -28,19 +28,21 @@ LARGEST = 9
 SPLIT_MODULUS = 16
 
 
-def problems(split: str, count: int, seed: int) -> list[str]:
-    """`count` distinct problems of a split, "train", "validation" or "test", like "7+9-3+5\\n".
+def split_of(problem: str) -> str:
+    """A hash of its text says where a problem belongs: no seed can make two splits meet."""
+    part = zlib.crc32(problem.encode()) % SPLIT_MODULUS
+    return {0: "test", 1: "validation"}.get(part, "train")
 
-    The split of a problem is a hash of its text: the three are disjoint whatever the seeds.
-    """
+
+def problems(split: str, count: int, seed) -> list[str]:
+    """`count` distinct problems of "train", "validation" or "test", like "7+9-3+5\\n"."""
     random = np.random.default_rng(seed)
     found: dict[str, None] = {}
     while len(found) < count:
         numbers = random.integers(0, LARGEST + 1, size=OPERATIONS + 1)
         signs = random.choice(["+", "-"], size=OPERATIONS)
         text = str(numbers[0]) + "".join(f"{s}{n}" for s, n in zip(signs, numbers[1:])) + "\n"
-        part = {0: "test", 1: "validation"}.get(zlib.crc32(text.encode()) % SPLIT_MODULUS, "train")
-        if part == split:
+        if split_of(text) == split:
             found[text] = None
     return list(found)
 

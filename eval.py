@@ -29,7 +29,7 @@ from mio import chunked_logps
 from model import Llama, read_json
 
 SAMPLES = 8  # answers drawn at temperature 1 for each problem, for pass@k
-PASS_AT = (1, 4, 8)
+PASS_AT = (1, 8)
 TEST_PROBLEMS = 1000
 ANSWER_TOKENS = 48  # a right answer of the built-in task has at most 35
 GENERATION_ROWS = 1000
@@ -190,28 +190,47 @@ def task_values(model: Llama, tokenizer: Tokenizer, count: int = TEST_PROBLEMS) 
 Row = dict[str, Figure]
 
 
-def change_figures(logps: Tensor, start_logps: Tensor) -> Row:
-    """By how many nats the log-probs of chosen and rejected answers moved, (pairs, 2) each."""
-    chosen, rejected = (logps - start_logps).unbind(dim=1)
-    return {"chosen logp": Figure.of(chosen), "rejected logp": Figure.of(rejected)}
+def task_row(values: dict[str, list]) -> Row:
+    return {name: Figure.of(value) for name, value in values.items()}
+
+
+def preference_row(logps: Tensor, ref_logps: Tensor) -> Row:
+    """Two (pairs, 2) of log-probs -> by how many nats those of chosen and rejected answers moved,
+    and how often the chosen one's moved up by more: the accuracy of the implicit reward."""
+    chosen, rejected = (logps - ref_logps).unbind(dim=1)
+    return {
+        "Δ chosen": Figure.of(chosen),
+        "Δ rejected": Figure.of(rejected),
+        "reward": Figure.of(chosen > rejected),
+    }
+
+
+LEGEND = {
+    "greedy": "greedy, pass@k: right answers to {n} held-out problems",
+    "Δ chosen": "Δ: change of an answer's log-prob in nats, {n} held-out pairs",
+    "reward": "reward: pairs whose chosen answer moved up by more",
+    "chosen": "chosen, rejected: log-prob of an answer in nats, {n} pairs",
+}
 
 
 def table(rows: dict[str, Row]) -> str:
     """Aligned lines of text: a row a name, a column a figure, each mean ± standard error."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [["", *(f"{c}, %" if _is_share(c) else f"{c}, nats" for c in columns)]]
+    lines = [["", *(f"{column} %" if _is_share(column) else column for column in columns)]]
     for name, row in rows.items():
         lines.append([name, *(_cell(column, row.get(column)) for column in columns)])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    aligned = (
+    aligned = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
         for line in lines
-    )
-    return "\n".join(line.rstrip() for line in aligned)
+    ]
+    counts = {column: figure.n for row in rows.values() for column, figure in row.items()}
+    legend = [text.format(n=counts[column]) for column, text in LEGEND.items() if column in counts]
+    return "\n".join([*(line.rstrip() for line in aligned), *legend, "±: standard error"])
 
 
 def _is_share(column: str) -> bool:
-    return column.startswith(("greedy", "pass@", "accuracy"))
+    return column.startswith(("greedy", "pass@", "reward"))
 
 
 def _cell(column: str, figure: Figure | None) -> str:
@@ -225,48 +244,48 @@ def _cell(column: str, figure: Figure | None) -> str:
 # --- The command ----------------------------------------------------------------------------------
 
 
-def preference_figures(model: Llama, tokenizer: Tokenizer, folder: Path, data: Path) -> Row:
-    """A checkpoint on pairs, against the reference that its train_config.json names as `init`."""
+def evaluate_pairs(model: Llama, tokenizer: Tokenizer, data: Path, init: str | None) -> Row:
+    """A model on pairs of answers, against the checkpoint `init` that it was trained from."""
     pairs = load_pairs(data, tokenizer)
     row_tokens = max(map(row_length, pairs))
-    sizes = row_tokens, 8 * row_tokens, torch.float32
-    logps = pair_logps(model, pairs, *sizes)
-    if not (folder / "train_config.json").is_file():
-        chosen, rejected = logps.unbind(dim=1)
-        return {"chosen logp": Figure.of(chosen), "rejected logp": Figure.of(rejected)}
-    config = read_json(folder / "train_config.json")
-    reference = Llama.from_pretrained(config["init"], device=model.head_weight.device)
-    ref_logps = pair_logps(reference, pairs, *sizes)
-    values = preference_values(logps, ref_logps, config["beta"])
-    accuracy = {"accuracy of rewards": Figure.of(values["rewards/accuracies"])}
-    return {f"change of {k}": v for k, v in change_figures(logps, ref_logps).items()} | accuracy
+
+    def logps_of(model):
+        return pair_logps(model, pairs, row_tokens, 4 * row_tokens, torch.float32)
+
+    if init is None:
+        chosen, rejected = logps_of(model).unbind(dim=1)
+        return {"chosen": Figure.of(chosen), "rejected": Figure.of(rejected)}
+    reference = Llama.from_pretrained(init, device=model.head_weight.device)
+    return preference_row(logps_of(model), logps_of(reference))
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Prints a table and returns it: run -> figure -> mean."""
+    """Prints a table and returns its means: run, as it was named in argv -> column -> mean."""
     parser = Parser("eval.py", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="folders to compare")
     parser.add_argument("--data", metavar="FILE.jsonl", help="preference pairs to evaluate on")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     options = parser.parse_args(argv)
+    names = [Path(run).name for run in options.runs]
+    names = names if len(set(names)) == len(names) else options.runs
     rows: dict[str, Row] = {}
     try:
-        for name in options.runs:
-            folder = Path(name)
+        for name, folder in zip(names, map(Path, options.runs)):
             model = Llama.from_pretrained(folder, device=options.device)
             tokenizer, row = load_tokenizer(folder), {}
-            data = options.data
-            if data is None:
-                row = {k: Figure.of(v) for k, v in task_values(model, tokenizer).items()}
-                if (folder / "train_config.json").is_file():
-                    data = read_json(folder / "train_config.json")["eval_data"]
+            trained = (folder / "train_config.json").is_file()
+            config = read_json(folder / "train_config.json") if trained else {}
+            if options.data is None:
+                row = task_row(task_values(model, tokenizer))
+            data = options.data or config.get("eval_data")
             if data is not None:
-                row |= preference_figures(model, tokenizer, folder, Path(data))
+                row |= evaluate_pairs(model, tokenizer, Path(data), config.get("init"))
             rows[name] = row
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(table(rows))
-    return {name: {key: figure.mean for key, figure in row.items()} for name, row in rows.items()}
+    means = [{column: figure.mean for column, figure in row.items()} for row in rows.values()]
+    return dict(zip(options.runs, means))
 
 
 if __name__ == "__main__":

@@ -615,23 +615,20 @@ def main(argv: list[str] | None = None) -> Path:
         job.model.save_pretrained(folder)
         job.tokenizer.save(folder)
         notes.append(f"checkpoint and metrics.jsonl in {folder}")
-    rows = {"base": {}, folder.name: {}, "gain": {}}
+    rows = {folder.name: evaluation.preference_row(end, start) if job.held_out else {}}
     if demo:
         before = base_values(Path(options.init), options.device)
         with stage("evaluation: the trained model on the held-out problems"):
             after = evaluation.task_values(job.model, job.tokenizer)
-        for name in after:  # the same problems, so the gain's error is that of the differences
-            rows["base"][name] = evaluation.Figure.of(before[name])
-            rows[folder.name][name] = evaluation.Figure.of(after[name])
-            rows["gain"][name] = evaluation.Figure.of(np.subtract(after[name], before[name]))
-    if job.held_out:
-        rows["gain"] |= evaluation.change_figures(end, start)
-    summary = {"seconds": time.perf_counter() - began, **last}
-    summary |= {
-        f"{name}/{column}": figure for name in rows for column, figure in rows[name].items()
-    }
+        # The same problems for both, so the error of the change is that of their differences.
+        change = {name: np.subtract(after[name], before[name]) for name in after}
+        before, after, change = map(evaluation.task_row, (before, after, change))
+        rows = {"base": before, folder.name: after | rows[folder.name], "change": change}
+    summary = {name: {k: f._asdict() for k, f in row.items()} for name, row in rows.items()}
+    summary = {"seconds": time.perf_counter() - began, **last, "table": summary}
     write_json(folder / "summary.json", summary)
-    print(evaluation.table({name: row for name, row in rows.items() if row}))
+    if job.held_out:
+        print(evaluation.table(rows))
     return folder
 
 

@@ -1,0 +1,142 @@
+"""Estimators against their definitions, and the command."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from test_data import random_pairs, single_logp
+
+import eval as evaluation
+from data import byte_tokenizer, problems, solution
+from eval import (
+    Figure,
+    mutual_information,
+    pair_logps,
+    pass_at_k,
+    preference_metrics,
+    preference_row,
+    preference_values,
+    sample_answers,
+    table,
+    task_values,
+)
+from mio import pair_loss
+
+
+def test_pair_logps_are_those_of_single_sequences_in_order():
+    model = tiny_model(initializer_range=0.15)
+    pairs = random_pairs(300)
+    got = pair_logps(model, pairs, row_tokens=64, micro_tokens=256, dtype=torch.float32)
+    for i in range(0, 300, 29):
+        expected = [single_logp(model, pairs[i], side).item() for side in (1, 2)]
+        assert got[i].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_preference_values_by_hand():
+    logps, ref = torch.tensor([[-3.0, -5.0], [-4.0, -4.0]]), torch.tensor([[-4.0, -4.0]] * 2)
+    values = preference_values(logps, ref, beta=0.5)
+    assert values["rewards/chosen"].tolist() == [0.5, 0.0]
+    assert values["rewards/rejected"].tolist() == [-0.5, 0.0]
+    assert values["rewards/margins"].tolist() == [1.0, 0.0]
+    assert values["rewards/accuracies"].tolist() == [1.0, 0.0]  # a tie is not a win
+    assert values["logps/chosen"].tolist() == [-3.0, -4.0]
+    assert set(preference_values(logps, None, 0.5)) == {"logps/chosen", "logps/rejected"}
+
+
+def test_mutual_information_is_zero_at_the_reference_and_below_its_ceilings():
+    zero = torch.zeros(50)
+    assert all(abs(value) < 1e-12 for value in mutual_information(zero, zero).values())
+    for scale in (1.0, 5.0, 30.0):
+        chosen = scale * torch.rand(500, generator=torch.Generator().manual_seed(0))
+        found = mutual_information(chosen, chosen - 2 * scale)
+        assert found["mi/js"] <= math.log(4) - 0.954771 and found["mi/dv"] <= math.log(2)
+        assert found["mi/nwj"] <= found["mi/dv"] + 1e-9
+    w, rejected = torch.tensor([0.5, -0.2]).double(), torch.tensor([-1.0, 0.3]).double()
+    found = mutual_information(w, rejected)
+    loss = pair_loss("mio", w, rejected, 0 * w, 0 * w, beta=1.0).mean()
+    assert found["mi/js"] == pytest.approx(math.log(4) - loss.item())
+    mixture = (w.exp().mean() + rejected.exp().mean()) / 2
+    assert found["mi/dv"] == pytest.approx(0.15 - math.log(mixture))
+    assert found["mi/nwj"] == pytest.approx(1.15 - mixture.item())
+
+
+def test_metrics_are_means_over_all_pairs():
+    logps = torch.tensor([[-3.0, -5.0], [-4.0, -4.0], [-8.0, -1.0]])
+    metrics = preference_metrics(logps, torch.full((3, 2), -4.0), beta=1.0)
+    assert metrics["logps/chosen"] == -5.0 and metrics["rewards/margins"] == pytest.approx(-5 / 3)
+    assert metrics["rewards/accuracies"] == pytest.approx(1 / 3)
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
+    for right in range(7):
+        for k in (1, 2, 4, 6):
+            draws = list(itertools.combinations([True] * right + [False] * (6 - right), k))
+            share = sum(any(draw) for draw in draws) / len(draws)
+            assert pass_at_k(np.array([right]), 6, k)[0] == pytest.approx(share)
+
+
+def test_figure_has_the_standard_error_of_a_mean():
+    figure = Figure.of([1.0, 0.0, 0.0, 1.0])
+    assert figure == (0.5, pytest.approx(math.sqrt(1 / 3) / 2), 4)
+    row = preference_row(torch.tensor([[1.0, 5.0], [9.0, 5.0]]), torch.tensor([[1.0, 1.0]] * 2))
+    assert (row["Δ chosen"].mean, row["Δ rejected"].mean, row["reward"].mean) == (4.0, 4.0, 0.5)
+
+
+def test_answers_come_back_to_their_prompts_and_unfinished_ones_are_none(monkeypatch):
+    def generate(prompts, max_new_tokens, temperature, stop_ids, seed):
+        # Answers its prompt's length; prompts of three tokens never end.
+        return [[*str(len(p)).encode()] + ([257] if len(p) != 3 else []) for p in prompts]
+
+    model = tiny_model()
+    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr(evaluation, "GENERATION_ROWS", 4)
+    prompts = ["aaaa", "", "aa", "a", "aaaaaa", "aaa"]
+    answers = sample_answers(model, byte_tokenizer(), prompts, samples=2)
+    assert answers == [[x, x] for x in ("5", "1", None, "2", "7", "4")]
+
+
+def test_task_values_grade_greedy_and_sampled_answers(monkeypatch):
+    def answer(model, tokenizer, prompts, samples=1, temperature=1.0):
+        half = [solution(p) if i % 2 else "#### 1000" for i, p in enumerate(prompts)]
+        return [[a] * samples for a in half]
+
+    monkeypatch.setattr(evaluation, "sample_answers", answer)
+    values = task_values(None, None, 10)
+    assert values["greedy"] == values["pass@1"] == values["pass@8"] == [0.0, 1.0] * 5
+    assert len(problems("test", 10, 0)) == 10
+
+
+def test_table_is_aligned_and_fits_a_terminal():
+    row = {
+        "greedy": Figure(0.5623, 0.0157, 1000),
+        "pass@1": Figure(0.5, 0.01, 1000),
+        "pass@8": Figure(1.0, 0.01, 1000),
+        "Δ chosen": Figure(-12.345, 0.1, 400),
+        "Δ rejected": Figure(-22.345, 0.1, 400),
+        "reward": Figure(0.75, 0.1, 400),
+    }
+    lines = table({"base": dict(list(row.items())[:3]), "mio": row}).splitlines()
+    assert "56.2 ± 1.6" in lines[1] and lines[1].count("-") == 3
+    assert "-12.35 ± 0.10" in lines[2] or "-12.34 ± 0.10" in lines[2]
+    assert max(map(len, lines)) <= 80
+    assert lines[0].index("greedy") < lines[0].index("pass@1")
+
+
+def test_command_reports_pairs_and_refuses_what_it_cannot_read(
+    checkpoint, pairs_file, tmp_path, capsys
+):
+    found = evaluation.main([str(checkpoint), "--data", str(pairs_file)])
+    pairs = evaluation.load_pairs(pairs_file, byte_tokenizer())
+    model = tiny_model()
+    logps = [single_logp(model, pair, 1).item() for pair in pairs]
+    assert found[str(checkpoint)]["chosen"] == pytest.approx(np.mean(logps), rel=1e-5)
+    capsys.readouterr()
+    for argv in (["nowhere"], [str(checkpoint), "--data", "gone.jsonl"], []):
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main(argv)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("eval.py: error: ")
+        assert error.count("\n") == 1

@@ -1,0 +1,429 @@
+"""Options, stages and the training loop, against a loop that does everything one at a time."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PAIR_ROWS, tiny_model, write_rows
+from safetensors.torch import load_file, save_file
+from test_data import single_logp
+
+import data
+import train
+from data import byte_tokenizer, epoch_order, load_pairs, make_batches, solution
+from mio import LOSSES, pair_loss
+from train import Options, learning_rate, make_optimizer, train_step
+
+TIMINGS = ("step_seconds", "tokens_per_second")
+
+
+def run(checkpoint: Path, pairs_file: Path, out: Path, *flags: str) -> Path:
+    command = ["--init", str(checkpoint), "--data", str(pairs_file), "--out", str(out)]
+    return train.main([*command, "--batch_size", "8", "--lr", "1e-3", "--seed", "1", *flags])
+
+
+def metrics(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+
+
+# --- A step ---------------------------------------------------------------------------------------
+
+
+def naive_step(model, optimizer, pairs, ref_logps, name, beta, grad_clip=1.0):
+    """The oracle of train_step: every sequence alone, the published formula, autograd."""
+    logps = torch.stack([single_logp(model, p, side) for p in pairs for side in (1, 2)])
+    lengths = torch.tensor([len(answer) for pair in pairs for answer in pair[1:]])
+    losses = pair_loss(
+        *(name, logps[0::2], logps[1::2], *ref_logps.unbind(dim=1)),
+        beta=beta,
+        chosen_lengths=lengths[0::2],
+        rejected_lengths=lengths[1::2],
+    )
+    losses.mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses.mean().item(), norm.item()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("micro_tokens", [1, 250, 100_000])  # 1: a row at a time
+def test_steps_equal_the_naive_loop_however_they_are_cut_up(name, micro_tokens, pairs_file):
+    pairs = load_pairs(pairs_file, byte_tokenizer())[:10]
+    options = Options(loss=name, beta=0.5, lr=1e-2, weight_decay=0.1)
+    fast, slow = (tiny_model(initializer_range=0.15).double() for _ in range(2))
+    with torch.no_grad():
+        ref = [[single_logp(fast, pair, side) for side in (1, 2)] for pair in pairs]
+    ref_logps = torch.tensor(ref, dtype=torch.float64)
+    optimizers = [make_optimizer(model, options) for model in (fast, slow)]
+    for index in ([0, 1, 2, 3, 4, 5, 6], [7, 8, 9], [0, 9, 4]):  # a short step counts as any other
+        batches = make_batches(pairs, index, 120, micro_tokens)
+        losses, _, norm = train_step(
+            fast, optimizers[0], batches, options, ref_logps if LOSSES[name].start else None
+        )
+        expected = naive_step(
+            slow, optimizers[1], [pairs[i] for i in index], ref_logps[index], name, 0.5
+        )
+        assert (losses.mean().item(), norm.item()) == pytest.approx(expected, rel=1e-9)
+    for a, b in zip(fast.parameters(), slow.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_only_matrices_decay():
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, Options(lr=0.1, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        expected = before[name] * (1.0 if "norm" in name else 0.95)
+        torch.testing.assert_close(parameter, expected)
+
+
+def test_learning_rate_schedules():
+    def curve(**changes):
+        options = Options(lr=2.0, **changes)
+        return [learning_rate(options, step, 10) for step in range(1, 11)]
+
+    assert curve(schedule="constant", warmup=0.0) == [2.0] * 10
+    assert curve(schedule="constant", warmup=0.4)[:5] == pytest.approx([0.5, 1, 1.5, 2, 2])
+    assert curve(schedule="linear", warmup=0.0) == pytest.approx([2 - 0.2 * i for i in range(10)])
+    cosine = curve(schedule="cosine", warmup=0.2)
+    assert cosine[2] == 2.0 and cosine[6] == pytest.approx(1.0) and cosine[-1] > 0
+    assert sorted(cosine[2:], reverse=True) == cosine[2:]
+    assert curve(warmup=1.0)[-1] == 2.0
+
+
+# --- A run ----------------------------------------------------------------------------------------
+
+
+def test_run_folder_loads_in_transformers_and_holds_what_it_promises(
+    checkpoint, pairs_file, tmp_path
+):
+    folder = run(checkpoint, pairs_file, tmp_path / "out", "--epochs", "2", "--eval_every", "3")
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(7))  # 20 pairs in steps of 8, 8, 4; twice
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3, 6]
+    start = rows[0]
+    assert start["eval_rewards/chosen"] == start["eval_rewards/accuracies"] == 0.0
+    assert start["eval_loss"] == pytest.approx(math.log(4), abs=1e-6)
+    assert start["eval_mi/js"] == pytest.approx(0.0, abs=1e-6)
+    sides = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+    sides |= {"logps/chosen", "logps/rejected", "loss"}
+    mi = {"eval_mi/dv", "eval_mi/js", "eval_mi/nwj"}
+    figures = {"step", "epoch", "learning_rate", "grad_norm", "num_tokens"}
+    assert set(rows[1]) == figures | sides
+    assert set(rows[3]) == figures | sides | mi | {f"eval_{name}" for name in sides}
+    assert rows[1]["loss"] == pytest.approx(math.log(4), abs=1e-5)
+    assert rows[-1]["epoch"] == 2.0
+    config = json.loads((folder / "train_config.json").read_text())
+    assert {field.name for field in dataclasses.fields(Options)} <= set(config)
+    assert json.loads((folder / "summary.json").read_text())["step"] == 6
+
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = train.Llama.from_pretrained(folder)
+    ids = tokenizer.encode(PAIR_ROWS[0]["prompt"])
+    assert ids == load_pairs(pairs_file, byte_tokenizer())[0].prompt
+    with torch.no_grad():
+        tokens = torch.tensor([ids])
+        assert (theirs(tokens).logits - ours(tokens) @ ours.head_weight.T).abs().max() <= 1e-4
+
+
+def test_every_pair_is_trained_on_once_an_epoch_and_metrics_cover_all_of_a_step(
+    checkpoint, pairs_file, tmp_path, monkeypatch
+):
+    seen, lengths = [], []
+    step = train.train_step
+
+    def spy(model, optimizer, batches, options, ref_logps):
+        seen.append([i for batch in batches for i in batch.index])
+        lengths.append(sum(int((batch.pair >= 0).sum()) for batch in batches))
+        losses, logps, norm = step(model, optimizer, batches, options, ref_logps)
+        assert len(batches) > 1 and len(losses) == len(seen[-1])
+        spy.means.append((losses.double().mean().item(), logps[:, 0].double().mean().item()))
+        return losses, logps, norm
+
+    spy.means = []
+    monkeypatch.setattr(train, "train_step", spy)
+    flags = ("--epochs", "2", "--micro_tokens", "100", "--eval_fraction", "0.1")
+    rows = metrics(run(checkpoint, pairs_file, tmp_path / "out", *flags))[1:]
+    assert [len(index) for index in seen] == [8, 8, 4] * 2
+    assert sorted(sum(seen[:3], [])) == sorted(sum(seen[3:], [])) == list(range(20))
+    for epoch in (0, 1):
+        order = epoch_order(20, 1, epoch).tolist()
+        assert sorted(order[8:16]) == sorted(seen[3 * epoch + 1])
+    assert [(row["loss"], row["logps/chosen"]) for row in rows] == spy.means
+    assert rows[-1]["num_tokens"] == sum(lengths)
+
+
+def test_the_same_command_twice_gives_the_same_metrics_to_the_last_digit(
+    checkpoint, pairs_file, tmp_path
+):
+    first = run(checkpoint, pairs_file, tmp_path / "a" / "run")
+    again = run(checkpoint, pairs_file, tmp_path / "a" / "again")  # finds the reference
+    fresh = run(checkpoint, pairs_file, tmp_path / "b" / "run")
+    assert metrics(first) == metrics(again) == metrics(fresh)
+    a, b = (load_file(folder / "model.safetensors") for folder in (first, fresh))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    before = load_file(checkpoint / "model.safetensors")
+    assert not torch.equal(a["model.norm.weight"], before["model.norm.weight"])
+
+
+BASE_FLAGS = {"--loss": "mio", "--eval_every": "2"}
+CHANGES = {
+    "--loss": "dpo",
+    "--beta": "0.9",
+    "--epochs": "2",
+    "--max_steps": "2",
+    "--batch_size": "5",
+    "--max_length": "50",
+    "--lr": "2e-3",
+    "--warmup": "0.9",
+    "--schedule": "constant",
+    "--weight_decay": "0.5",
+    "--grad_clip": "0.01",
+    "--seed": "2",
+    "--dtype": "bfloat16",
+    "--eval_fraction": "0.4",
+    "--eval_every": "1",
+    "--log_every": "3",
+    "--eval_data": "other",
+}
+# Memory and place, not mathematics: the metrics stay, up to rounding.
+NO_CHANGE = {
+    "--row_tokens": "400",
+    "--micro_tokens": "90",
+    "--checkpointing": "on",
+    "--device": "cpu",
+}
+
+
+def test_every_flag_does_what_it_says(checkpoint, pairs_file, tmp_path):
+    other = write_rows(tmp_path / "other.jsonl", PAIR_ROWS[:3])
+
+    def trained(flags):
+        argv = [x for flag in flags.items() for x in flag]
+        return metrics(run(checkpoint, pairs_file, tmp_path / "out", *argv))
+
+    plain = trained(BASE_FLAGS)
+    named = {f"--{field.name}" for field in dataclasses.fields(Options)}
+    assert named == set(CHANGES) | set(NO_CHANGE) | {"--init", "--data", "--out", "--config"}
+    for flag, value in CHANGES.items():
+        changed = trained(BASE_FLAGS | {flag: str(other) if value == "other" else value})
+        assert changed != plain, flag
+    for flag, value in NO_CHANGE.items():
+        for a, b in zip(trained(BASE_FLAGS | {flag: value}), plain, strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-5), flag
+
+
+def test_every_loss_trains_something_else_and_without_need_no_reference(
+    checkpoint, pairs_file, tmp_path, monkeypatch
+):
+    ends = {}
+    for name in LOSSES:
+        flags = ("--loss", name, "--beta", "0.5")
+        rows = metrics(run(checkpoint, pairs_file, tmp_path / name, *flags))
+        ends[name] = (rows[-1]["eval_logps/chosen"], rows[-1]["eval_logps/rejected"])
+        assert ("rewards/chosen" in rows[1]) == LOSSES[name].needs_reference
+        assert rows[-1]["eval_logps/chosen"] > rows[0]["eval_logps/chosen"] or name == "dpo"
+    assert len(set(ends.values())) == len(LOSSES)
+    monkeypatch.setattr(train, "reference_logps", None)
+    run(checkpoint, pairs_file, tmp_path / "sft-again", "--loss", "sft")
+
+
+def test_reference_is_computed_once_and_never_taken_from_other_weights_or_pairs(
+    checkpoint, pairs_file, tmp_path, monkeypatch, capsys
+):
+    rows = metrics(run(checkpoint, pairs_file, tmp_path / "one"))
+    run(checkpoint, pairs_file, tmp_path / "two", "--loss", "dpo")
+    assert "reference log-probs: found" in capsys.readouterr().out
+    (file,) = (tmp_path / "cache").iterdir()
+    truth = file.read_bytes()
+    for damage in (b"", truth[:-8], truth[:-4] + b"\x00\x00\xc0\x7f"):  # empty, cut, a NaN
+        file.write_bytes(damage)
+        assert metrics(run(checkpoint, pairs_file, tmp_path / "one")) == rows
+        assert file.read_bytes() == truth
+    save_file({"logps": torch.zeros(20, 2)}, file, metadata={"key": "of something else"})
+    assert metrics(run(checkpoint, pairs_file, tmp_path / "one")) == rows
+    run(checkpoint, pairs_file, tmp_path / "one", "--dtype", "bfloat16")
+    write_rows(pairs_file, PAIR_ROWS[:-1])
+    run(checkpoint, pairs_file, tmp_path / "one")
+    tiny_model(seed=7).save_pretrained(checkpoint)
+    run(checkpoint, pairs_file, tmp_path / "one")
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_a_wrong_reference_or_loss_is_noticed_before_the_first_update(
+    checkpoint, pairs_file, tmp_path, monkeypatch
+):
+    right = train.reference_logps
+    monkeypatch.setattr(train, "reference_logps", lambda job: right(job).flip(1))
+    with pytest.raises(AssertionError, match="policy and reference differ"):
+        run(checkpoint, pairs_file, tmp_path / "out")
+    monkeypatch.undo()
+    wrong = dataclasses.replace(LOSSES["dpo"], function=LOSSES["mio"].function)
+    monkeypatch.setitem(LOSSES, "dpo", wrong)
+    with pytest.raises(AssertionError, match="step 0: loss 1.386294, not 0.693147"):
+        run(checkpoint, pairs_file, tmp_path / "out", "--loss", "dpo")
+
+
+def test_an_earlier_run_is_kept_and_other_files_are_left_alone(
+    checkpoint, pairs_file, tmp_path, capsys
+):
+    first = run(checkpoint, pairs_file, tmp_path / "out")
+    old = (first / "model.safetensors").read_bytes()
+    run(checkpoint, pairs_file, tmp_path / "out", "--loss", "dpo")
+    assert (tmp_path / "out.old" / "model.safetensors").read_bytes() == old
+    run(checkpoint, pairs_file, tmp_path / "out", "--loss", "sft")  # the older one makes room
+    assert (tmp_path / "out.old" / "model.safetensors").read_bytes() != old
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    for out in (tmp_path / "mine", checkpoint, tmp_path, pairs_file):
+        with pytest.raises(SystemExit):
+            run(checkpoint, pairs_file, out)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
+
+
+def test_zero_steps_leave_the_weights_alone(checkpoint, pairs_file, tmp_path):
+    folder = run(checkpoint, pairs_file, tmp_path / "out", "--max_steps", "0")
+    before, after = (load_file(f / "model.safetensors") for f in (checkpoint, folder))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [row["step"] for row in metrics(folder)] == [0]
+
+
+def test_one_pair_and_batches_larger_than_the_data(checkpoint, tmp_path):
+    file = write_rows(tmp_path / "one.jsonl", PAIR_ROWS[:1])
+    flags = ("--eval_fraction", "0", "--batch_size", "64")
+    rows = metrics(run(checkpoint, file, tmp_path / "out", *flags))
+    assert [row["step"] for row in rows] == [0, 1] and "eval_loss" not in rows[1]
+
+
+def test_config_file_is_read_and_flags_win(checkpoint, pairs_file, tmp_path):
+    first = run(checkpoint, pairs_file, tmp_path / "out", "--beta", "0.7", "--loss", "bce")
+    again = train.main(
+        ["--config", str(first / "train_config.json"), "--out", str(tmp_path / "again")]
+    )
+    assert metrics(first) == metrics(again)
+    other = train.main(
+        ["--config", str(first / "train_config.json"), "--out", str(again), "--beta", "0.1"]
+    )
+    assert json.loads((other / "train_config.json").read_text())["beta"] == 0.1
+    assert json.loads((other / "train_config.json").read_text())["loss"] == "bce"
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_pairs_named(
+    checkpoint, pairs_file, tmp_path, capsys
+):
+    before = (checkpoint / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run(checkpoint, pairs_file, tmp_path / "out", "--lr", "1e30", "--warmup", "0")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert "train.py: error: step 2: " in error and "pairs [" in error and "--lr" in error
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+def break_config(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+
+
+def break_weights(checkpoint):
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, checkpoint / "model.safetensors")
+
+
+def shrink_vocabulary(checkpoint):
+    tiny_model(vocab_size=200, bos_token_id=0, eos_token_id=1).save_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--beta", "0"], "--beta 0.0: must be more than 0"),
+        (["--beta", "-1"], "--beta -1.0: must be more than 0"),
+        (["--beta", "nan"], "--beta nan: must be more than 0"),
+        (["--beta", "inf"], "--beta inf: must be finite"),
+        (["--beta", "much"], "--beta much: expected float"),
+        (["--lr", "0"], "--lr 0.0: must be more than 0"),
+        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+        (["--batch_size", "2.5"], "--batch_size 2.5: expected int"),
+        (["--eval_fraction", "0.95"], "--eval_fraction 0.95: must be at most 0.9"),
+        (["--loss", "nope"], "--loss nope: choose from dpo, mio"),
+        (["--nope", "1"], "unrecognized arguments: --nope 1"),
+        (["--bet", "1"], "unrecognized arguments: --bet 1"),
+        (["--beta"], "argument --beta: expected one argument"),
+        (["--device", "warp"], "--device warp: not available"),
+        (["--init", ""], "--init FOLDER is missing"),
+        (["--init", "gone"], "gone"),
+        (["--data", "gone.jsonl"], "gone.jsonl: No such file"),
+        (["--data", ""], "--data FILE.jsonl is missing"),
+        (["--eval_data", "gone.jsonl"], "gone.jsonl: No such file"),
+        (["--config", "gone.json"], "gone.json: No such file"),
+        (["--row_tokens", "60"], "--row_tokens 60: the longest pair takes"),
+        (["--max_length", "20"], "pairs.jsonl:1: the longer answer has"),
+        (break_config, "model_type 'mamba'"),
+        (break_weights, "model.norm.weight is missing"),
+        (shrink_vocabulary, "the tokenizer has 258 ids, the model 200"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    flags, match, checkpoint, pairs_file, tmp_path, capsys
+):
+    if callable(flags):
+        flags(checkpoint)
+        flags = []
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        run(checkpoint, pairs_file, tmp_path / "out", *flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("train.py: error: ") and match in error
+    assert error.count("\n") == 1 and error.endswith("\n")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_pair_beyond_the_models_positions_is_refused(checkpoint, tmp_path, capsys):
+    file = write_rows(tmp_path / "long.jsonl", [PAIR_ROWS[0] | {"prompt": "x" * 300}] * 2)
+    with pytest.raises(SystemExit):
+        run(checkpoint, file, tmp_path / "out", "--eval_fraction", "0")
+    assert "the model reads 256; lower --max_length" in capsys.readouterr().err
+    run(checkpoint, file, tmp_path / "out", "--eval_fraction", "0", "--max_length", "200")
+
+
+# --- The demonstration ----------------------------------------------------------------------------
+
+
+def test_pairs_are_right_against_wrong_from_what_the_base_answered(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path)
+    byte_tokenizer().save(tmp_path)
+
+    def answers(model, tokenizer, prompts, samples, seed):
+        wrong = ["1+1=2\n#### 1000", "", None, "#### x", "1+1=2\n#### 1000"]
+        return [
+            [solution(p), *wrong, solution(p)] if i % 3 else wrong for i, p in enumerate(prompts)
+        ]
+
+    monkeypatch.setattr(train.evaluation, "sample_answers", answers)
+    settings = {"prompts": 30, "held_out": 12, "samples": 7, "per_prompt": 2}
+    monkeypatch.setattr(train, "PAIRS", settings)
+    train.make_pairs(tmp_path, 0, "cpu")
+    for name, count, split in (("pairs", 30, "train"), ("heldout_pairs", 12, "test")):
+        rows = [json.loads(x) for x in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert len(rows) == count - count // 3
+        for row in rows:
+            assert row["chosen"] == solution(row["prompt"])
+            assert row["rejected"] == "1+1=2\n#### 1000"
+            assert data.split_of(row["prompt"]) == split
