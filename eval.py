@@ -237,8 +237,8 @@ def _cell(column: str, figure: Figure | None) -> str:
     if figure is None:
         return "-"
     if _is_share(column):
-        return f"{100 * figure.mean:.1f} ± {100 * figure.error:.1f}"
-    return f"{figure.mean:+.2f} ± {figure.error:.2f}"
+        return f"{100 * figure.mean:.1f}±{100 * figure.error:.1f}"
+    return f"{figure.mean:+.2f}±{figure.error:.2f}"
 
 
 # --- The command ----------------------------------------------------------------------------------

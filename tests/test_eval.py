@@ -119,8 +119,8 @@ def test_table_is_aligned_and_fits_a_terminal():
         "reward": Figure(0.75, 0.1, 400),
     }
     lines = table({"base": dict(list(row.items())[:3]), "mio": row}).splitlines()
-    assert "56.2 ± 1.6" in lines[1] and lines[1].count("-") == 3
-    assert "-12.35 ± 0.10" in lines[2] or "-12.34 ± 0.10" in lines[2]
+    assert "56.2±1.6" in lines[1] and lines[1].count("-") == 3
+    assert "-12.35±0.10" in lines[2] or "-12.34±0.10" in lines[2]
     assert max(map(len, lines)) <= 80
     assert lines[0].index("greedy") < lines[0].index("pass@1")
 
