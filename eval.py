@@ -150,7 +150,8 @@ def sample_answers(
     ids = [bos + tokenizer.encode(prompt) for prompt in prompts for _ in range(samples)]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together
     texts: list[str | None] = [None] * len(ids)
-    with tqdm(total=len(ids), desc="answers", unit="answer", leave=False) as bar:
+    quick = len(ids) <= GENERATION_ROWS  # a single batch is done before a bar is of use
+    with tqdm(total=len(ids), desc="answers", unit="answer", leave=False, disable=quick) as bar:
         for start in range(0, len(order), GENERATION_ROWS):
             rows = order[start : start + GENERATION_ROWS]
             answers = model.generate(

@@ -81,7 +81,7 @@ class Options:
     schedule: str = option("cosine", "of the learning rate after that", choices=SCHEDULES)
     weight_decay: float = option(0.0, "AdamW's, on matrices only", least=0)
     grad_clip: float = option(1.0, "largest norm of a gradient; inf for any", above=0)
-    seed: int = option(0, "of order, held-out split and base model", least=0)
+    seed: int = option(0, "of order, held-out split and base model", least=0, most=2**32)
     dtype: str = option("float32", "of matrix products; weights stay float32", choices=DTYPES)
     checkpointing: str = option("off", "recompute blocks to save memory", choices=("off", "on"))
     eval_every: int | None = option(None, "steps from one evaluation to the next", least=1)
@@ -102,13 +102,15 @@ def parse_options(argv: list[str] | None) -> tuple[Options, evaluation.Parser]:
     parser = evaluation.Parser("train.py", __doc__)
     fields = {field.name: field for field in dataclasses.fields(Options)}
     for name, field in fields.items():
-        default = "" if field.default is None else f" (default: {field.default})"
+        default = f" (default: {field.default})" if field.default is not None else ""
+        if name in CHECKPOINT:
+            default = f" (default: {CHECKPOINT[name]}, demonstration: {DEMONSTRATION[name]})"
         parser.add_argument(f"--{name}", help=field.metadata["help"] + default)
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value}
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     try:
         if "config" in given:
             file = read_json(Path(given["config"]))
-            given = {name: file[name] for name in fields & file.keys()} | given
+            given = {name: file[name] for name in fields.keys() & file.keys()} | given
         options = Options(**{name: _checked(fields[name], value) for name, value in given.items()})
         return _resolved(options), parser
     except (OSError, ValueError) as error:
@@ -122,7 +124,7 @@ def _checked(field: dataclasses.Field, value):
         return None
     try:
         value = kind(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise ValueError(f"--{field.name} {value}: expected {kind.__name__}") from None
     if "choices" in checks and value not in checks["choices"]:
         raise ValueError(f"--{field.name} {value}: choose from {', '.join(checks['choices'])}")
@@ -196,29 +198,17 @@ def kept(record: Path, key: str) -> dict | None:
 
 # --- The demonstration: a base model, and pairs drawn from it ------------------------------------
 
+# fmt: off
 BASE_MODEL = ModelConfig(
-    vocab_size=258,
-    hidden_size=96,
-    intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=24,
-    max_position_embeddings=128,
-    initializer_range=0.05,  # so small a model does not get going from the usual 0.02
-    tie_word_embeddings=True,
-    bos_token_id=256,
-    eos_token_id=257,
+    vocab_size=258, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=4, head_dim=24, max_position_embeddings=128,
+    tie_word_embeddings=True, bos_token_id=256, eos_token_id=257,
+    initializer_range=0.05,  # so narrow a model learns slowly from the usual 0.02
 )
-BASE = {
-    "lr": 2e-3,
-    "batch_size": 64,
-    "check_every": 10,
-    "problems": 300,
-    "target": 0.55,
-    "max_steps": 4000,
-}
+BASE = {"lr": 2e-3, "batch_size": 64, "check_every": 10, "problems": 300, "target": 0.55,
+        "max_steps": 4000}
 PAIRS = {"prompts": 6000, "held_out": 500, "samples": 8, "per_prompt": 2}
+# fmt: on
 
 
 def make_base(folder: Path, seed: int, device: str) -> dict:
@@ -521,10 +511,11 @@ def train(job: Job, folder: Path, ref_logps: Tensor | None) -> tuple[Tensor, Ten
             row |= {"step_seconds": seconds, "tokens_per_second": new / seconds}
             values = evaluation.preference_values(logps, ref, options.beta)
             row |= {name: mean(value) for name, value in values.items()}
-            if step % eval_every == 0 or step == steps:
+            evaluate = step % eval_every == 0 or step == steps
+            if evaluate:
                 end = logps_of(job, job.held_out)
                 row |= held_out_metrics(job, end, start)
-            if len(row) > 20 or step % options.log_every == 0:
+            if evaluate or step % options.log_every == 0:
                 print(json.dumps(row), file=metrics, flush=True)
     return start, end, row
 
