@@ -60,6 +60,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def pick_device(name: str) -> str:
+    """`auto` is cuda where there is one. Raises ValueError for a device that is not here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        assert torch.device(name).type in ("cpu", "cuda")
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: not available here, try --device cpu") from None
+    return name
+
+
 # --- Preferences ----------------------------------------------------------------------------------
 
 
@@ -265,14 +277,15 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = Parser("eval.py", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="folders to compare")
     parser.add_argument("--data", metavar="FILE.jsonl", help="preference pairs to evaluate on")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: auto)")
     options = parser.parse_args(argv)
     names = [Path(run).name for run in options.runs]
     names = names if len(set(names)) == len(names) else options.runs
     rows: dict[str, Row] = {}
     try:
+        device = pick_device(options.device)
         for name, folder in zip(names, map(Path, options.runs)):
-            model = Llama.from_pretrained(folder, device=options.device)
+            model = Llama.from_pretrained(folder, device=device)
             tokenizer, row = load_tokenizer(folder), {}
             trained = (folder / "train_config.json").is_file()
             config = read_json(folder / "train_config.json") if trained else {}

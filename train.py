@@ -1,11 +1,11 @@
 """Preference optimisation of a language model, from pairs of answers.
 
-    python train.py --loss mio                                     the built-in demonstration
-    python train.py --loss mio --init FOLDER --data FILE.jsonl     a Llama checkpoint, your pairs
+    python train.py --loss mio                                    the demonstration
+    python train.py --loss mio --init FOLDER --data FILE.jsonl    your model and pairs
 
-Five stages: base model, pairs, reference log-probs, training, evaluation. The demonstration makes
-the first two itself, then runs as any other job does. What a stage makes is kept under a hash of
-what went into it, and found again by the next run.
+Five stages: base model, pairs, reference log-probs, training, evaluation. The
+demonstration makes the first two itself, then runs as any other job does. What
+a stage makes is kept under a hash of what went into it, for the next run to find.
 """
 
 import contextlib
@@ -105,7 +105,8 @@ def parse_options(argv: list[str] | None) -> tuple[Options, evaluation.Parser]:
         default = f" (default: {field.default})" if field.default is not None else ""
         if name in CHECKPOINT:
             default = f" (default: {CHECKPOINT[name]}, demonstration: {DEMONSTRATION[name]})"
-        parser.add_argument(f"--{name}", help=field.metadata["help"] + default)
+        metavar = "|".join(field.metadata.get("choices", [])) or _kind(field).__name__.upper()
+        parser.add_argument(f"--{name}", metavar=metavar, help=field.metadata["help"] + default)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     try:
         if "config" in given:
@@ -117,9 +118,13 @@ def parse_options(argv: list[str] | None) -> tuple[Options, evaluation.Parser]:
         parser.error(str(error))
 
 
+def _kind(field: dataclasses.Field) -> type:
+    return (get_args(field.type) or (field.type,))[0]  # float of float | None
+
+
 def _checked(field: dataclasses.Field, value):
     """A value from the command line or a JSON file, in the field's type and within its bounds."""
-    kind, checks = (get_args(field.type) or (field.type,))[0], field.metadata
+    kind, checks = _kind(field), field.metadata
     if value is None and field.default is None:
         return None
     try:
@@ -148,17 +153,11 @@ def _resolved(options: Options) -> Options:
                          "for the built-in demonstration")  # fmt: skip
     if options.eval_data and not options.data:
         raise ValueError("--eval_data needs --init and --data")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = device if options.device == "auto" else options.device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {device}: not available here, try --device cpu") from None
     own = CHECKPOINT if options.init else DEMONSTRATION
     scale = 1 if options.init else DEMONSTRATION_BETA
     own = own | {"beta": scale * LOSSES[options.loss].beta, "out": f"out/{options.loss}"}
     own = {name: value for name, value in own.items() if getattr(options, name) is None}
-    return dataclasses.replace(options, **own, device=device)
+    return dataclasses.replace(options, **own, device=evaluation.pick_device(options.device))
 
 
 # --- Stages: what they make is kept, with the hash of what went into it ---------------------------

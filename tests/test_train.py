@@ -366,6 +366,8 @@ def shrink_vocabulary(checkpoint):
         (["--bet", "1"], "unrecognized arguments: --bet 1"),
         (["--beta"], "argument --beta: expected one argument"),
         (["--device", "warp"], "--device warp: not available"),
+        (["--device", "meta"], "--device meta: not available"),
+        (["--beta", ""], "--beta : expected float"),
         (["--init", ""], "--init FOLDER is missing"),
         (["--init", "gone"], "gone"),
         (["--data", "gone.jsonl"], "gone.jsonl: No such file"),
