@@ -284,18 +284,18 @@ def make_pairs(folder: Path, seed: int, device: str) -> None:
         write_json(folder / "pairs.json", {"key": key, **counts})
 
 
+def base_folder(options: Options) -> Path:
+    name = "base" if options.seed == 0 else f"base-seed{options.seed}"
+    return Path(options.out).parent / name
+
+
 def demonstration(options: Options) -> Options:
     """Makes base model and pairs, and names them as any user would name theirs."""
-    name = "base" if options.seed == 0 else f"base-seed{options.seed}"
-    folder = Path(options.out).parent / name
+    folder = base_folder(options)
     make_base(folder, options.seed, options.device)
     make_pairs(folder, options.seed, options.device)
-    return dataclasses.replace(
-        options,
-        init=str(folder),
-        data=str(folder / "pairs.jsonl"),
-        eval_data=str(folder / "heldout_pairs.jsonl"),
-    )
+    data, held_out = (str(folder / name) for name in ("pairs.jsonl", "heldout_pairs.jsonl"))
+    return dataclasses.replace(options, init=str(folder), data=data, eval_data=held_out)
 
 
 # --- The job: everything that can be wrong with the input is found here, before a file is written -
@@ -337,23 +337,30 @@ def load_job(options: Options) -> Job:
     return Job(options, model, tokenizer, pairs, held_out)
 
 
-def fresh_folder(options: Options) -> Path:
-    """An empty --out. An earlier run in it is kept as OUT.old; anything else there is refused."""
-    folder = Path(options.out)
-    if folder.resolve() in [Path(options.init).resolve(), *Path(options.init).resolve().parents]:
-        raise ValueError(f"--out {folder}: --init lies there; choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder}: is a file; choose another name")
+def check_out(options: Options) -> None:
+    """Refuses an --out that holds anything but an earlier run, or the checkpoint to start from."""
+    folder, init = Path(options.out), Path(options.init or base_folder(options))
+    if folder.resolve() in [init.resolve(), *init.resolve().parents]:
+        raise ValueError(
+            f"--out {folder}: the initial checkpoint lies there; choose another folder"
+        )
+    for place in (folder, old_folder(folder)):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"--out {folder}: {place} is a file; choose another name")
+        if place.is_dir() and any(place.iterdir()) and not (place / "train_config.json").is_file():
+            raise ValueError(f"--out {folder}: {place} holds other files; choose an empty folder")
+
+
+def old_folder(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.old")
+
+
+def fresh_folder(folder: Path) -> Path:
+    """Makes the run folder; an earlier run in it is kept as OUT.old, in the place of an older."""
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / "train_config.json").is_file():
-            raise ValueError(f"--out {folder}: holds files of other kinds; choose an empty folder")
-        old = folder.with_name(f"{folder.name}.old")
-        if old.exists():
-            if not (old / "train_config.json").is_file():
-                raise ValueError(f"{old}: in the way of the earlier run in {folder}; move it")
-            shutil.rmtree(old)
-        folder.rename(old)
-        print(f"the earlier run in {folder} is now {old}")
+        shutil.rmtree(old_folder(folder), ignore_errors=True)
+        folder.rename(old_folder(folder))
+        print(f"the earlier run in {folder} is now {old_folder(folder)}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -378,7 +385,8 @@ def reference_logps(job: Job) -> Tensor:
             return logps
     with stage("reference log-probs: the initial weights on the training pairs") as notes:
         logps = logps_of(job, job.pairs)
-        assert logps.isfinite().all(), "a pair has no reference log-prob"
+        if not logps.isfinite().all():
+            raise FloatingPointError(f"{options.init}: its log-probs are not finite")
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"logps": logps}, f"{file}.partial", metadata={"key": key})
         Path(f"{file}.partial").replace(file)
@@ -589,27 +597,29 @@ def main(argv: list[str] | None = None) -> Path:
     options, parser = parse_options(argv)
     demo, began = options.init is None, time.perf_counter()
     try:
+        check_out(options)
         job = load_job(demonstration(options) if demo else options)
-        folder = fresh_folder(job.options)
+        folder = fresh_folder(Path(options.out))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     options = job.options
     print(describe(job), flush=True)
-    ref_logps = reference_logps(job) if LOSSES[options.loss].needs_reference else None
     write_json(folder / "train_config.json", {**dataclasses.asdict(options), **provenance()})
-    with stage(f"training: {options.loss}") as notes:
-        try:
+    try:
+        ref_logps = reference_logps(job) if LOSSES[options.loss].needs_reference else None
+        with stage(f"training: {options.loss}") as notes:
             start, end, last = train(job, folder, ref_logps)
-        except FloatingPointError as error:
-            parser.error(str(error))
-        job.model.save_pretrained(folder)
-        job.tokenizer.save(folder)
-        notes.append(f"checkpoint and metrics.jsonl in {folder}")
+            job.model.save_pretrained(folder)
+            job.tokenizer.save(folder)
+            notes.append(f"checkpoint and metrics.jsonl in {folder}")
+    except FloatingPointError as error:
+        parser.error(str(error))
     rows = {folder.name: evaluation.preference_row(end, start) if job.held_out else {}}
     if demo:
         before = base_values(Path(options.init), options.device)
-        with stage("evaluation: the trained model on the held-out problems"):
+        with stage("evaluation: the trained model on the held-out problems") as notes:
             after = evaluation.task_values(job.model, job.tokenizer)
+            notes.append(f"in {folder / 'summary.json'}")
         # The same problems for both, so the error of the change is that of their differences.
         change = {name: np.subtract(after[name], before[name]) for name in after}
         before, after, change = map(evaluation.task_row, (before, after, change))

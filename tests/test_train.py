@@ -291,6 +291,26 @@ def test_an_earlier_run_is_kept_and_other_files_are_left_alone(
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
 
 
+def test_a_bad_folder_is_refused_before_the_demonstration_makes_anything(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    before = sorted(tmp_path.rglob("*"))
+    for out in ("mine", "mine/thesis.txt", "base"):
+        with pytest.raises(SystemExit):
+            train.main(["--out", str(tmp_path / out)])
+        assert "--out" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_weights_that_are_not_numbers_are_refused(checkpoint, pairs_file, tmp_path, capsys):
+    model = tiny_model()
+    torch.nn.init.constant_(model.model["norm"].weight, float("nan"))
+    model.save_pretrained(checkpoint)
+    with pytest.raises(SystemExit) as stop:
+        run(checkpoint, pairs_file, tmp_path / "out")
+    assert stop.value.code == 2 and "log-probs are not finite" in capsys.readouterr().err
+
+
 def test_zero_steps_leave_the_weights_alone(checkpoint, pairs_file, tmp_path):
     folder = run(checkpoint, pairs_file, tmp_path / "out", "--max_steps", "0")
     before, after = (load_file(f / "model.safetensors") for f in (checkpoint, folder))
