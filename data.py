@@ -1,8 +1,9 @@
 """Text to batches: the built-in task, tokenizers on tiktoken, preference pairs, packed rows.
 
-One rule each, with one home here: where the BOS and the end token go and what is cut when a pair
-is too long (`make_pair`), what a token sees (`attention_mask`), which state predicts which token
-(`pack_batch`), in what order pairs come (`epoch_order`).
+One rule each, with one home here: where the BOS goes (`Tokenizer.prompt_ids`) and the end token
+(`make_pair`), what is cut when a pair is too long (`truncate`), what a token sees
+(`attention_mask`), which state predicts which token (`pack_batch`), in what order pairs come
+(`epoch_order`).
 """
 
 import base64
@@ -118,6 +119,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.ids[self.encoding.encode_ordinary(text)].tolist()
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """The beginning of a sequence: one BOS, where there is one, and the text."""
+        return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
+
     def decode(self, ids) -> str:
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
 
@@ -153,48 +158,40 @@ def load_tokenizer(path) -> Tokenizer:
     read = _read_tokenizer_json if kind == "tokenizer.json" else _read_rank_file
     try:
         return read(content, settings, files)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {error if error.args else repr(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: not laid out as a {kind} is ({error!r})") from None
 
 
 def byte_tokenizer() -> Tokenizer:
     """The built-in tokenizer: the 256 bytes, a token that begins and one that ends a sequence."""
-    specials = {"<|begin|>": 256, "<|end|>": 257}
+    begin, end = (
+        {"id": id, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+        for id, text in ((256, "<|begin|>"), (257, "<|end|>"))
+    )  # fmt: skip
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": False}  # fmt: skip
+    first, text = ({"SpecialToken": {"id": "<|begin|>", "type_id": 0}},
+                   {"Sequence": {"id": "A", "type_id": 0}})  # fmt: skip
     spec = {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False, "special": True}
-            for text, i in specials.items()
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                          "use_regex": False},
+        "added_tokens": [begin, end],
+        "pre_tokenizer": byte_level,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<|begin|>", "type_id": 0}},
-                       {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}},
-                     {"Sequence": {"id": "B", "type_id": 1}}],
+            "single": [first, text],
+            "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": {
                 "<|begin|>": {"id": "<|begin|>", "ids": [256], "tokens": ["<|begin|>"]}
             },
         },
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                    "use_regex": False},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
-                  "byte_fallback": False, "ignore_merges": False, "vocab": BYTE_OF_CHAR,
-                  "merges": []},
-    }  # fmt: skip
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|begin|>",
-        "eos_token": "<|end|>",
-        "clean_up_tokenization_spaces": False,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": BYTE_OF_CHAR, "merges": []},
     }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>",
+              "eos_token": "<|end|>", "clean_up_tokenization_spaces": False}  # fmt: skip
     content, settings = json.dumps(spec).encode(), {"tokenizer_config.json": config}
     files = {"tokenizer.json": content, "tokenizer_config.json": json.dumps(config).encode()}
     return _read_tokenizer_json(content, settings, files)
@@ -205,6 +202,9 @@ def _read_tokenizer_json(content: bytes, settings: dict, files: dict) -> Tokeniz
     model = spec["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
         raise ValueError("only byte-level BPE is supported, without byte_fallback")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"{key} = {model[key]!r} is not supported")
     if spec.get("normalizer") is not None:
         raise ValueError(f"normalizer {spec['normalizer'].get('type')!r} is not supported")
     priorities = {bytes([byte]): byte for byte in range(256)}
@@ -213,6 +213,9 @@ def _read_tokenizer_json(content: bytes, settings: dict, files: dict) -> Tokeniz
         # The first merge that builds a token is its priority; others that build it come later.
         priorities.setdefault(_token_bytes(left) + _token_bytes(right), len(priorities))
     added = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
+    for token in spec.get("added_tokens", []):
+        if not token["special"]:
+            raise ValueError(f"added token {token['content']!r}, not special, is not supported")
     ids = {_token_bytes(text): i for text, i in model["vocab"].items() if text not in added}
     if ids.keys() != priorities.keys():
         odd = min(ids.keys() ^ priorities.keys())
@@ -253,7 +256,10 @@ def _build(priorities, ids, added, pattern, bos, settings, files) -> Tokenizer:
     encoding = tiktoken.Encoding(
         "mio", pat_str=pattern, mergeable_ranks=priorities, special_tokens={}
     )
-    table = np.array([ids[token] for token in priorities])  # a dict keeps its order: by priority
+    table = [ids[token] for token in priorities]  # a dict keeps its order: by priority
+    numbers = {*table, *added.values()}
+    if len(numbers) < len(table) + len(added) or not all(_is_id(i) for i in numbers):
+        raise ValueError("ids of tokens must be different whole numbers from 0 on")
     token_bytes = {i: token for token, i in ids.items()}
     token_bytes |= {i: text.encode() for text, i in added.items()}
     end = settings.get("tokenizer_config.json", {}).get("eos_token")
@@ -266,13 +272,22 @@ def _build(priorities, ids, added, pattern, bos, settings, files) -> Tokenizer:
     stop_ids = {added[end]}
     for name in ("config.json", "generation_config.json"):
         eos = settings.get(name, {}).get("eos_token_id")
-        stop_ids |= set(eos) if isinstance(eos, list) else {eos} - {None}
+        eos = eos if isinstance(eos, list) else [eos]
+        if not all(i is None or _is_id(i) for i in eos):
+            raise ValueError(f"eos_token_id = {eos!r} in {name} beside it: expected ids")
+        stop_ids |= set(eos) - {None}
     bos_id = None if bos is None else added[bos]
-    return Tokenizer(encoding, table, token_bytes, bos_id, added[end], frozenset(stop_ids), files)
+    return Tokenizer(
+        encoding, np.array(table), token_bytes, bos_id, added[end], frozenset(stop_ids), files
+    )
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _token_bytes(text: str) -> bytes:
-    """The bytes behind a token as byte-level BPE writes it; no bytes for text it cannot write."""
+    """The bytes behind a token as byte-level BPE writes it."""
     if not all(char in BYTE_OF_CHAR for char in text):
         raise ValueError(f"token {text!r} is not written in the byte-level alphabet")
     return bytes(BYTE_OF_CHAR[char] for char in text)
@@ -293,7 +308,7 @@ def _pattern(pre_tokenizer: dict | None) -> str:
     plain = split.get("behavior") == "Isolated" and not split.get("invert")
     if split.get("type") != "Split" or not plain or not regex or byte_level.get("use_regex", True):
         raise ValueError("its pre-tokenizer is not one Split by a regex followed by ByteLevel")
-    return regex
+    return rf"(?:{regex})|(?:(?!{regex})[\s\S])+"  # what lies between matches is a piece, too
 
 
 def _template_bos(post_processor: dict | None) -> str | None:
@@ -327,9 +342,8 @@ class Pair(NamedTuple):
 
 def make_pair(tokenizer: Tokenizer, prompt: str, chosen: str, rejected: str | None) -> Pair:
     """Each segment is encoded alone, so that training and generation cut at the same place."""
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return Pair(
-        bos + tokenizer.encode(prompt),
+        tokenizer.prompt_ids(prompt),
         tokenizer.encode(chosen) + [tokenizer.end_id],
         [] if rejected is None else tokenizer.encode(rejected) + [tokenizer.end_id],
     )
@@ -406,16 +420,20 @@ def _read_row(line: bytes) -> tuple[str, str, str]:
 
 
 def split_pairs(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs: `fraction` or a little more held out, no prompt in both."""
+    """Training and held-out pairs: about `fraction` of them held out, no prompt in both. Raises
+    ValueError where the prompts are too few for that."""
     by_prompt: dict[tuple, list[int]] = {}
     for index, pair in enumerate(pairs):
         by_prompt.setdefault(tuple(pair.prompt), []).append(index)
     groups = list(by_prompt.values())
+    wanted = max(1, round(fraction * len(pairs))) if fraction else 0
     held_out: set[int] = set()
     for group in np.random.default_rng(seed).permutation(len(groups)):
-        if len(held_out) >= fraction * len(pairs):
-            break
-        held_out.update(groups[group])
+        if len(held_out) + len(groups[group]) <= wanted:
+            held_out.update(groups[group])
+    if len(held_out) == len(pairs) or (wanted and not held_out):
+        raise ValueError(f"{len(groups)} different prompts are too few to hold out {fraction:.0%} "
+                         "of the pairs; use --eval_fraction 0 or --eval_data")  # fmt: skip
     train = [pair for index, pair in enumerate(pairs) if index not in held_out]
     return train, [pairs[index] for index in sorted(held_out)]
 
@@ -441,9 +459,6 @@ class Batch(NamedTuple):
     def to(self, device) -> "Batch":
         moved = [tensor.to(device, non_blocking=True) for tensor in self[:6]]
         return Batch(*moved, self.lengths, self.index)
-
-    def mask(self) -> Tensor:
-        return attention_mask(self.pair, self.segment)
 
 
 def attention_mask(pair: Tensor, segment: Tensor) -> Tensor:
@@ -499,21 +514,19 @@ def pack_batch(pairs: list[Pair], rows: list[list[int]]) -> Batch:
     for r, row in enumerate(rows):
         column = 0
         for number, i in enumerate(row):
-            prompt = pairs[i].prompt
+            prompt, *answers = pairs[i]
             last = r * T + column + len(prompt) - 1  # it predicts the first token of both answers
             parts = [(0, prompt, 0)]
-            for kind, answer in enumerate(pairs[i][1:], start=1):
-                lengths.append(len(answer))
-                if answer:
-                    begin = r * T + column + sum(len(ids) for _, ids, _ in parts)
-                    source += [last, *range(begin, begin + len(answer) - 1)]
-                    targets += answer
-                    parts.append((kind, answer[:-1], len(prompt)))
+            parts += [(kind, ids[:-1], len(prompt)) for kind, ids in enumerate(answers, start=1)]
             for kind, ids, position in parts:
                 here = slice(column, column + len(ids))
                 tokens[r, here], segment[r, here], pair_number[r, here] = ids, kind, number
                 positions[r, here] = np.arange(position, position + len(ids))
-                column += len(ids)
+                if kind and answers[kind - 1]:
+                    source += [last, *range(r * T + here.start, r * T + here.stop)]
+                column = here.stop
+            targets += [token for answer in answers for token in answer]
+            lengths += [len(answer) for answer in answers]
     arrays = (tokens, positions, pair_number, segment, source, targets, lengths)
     return Batch(*(torch.as_tensor(array) for array in arrays), [i for row in rows for i in row])
 

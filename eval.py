@@ -16,8 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
+    Batch,
     Pair,
     Tokenizer,
+    attention_mask,
     is_correct,
     load_pairs,
     load_tokenizer,
@@ -36,17 +38,17 @@ GENERATION_ROWS = 1000
 
 
 class Figure(NamedTuple):
-    """A mean with its standard error over n independent items."""
+    """A mean with its standard error over n independent items, None for a single one."""
 
     mean: float
-    error: float
+    error: float | None
     n: int
 
     @classmethod
     def of(cls, values) -> "Figure":
         values = np.asarray(values, dtype=np.float64)
-        error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return cls(float(values.mean()), float(error), len(values))
+        error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+        return cls(float(values.mean()), error, len(values))
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, formatter_class=form, allow_abbrev=False)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def pick_device(name: str) -> str:
@@ -91,12 +93,17 @@ def pair_logps(
             for batch in make_batches(pairs, index, row_tokens, micro_tokens):
                 batch = batch.to(device)
                 with autocast(device, dtype):
-                    hidden = model(batch.tokens, batch.positions, batch.mask())
-                    hidden = hidden.flatten(0, 1)[batch.source]  # (N, D)
+                    hidden = answer_states(model, batch)
                     sums = chunked_logps(hidden, model.head_weight, batch.targets, batch.lengths)
                 logps[batch.index] = sums.view(-1, 2).float().cpu()
                 bar.update(len(batch.index))
     return logps
+
+
+def answer_states(model: Llama, batch: Batch) -> Tensor:
+    """The hidden states that predict the answers' tokens, laid end to end: (N, D)."""
+    mask = attention_mask(batch.pair, batch.segment)
+    return model(batch.tokens, batch.positions, mask).flatten(0, 1)[batch.source]
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -156,12 +163,11 @@ def sample_answers(
     temperature: float = 1.0,
     max_new_tokens: int = ANSWER_TOKENS,
     seed: int = 0,
-) -> list[list[str | None]]:
-    """Draws answers to each prompt: `samples` texts each, None for one that did not end in time."""
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = [bos + tokenizer.encode(prompt) for prompt in prompts for _ in range(samples)]
+) -> list[list[str]]:
+    """Draws answers to each prompt: `samples` texts each, "" for one that did not end in time."""
+    ids = [tokenizer.prompt_ids(prompt) for prompt in prompts for _ in range(samples)]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together
-    texts: list[str | None] = [None] * len(ids)
+    texts = [""] * len(ids)
     quick = len(ids) <= GENERATION_ROWS  # a single batch is done before a bar is of use
     with tqdm(total=len(ids), desc="answers", unit="answer", leave=False, disable=quick) as bar:
         for start in range(0, len(order), GENERATION_ROWS):
@@ -190,9 +196,8 @@ def task_values(model: Llama, tokenizer: Tokenizer, count: int = TEST_PROBLEMS) 
     questions = problems("test", count, seed=0)
     greedy = sample_answers(model, tokenizer, questions, temperature=0)
     drawn = sample_answers(model, tokenizer, questions, samples=SAMPLES)
-    right = [[a is not None and is_correct(q, a) for a in row] for q, row in zip(questions, drawn)]
-    correct = np.array(right).sum(axis=1)
-    accuracy = [float(a is not None and is_correct(q, a)) for q, (a,) in zip(questions, greedy)]
+    correct = np.array([sum(is_correct(q, a) for a in row) for q, row in zip(questions, drawn)])
+    accuracy = [float(is_correct(q, a)) for q, (a,) in zip(questions, greedy)]
     return {"greedy": accuracy} | {
         f"pass@{k}": pass_at_k(correct, SAMPLES, k).tolist() for k in PASS_AT
     }
@@ -249,12 +254,21 @@ def _is_share(column: str) -> bool:
 def _cell(column: str, figure: Figure | None) -> str:
     if figure is None:
         return "-"
-    if _is_share(column):
-        return f"{100 * figure.mean:.1f}±{100 * figure.error:.1f}"
-    return f"{figure.mean:+.2f}±{figure.error:.2f}"
+    scale, form = (100, ".1f") if _is_share(column) else (1, "+.2f")
+    error = "" if figure.error is None else f"±{scale * figure.error:{form.strip('+')}}"
+    return f"{scale * figure.mean:{form}}{error}"
 
 
 # --- The command ----------------------------------------------------------------------------------
+
+
+def load_checkpoint(folder, device: str) -> tuple[Llama, Tokenizer]:
+    """Model and tokenizer of a folder, which must belong together."""
+    tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, device=device)
+    if max(tokenizer.vocab_size - 1, *tokenizer.stop_ids) >= model.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model "
+                         f"{model.config.vocab_size}; they do not belong together")  # fmt: skip
+    return model, tokenizer
 
 
 def evaluate_pairs(model: Llama, tokenizer: Tokenizer, data: Path, init: str | None) -> Row:
@@ -279,14 +293,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--data", metavar="FILE.jsonl", help="preference pairs to evaluate on")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: auto)")
     options = parser.parse_args(argv)
-    names = [Path(run).name for run in options.runs]
-    names = names if len(set(names)) == len(names) else options.runs
+    runs = {Path(run).name: run for run in options.runs}
+    runs = runs if len(runs) == len(options.runs) else {run: run for run in options.runs}
     rows: dict[str, Row] = {}
     try:
         device = pick_device(options.device)
-        for name, folder in zip(names, map(Path, options.runs)):
-            model = Llama.from_pretrained(folder, device=device)
-            tokenizer, row = load_tokenizer(folder), {}
+        for name, run in runs.items():
+            folder, row = Path(run), {}
+            model, tokenizer = load_checkpoint(folder, device)
             trained = (folder / "train_config.json").is_file()
             config = read_json(folder / "train_config.json") if trained else {}
             if options.data is None:
@@ -298,8 +312,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(table(rows))
-    means = [{column: figure.mean for column, figure in row.items()} for row in rows.values()]
-    return dict(zip(options.runs, means))
+    return {
+        runs[name]: {column: figure.mean for column, figure in row.items()}
+        for name, row in rows.items()
+    }
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ class PairTerms:
 
     chosen_logps: Tensor  # sums over the answer's tokens, its end token included
     rejected_logps: Tensor
-    chosen_mean_logps: Tensor | None  # the same by token; None where no lengths were given
+    chosen_mean_logps: Tensor | None  # by token; None where no lengths were given
+    rejected_mean_logps: Tensor | None
     chosen_rewards: Tensor | None  # beta * log-ratio; None where there is no reference
     rejected_rewards: Tensor | None
     beta: float
@@ -113,16 +114,18 @@ def pair_loss(
     function. Returns (B,). Raises KeyError for an unknown name.
     """
     loss = LOSSES[name]
-    chosen_rewards = rejected_rewards = chosen_mean_logps = None
+    chosen_rewards = rejected_rewards = chosen_mean_logps = rejected_mean_logps = None
     if loss.needs_reference:
         chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
         rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
     if loss.uses == "means":
-        chosen_mean_logps = chosen_logps / chosen_lengths
+        chosen_mean_logps = chosen_logps / chosen_lengths.clamp(min=1)
+        rejected_mean_logps = rejected_logps / rejected_lengths.clamp(min=1)
     terms = PairTerms(
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
         chosen_mean_logps=chosen_mean_logps,
+        rejected_mean_logps=rejected_mean_logps,
         chosen_rewards=chosen_rewards,
         rejected_rewards=rejected_rewards,
         beta=beta,

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-MAX_SHARD_BYTES = 5_000_000_000  # transformers' own limit, so that its loader finds what it expects
+MAX_SHARD_BYTES = 5_000_000_000
 
 # Keys of a config.json that do not change what the forward pass computes.
 INERT_KEYS = {
@@ -93,10 +93,14 @@ class ModelConfig:
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
         values |= _read_rope(hf)
         for field in dataclasses.fields(cls):
-            if field.type in (int, float) and (field.name in values or _required(field)):
+            if field.type in (int, float) and (
+                field.name in values or field.default is dataclasses.MISSING
+            ):
                 _check_number(field.name, values.get(field.name), field.type)
         if not isinstance(values.get("tie_word_embeddings", False), bool):
             raise ValueError("config.json: tie_word_embeddings must be true or false")
+        if not isinstance(values.get("bos_token_id", 0), int):
+            raise ValueError("config.json: bos_token_id must be a whole number")
         if values["num_attention_heads"] % values["num_key_value_heads"]:
             raise ValueError("config.json: num_attention_heads must be a multiple of "
                              "num_key_value_heads")  # fmt: skip
@@ -116,13 +120,10 @@ class ModelConfig:
         }
 
 
-def _required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING
-
-
 def _check_number(name: str, value: object, kind: type) -> None:
     number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < 2**40:
+    most = 4096 if name == "num_hidden_layers" else 2**24 if kind is int else 2**40
+    if not number or not 0 < value < most:
         raise ValueError(f"config.json: {name} must be a positive {kind.__name__}, not {value!r}")
 
 
@@ -379,7 +380,7 @@ class Llama(nn.Module):
                         if not tensor.is_floating_point() or tensor.element_size() < 2:
                             raise ValueError(f"{file}: {name} has unsupported type {tensor.dtype}")
                         state[name] = tensor.to(dtype)
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
         if missing:
             raise ValueError(f"{folder}: tensor {min(missing)} is missing, {len(missing)} in all")
@@ -465,7 +466,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileNotFoundError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object")

@@ -1,6 +1,7 @@
 """Estimators against their definitions, and the command."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -10,7 +11,8 @@ from conftest import tiny_model
 from test_data import random_pairs, single_logp
 
 import eval as evaluation
-from data import byte_tokenizer, problems, solution
+import train
+from data import byte_tokenizer, solution
 from eval import (
     Figure,
     mutual_information,
@@ -85,8 +87,11 @@ def test_figure_has_the_standard_error_of_a_mean():
     assert (row["Δ chosen"].mean, row["Δ rejected"].mean, row["reward"].mean) == (4.0, 4.0, 0.5)
 
 
-def test_answers_come_back_to_their_prompts_and_unfinished_ones_are_none(monkeypatch):
+def test_answers_come_back_to_their_prompts_and_unfinished_ones_are_empty(monkeypatch):
+    seeds = []
+
     def generate(prompts, max_new_tokens, temperature, stop_ids, seed):
+        seeds.append(seed)
         # Answers its prompt's length; prompts of three tokens never end.
         return [[*str(len(p)).encode()] + ([257] if len(p) != 3 else []) for p in prompts]
 
@@ -95,7 +100,8 @@ def test_answers_come_back_to_their_prompts_and_unfinished_ones_are_none(monkeyp
     monkeypatch.setattr(evaluation, "GENERATION_ROWS", 4)
     prompts = ["aaaa", "", "aa", "a", "aaaaaa", "aaa"]
     answers = sample_answers(model, byte_tokenizer(), prompts, samples=2)
-    assert answers == [[x, x] for x in ("5", "1", None, "2", "7", "4")]
+    assert answers == [[x, x] for x in ("5", "1", "", "2", "7", "4")]
+    assert len(set(seeds)) == 3  # no two batches are drawn alike
 
 
 def test_task_values_grade_greedy_and_sampled_answers(monkeypatch):
@@ -106,7 +112,6 @@ def test_task_values_grade_greedy_and_sampled_answers(monkeypatch):
     monkeypatch.setattr(evaluation, "sample_answers", answer)
     values = task_values(None, None, 10)
     assert values["greedy"] == values["pass@1"] == values["pass@8"] == [0.0, 1.0] * 5
-    assert len(problems("test", 10, 0)) == 10
 
 
 def test_table_is_aligned_and_fits_a_terminal():
@@ -123,6 +128,18 @@ def test_table_is_aligned_and_fits_a_terminal():
     assert "-12.35±0.10" in lines[2] or "-12.34±0.10" in lines[2]
     assert max(map(len, lines)) <= 80
     assert lines[0].index("greedy") < lines[0].index("pass@1")
+
+
+def test_command_compares_a_run_with_what_it_started_from(checkpoint, pairs_file, tmp_path):
+    flags = ["--data", str(pairs_file), "--eval_data", str(pairs_file), "--lr", "1e-3"]
+    out = str(tmp_path / "out")
+    folder = train.main(["--init", str(checkpoint), *flags, "--out", out, "--loss", "sft"])
+    summary = json.loads((folder / "summary.json").read_text())["table"]["sft"]
+    found = evaluation.main([out, str(checkpoint), "--data", str(pairs_file)])
+    for column in ("Δ chosen", "Δ rejected", "reward"):
+        assert found[out][column] == pytest.approx(summary[column]["mean"], abs=1e-4)
+    assert set(found[str(checkpoint)]) == {"chosen", "rejected"}
+    assert found[out]["Δ chosen"] > 0
 
 
 def test_command_reports_pairs_and_refuses_what_it_cannot_read(

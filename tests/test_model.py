@@ -79,12 +79,14 @@ def test_a_token_does_not_depend_on_later_ones():
 
 def test_checkpointing_changes_no_gradient():
     model, tokens = tiny_model(), torch.arange(20)[None]
-    gradients = []
+    gradients, calls = [], []
+    model.model["layers"][0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
     for model.checkpointing in (False, True):
         model.zero_grad()
         model(tokens).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert len(calls) == 3  # once, then twice: forward and again going back
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -157,6 +159,9 @@ def test_config_reads_old_and_new_rope_and_survives_a_round_trip():
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"num_key_value_heads": 3}, "multiple"),
         ({"head_dim": 7}, "even"),
+        ({"hidden_size": 2**39}, "hidden_size"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
+        ({"bos_token_id": "x"}, "bos_token_id"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
     ],
 )

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_data import single_logp
 
 import data
+import model as model_module
 import train
 from data import byte_tokenizer, epoch_order, load_pairs, make_batches, solution
 from mio import LOSSES, pair_loss
@@ -105,10 +106,10 @@ def test_learning_rate_schedules():
 def test_run_folder_loads_in_transformers_and_holds_what_it_promises(
     checkpoint, pairs_file, tmp_path
 ):
-    folder = run(checkpoint, pairs_file, tmp_path / "out", "--epochs", "2", "--eval_every", "3")
+    folder = run(checkpoint, pairs_file, tmp_path / "out", "--epochs", "2", "--eval_every", "4")
     rows = metrics(folder)
     assert [row["step"] for row in rows] == list(range(7))  # 20 pairs in steps of 8, 8, 4; twice
-    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3, 6]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 4, 6]
     start = rows[0]
     assert start["eval_rewards/chosen"] == start["eval_rewards/accuracies"] == 0.0
     assert start["eval_loss"] == pytest.approx(math.log(4), abs=1e-6)
@@ -118,12 +119,16 @@ def test_run_folder_loads_in_transformers_and_holds_what_it_promises(
     mi = {"eval_mi/dv", "eval_mi/js", "eval_mi/nwj"}
     figures = {"step", "epoch", "learning_rate", "grad_norm", "num_tokens"}
     assert set(rows[1]) == figures | sides
-    assert set(rows[3]) == figures | sides | mi | {f"eval_{name}" for name in sides}
+    assert set(rows[4]) == figures | sides | mi | {f"eval_{name}" for name in sides}
     assert rows[1]["loss"] == pytest.approx(math.log(4), abs=1e-5)
     assert rows[-1]["epoch"] == 2.0
     config = json.loads((folder / "train_config.json").read_text())
     assert {field.name for field in dataclasses.fields(Options)} <= set(config)
-    assert json.loads((folder / "summary.json").read_text())["step"] == 6
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["step"] == 6
+    for side in ("chosen", "rejected"):
+        moved = rows[-1][f"eval_logps/{side}"] - start[f"eval_logps/{side}"]
+        assert summary["table"]["mio"][f"Δ {side}"]["mean"] == pytest.approx(moved, abs=1e-5)
 
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -143,6 +148,7 @@ def test_every_pair_is_trained_on_once_an_epoch_and_metrics_cover_all_of_a_step(
     step = train.train_step
 
     def spy(model, optimizer, batches, options, ref_logps):
+        spy.lrs.append([group["lr"] for group in optimizer.param_groups])
         seen.append([i for batch in batches for i in batch.index])
         lengths.append(sum(int((batch.pair >= 0).sum()) for batch in batches))
         losses, logps, norm = step(model, optimizer, batches, options, ref_logps)
@@ -150,9 +156,9 @@ def test_every_pair_is_trained_on_once_an_epoch_and_metrics_cover_all_of_a_step(
         spy.means.append((losses.double().mean().item(), logps[:, 0].double().mean().item()))
         return losses, logps, norm
 
-    spy.means = []
+    spy.means, spy.lrs = [], []
     monkeypatch.setattr(train, "train_step", spy)
-    flags = ("--epochs", "2", "--micro_tokens", "100", "--eval_fraction", "0.1")
+    flags = ("--epochs", "2", "--micro_tokens", "100", "--eval_fraction", "0.13")
     rows = metrics(run(checkpoint, pairs_file, tmp_path / "out", *flags))[1:]
     assert [len(index) for index in seen] == [8, 8, 4] * 2
     assert sorted(sum(seen[:3], [])) == sorted(sum(seen[3:], [])) == list(range(20))
@@ -161,6 +167,8 @@ def test_every_pair_is_trained_on_once_an_epoch_and_metrics_cover_all_of_a_step(
         assert sorted(order[8:16]) == sorted(seen[3 * epoch + 1])
     assert [(row["loss"], row["logps/chosen"]) for row in rows] == spy.means
     assert rows[-1]["num_tokens"] == sum(lengths)
+    assert spy.lrs == [[row["learning_rate"]] * 2 for row in rows]
+    assert len({row["learning_rate"] for row in rows}) == 6
 
 
 def test_the_same_command_twice_gives_the_same_metrics_to_the_last_digit(
@@ -274,31 +282,41 @@ def test_a_wrong_reference_or_loss_is_noticed_before_the_first_update(
         run(checkpoint, pairs_file, tmp_path / "out", "--loss", "dpo")
 
 
-def test_an_earlier_run_is_kept_and_other_files_are_left_alone(
-    checkpoint, pairs_file, tmp_path, capsys
-):
-    first = run(checkpoint, pairs_file, tmp_path / "out")
-    old = (first / "model.safetensors").read_bytes()
-    run(checkpoint, pairs_file, tmp_path / "out", "--loss", "dpo")
-    assert (tmp_path / "out.old" / "model.safetensors").read_bytes() == old
-    run(checkpoint, pairs_file, tmp_path / "out", "--loss", "sft")  # the older one makes room
-    assert (tmp_path / "out.old" / "model.safetensors").read_bytes() != old
+def test_earlier_runs_are_kept_and_other_files_are_left_alone(checkpoint, pairs_file, tmp_path):
+    out, runs = tmp_path / "out", []
+    for loss in ("mio", "dpo", "sft"):
+        runs.append((run(checkpoint, pairs_file, out, "--loss", loss), loss))
+    for folder, loss in ((out.with_name("out.1"), "mio"), (out.with_name("out.2"), "dpo")):
+        assert json.loads((folder / "train_config.json").read_text())["loss"] == loss
+        assert (folder / "model.safetensors").is_file()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    for out in (tmp_path / "mine", checkpoint, tmp_path, pairs_file):
+    for place in (tmp_path / "mine", checkpoint, tmp_path, pairs_file):
         with pytest.raises(SystemExit):
-            run(checkpoint, pairs_file, out)
+            run(checkpoint, pairs_file, place)
+    with pytest.raises(SystemExit):  # it would move away what it starts from
+        run(out, pairs_file, out)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
 
 
 def test_a_bad_folder_is_refused_before_the_demonstration_makes_anything(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    (tmp_path / "theirs" / "base").mkdir(parents=True)
+    (tmp_path / "theirs" / "base" / "model.safetensors").write_text("a model of mine")
     before = sorted(tmp_path.rglob("*"))
-    for out in ("mine", "mine/thesis.txt", "base"):
-        with pytest.raises(SystemExit):
-            train.main(["--out", str(tmp_path / out)])
-        assert "--out" in capsys.readouterr().err
+    for flags in (
+        ["--out", "mine"],
+        ["--out", "mine/thesis.txt"],
+        ["--out", "base"],
+        ["--out", "theirs/run"],
+        ["--out", "run", "--max_length", "40"],
+        ["--out", "run", "--row_tokens", "90"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            train.main([flags[0], str(tmp_path / flags[1]), *flags[2:]])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "--" in error and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -338,6 +356,43 @@ def test_config_file_is_read_and_flags_win(checkpoint, pairs_file, tmp_path):
     assert json.loads((other / "train_config.json").read_text())["loss"] == "bce"
 
 
+def test_config_with_an_unknown_option_is_refused(checkpoint, pairs_file, tmp_path, capsys):
+    for content, match in (
+        ({"lrr": 1}, "no option 'lrr'"),
+        ({"epochs": 2.7}, "--epochs 2: expected int"),
+        ({"epochs": True}, "expected int"),
+        ({"epochs": float("inf")}, "expected int"),
+    ):
+        (tmp_path / "c.json").write_text(json.dumps(content))
+        with pytest.raises(SystemExit):
+            run(checkpoint, pairs_file, tmp_path / "out", "--config", str(tmp_path / "c.json"))
+        assert match in capsys.readouterr().err
+
+
+def test_no_git_and_no_infinity_in_json(checkpoint, pairs_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    folder = run(checkpoint, pairs_file, tmp_path / "out", "--eval_fraction", "0.04")
+    assert json.loads((folder / "train_config.json").read_text())["commit"] is None
+    table = json.loads((folder / "summary.json").read_text())["table"]
+    assert table["mio"]["reward"]["n"] == 1 and table["mio"]["reward"]["error"] is None
+    row = train.strict_json({"eval_mi/nwj": -math.inf, "loss": 1.0})
+    assert json.loads(row) == {"eval_mi/nwj": None, "loss": 1.0}
+
+
+def test_every_shard_of_the_initial_weights_counts_for_the_reference(
+    checkpoint, pairs_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(model_module, "MAX_SHARD_BYTES", 20_000)
+    model = tiny_model()
+    names = [name for name, _ in model.named_parameters()]
+    for name in (names[0], names[-1]):  # in the first shard, in the last
+        with torch.no_grad():
+            model.get_parameter(name).mul_(1.01)
+        model.save_pretrained(checkpoint)
+        run(checkpoint, pairs_file, tmp_path / "out", "--max_steps", "1")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_and_pairs_named(
     checkpoint, pairs_file, tmp_path, capsys
 ):
@@ -348,6 +403,10 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_pairs_named(
     assert stop.value.code == 2
     assert "train.py: error: step 2: " in error and "pairs [" in error and "--lr" in error
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    with pytest.raises(SystemExit) as stop:  # in the last step, which no other follows
+        run(checkpoint, pairs_file, tmp_path / "last", "--lr", "1e30", "--max_steps", "1")
+    assert stop.value.code == 2 and "weights not finite" in capsys.readouterr().err
+    assert not (tmp_path / "last" / "model.safetensors").exists()
     assert (checkpoint / "model.safetensors").read_bytes() == before
 
 
@@ -375,12 +434,16 @@ def shrink_vocabulary(checkpoint):
         (["--beta", "0"], "--beta 0.0: must be more than 0"),
         (["--beta", "-1"], "--beta -1.0: must be more than 0"),
         (["--beta", "nan"], "--beta nan: must be more than 0"),
-        (["--beta", "inf"], "--beta inf: must be finite"),
+        (["--beta", "inf"], "--beta inf: must be more than 0, at most"),
+        (["--grad_clip", "inf"], "--grad_clip inf: must be at least 0 and finite"),
+        (["--epochs", "1" + 20 * "0"], "must be at least 1, at most 2147483648"),
+        (["--loss", "a\nb"], "--loss a b: choose from"),
+        (["--eval_fraction", "0.01", "--data", "one"], "1 different prompts are too few"),
         (["--beta", "much"], "--beta much: expected float"),
         (["--lr", "0"], "--lr 0.0: must be more than 0"),
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--batch_size", "2.5"], "--batch_size 2.5: expected int"),
-        (["--eval_fraction", "0.95"], "--eval_fraction 0.95: must be at most 0.9"),
+        (["--eval_fraction", "0.95"], "--eval_fraction 0.95: must be at least 0, at most 0.9"),
         (["--loss", "nope"], "--loss nope: choose from dpo, mio"),
         (["--nope", "1"], "unrecognized arguments: --nope 1"),
         (["--bet", "1"], "unrecognized arguments: --bet 1"),
@@ -407,6 +470,8 @@ def test_bad_input_is_one_line_and_writes_nothing(
     if callable(flags):
         flags(checkpoint)
         flags = []
+    one = write_rows(tmp_path / "one.jsonl", PAIR_ROWS[:1])
+    flags = [str(one) if flag == "one" else flag for flag in flags]
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         run(checkpoint, pairs_file, tmp_path / "out", *flags)
@@ -433,7 +498,7 @@ def test_pairs_are_right_against_wrong_from_what_the_base_answered(tmp_path, mon
     byte_tokenizer().save(tmp_path)
 
     def answers(model, tokenizer, prompts, samples, seed):
-        wrong = ["1+1=2\n#### 1000", "", None, "#### x", "1+1=2\n#### 1000"]
+        wrong = ["1+1=2\n#### 1000", "", " ", "#### x", "1+1=2\n#### 1000"]
         return [
             [solution(p), *wrong, solution(p)] if i % 3 else wrong for i, p in enumerate(prompts)
         ]
@@ -449,3 +514,57 @@ def test_pairs_are_right_against_wrong_from_what_the_base_answered(tmp_path, mon
             assert row["chosen"] == solution(row["prompt"])
             assert row["rejected"] == "1+1=2\n#### 1000"
             assert data.split_of(row["prompt"]) == split
+
+
+def test_the_demonstration_from_end_to_end_in_small(tmp_path, monkeypatch, capsys):
+    """Which problems are trained on and graded, how answers are drawn, and every sign of the
+    table, with answers that are given instead of generated."""
+    calls = []
+
+    def answers(model, tokenizer, prompts, samples=1, temperature=1.0, seed=0):
+        calls.append((data.split_of(prompts[0]), samples, temperature))
+        assert len({data.split_of(prompt) for prompt in prompts}) == 1
+        share = 2 if len([c for c in calls if c[0] == "test" and c[2] == 0]) < 2 else 1
+        good = [i % share == 0 for i in range(len(prompts))]
+        return [
+            [solution(p)] * samples if right and samples != 3 else [solution(p), "#### 77", ""]
+            if samples == 3 else ["#### 77"] * samples
+            for p, right in zip(prompts, good)
+        ]  # fmt: skip
+
+    trained = []
+
+    def pair(tokenizer, prompt, chosen, rejected):
+        trained.append(data.split_of(prompt))
+        assert chosen == solution(prompt) and rejected is None
+        return data.make_pair(tokenizer, prompt, chosen, rejected)
+
+    monkeypatch.setattr(train, "make_pair", pair)
+    monkeypatch.setattr(train.evaluation, "sample_answers", answers)
+    monkeypatch.setattr(train.evaluation, "TEST_PROBLEMS", 20)
+    base = {"batch_size": 8, "check_every": 2, "problems": 10, "target": 0.5}
+    monkeypatch.setattr(train, "BASE", train.BASE | base)
+    monkeypatch.setattr(
+        train, "PAIRS", {"prompts": 40, "held_out": 9, "samples": 3, "per_prompt": 2}
+    )
+    out = str(tmp_path / "sft")
+    folder = train.main(["--loss", "sft", "--out", out, "--epochs", "1", "--max_steps", "2"])
+    assert set(trained) == {"train"} and len(trained) == 16
+    graded = [("test", 1, 0), ("test", 8, 1.0)]
+    assert calls == [("validation", 1, 0), ("train", 3, 1.0), ("test", 3, 1.0), *graded, *graded]
+    table = json.loads((folder / "summary.json").read_text())["table"]
+    assert table["base"]["greedy"]["mean"] == 0.5 and table["sft"]["greedy"]["mean"] == 1.0
+    assert table["change"]["greedy"]["mean"] == 0.5
+    assert table["sft"]["Δ chosen"]["mean"] > 0  # supervised training on the chosen
+    assert table["sft"]["Δ chosen"]["n"] == 9
+    config = json.loads((folder / "train_config.json").read_text())
+    assert config["init"] == str(tmp_path / "base")
+    capsys.readouterr()
+    train.main(["--loss", "mio", "--out", str(tmp_path / "mio"), "--max_steps", "1"])
+    said = capsys.readouterr().out
+    assert "base model: found" in said and "pairs: found" in said and "beta 1," in said
+    assert "the base model on the held-out" not in said
+    (tmp_path / "base" / "pairs.jsonl").unlink()  # what is gone is made again
+    train.main(["--loss", "dpo", "--out", str(tmp_path / "dpo"), "--max_steps", "1"])
+    said = capsys.readouterr().out
+    assert "pairs: drawn" in said and "base model: found" in said and "beta 0.5," in said
