@@ -130,12 +130,13 @@ def _checked(field: dataclasses.Field, value):
     kind, checks = _kind(field), field.metadata
     if value is None and field.default is None:
         return None
+    given = value
     try:
-        given, value = value, kind(value)
+        value = kind(given)
         if isinstance(given, bool) or (kind is int and value != float(given)):
             raise ValueError
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"--{field.name} {value}: expected {kind.__name__}") from None
+        raise ValueError(f"--{field.name} {given}: expected {kind.__name__}") from None
     if "choices" in checks and value not in checks["choices"]:
         raise ValueError(f"--{field.name} {value}: choose from {', '.join(checks['choices'])}")
     if kind is not str:

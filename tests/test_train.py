@@ -359,7 +359,7 @@ def test_config_file_is_read_and_flags_win(checkpoint, pairs_file, tmp_path):
 def test_config_with_an_unknown_option_is_refused(checkpoint, pairs_file, tmp_path, capsys):
     for content, match in (
         ({"lrr": 1}, "no option 'lrr'"),
-        ({"epochs": 2.7}, "--epochs 2: expected int"),
+        ({"epochs": 2.7}, "--epochs 2.7: expected int"),
         ({"epochs": True}, "expected int"),
         ({"epochs": float("inf")}, "expected int"),
     ):
