@@ -1,4 +1,4 @@
-"""The transformer: Llama's architecture, Hugging Face's parameter names, safetensors on disk.
+"""The transformer of the Llama family, Hugging Face's parameter names, safetensors on disk.
 
 Read from leaf to root: configuration, rotary embedding, attention, block, model, generation, files.
 Sizes in comments: B rows, T tokens, S tokens seen so far, D width, H query heads, K key-value
@@ -20,31 +20,40 @@ from torch.utils.checkpoint import checkpoint
 
 MAX_SHARD_BYTES = 5_000_000_000
 
+# model_type -> architecture, and the features that its name decides whatever config.json says.
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", {"sliding_window": None}),
+    "mistral": ("MistralForCausalLM", {"attention_bias": False, "mlp_bias": False}),
+    "qwen2": (
+        "Qwen2ForCausalLM",
+        {"attention_bias": False, "mlp_bias": False, "sliding_window": None, "qkv_bias": True},
+    ),
+    "qwen3": (
+        "Qwen3ForCausalLM",
+        {"mlp_bias": False, "sliding_window": None, "qk_norm": True},
+    ),
+}
 # Keys of a config.json that do not change what the forward pass computes.
 INERT_KEYS = {
-    *("_name_or_path", "architectures", "auto_map", "dtype", "model_type", "pad_token_id"),
-    *("rope_parameters", "torch_dtype", "transformers_version", "unk_token_id", "use_cache"),
+    *("_name_or_path", "architectures", "auto_map", "dtype", "pad_token_id", "rope_parameters"),
+    *("torch_dtype", "transformers_version", "unk_token_id", "use_cache", "is_llama_config"),
+    "max_window_layers",  # matters with use_sliding_window alone, which is refused
 }
-# Features that a Llama config may name, with the one value that this file implements.
+# Features that a config may name, with the one value that this file implements.
 ONLY_VALUE = {
     "hidden_act": "silu",
-    "attention_bias": False,
     "attention_dropout": 0.0,
-    "mlp_bias": False,
     "pretraining_tp": 1,
     "partial_rotary_factor": 1.0,
 }
-LLAMA3_ROPE = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_SCALINGS = {"linear": ("factor",), "llama3": LLAMA3_ROPE}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What a Llama is made of, under Hugging Face's names. `rope_scaling` is None or llama3's."""
+    """What a model is made of, under Hugging Face's names where it has one. `rope_scaling` is
+    None, linear or llama3's."""
 
     vocab_size: int
     hidden_size: int
@@ -61,6 +70,12 @@ class ModelConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
+    model_type: str = "llama"
+    attention_bias: bool = False  # on all four projections of attention
+    mlp_bias: bool = False
+    qkv_bias: bool = False  # on three of them
+    qk_norm: bool = False  # RMSNorm over each query and key head
+    sliding_window: int | None = None  # a token sees this many, itself included
 
     @classmethod
     def from_hf(cls, hf: dict) -> "ModelConfig":
@@ -68,37 +83,23 @@ class ModelConfig:
 
         Raises ValueError that names the key when a value is wrong or a feature is not implemented.
         """
-        if not isinstance(hf, dict):
-            raise ValueError("config.json: not a JSON object")
-        if hf.get("model_type") != "llama":
-            raise ValueError(
-                f"config.json: model_type {hf.get('model_type')!r} is not supported; use 'llama'"
-            )
         fields = {field.name for field in dataclasses.fields(cls)}
-        for key, value in hf.items():
-            if key in ONLY_VALUE and value not in (ONLY_VALUE[key], None):
-                raise ValueError(
-                    f"config.json: {key} = {value!r} is not implemented, only {ONLY_VALUE[key]!r}"
-                )
-            # A feature that is switched off needs no implementation.
-            if key not in fields | INERT_KEYS | ONLY_VALUE.keys() and value not in (None, False):
-                raise ValueError(
-                    f"config.json: {key} = {value!r} is not known here; "
-                    "remove the key if it does not change the model"
-                )
+        hf = _known_features(hf, fields)
         values = {key: hf[key] for key in fields & hf.keys() if hf[key] is not None}
         for key in ("hidden_size", "num_attention_heads"):
             _check_number(key, values.get(key), int)
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
-        values |= _read_rope(hf)
+        values |= _read_rope(hf) | FAMILIES[hf["model_type"]][1]
+        if values.get("sliding_window") is not None:
+            _check_number("sliding_window", values["sliding_window"], int)
         for field in dataclasses.fields(cls):
             if field.type in (int, float) and (
                 field.name in values or field.default is dataclasses.MISSING
             ):
                 _check_number(field.name, values.get(field.name), field.type)
-        if not isinstance(values.get("tie_word_embeddings", False), bool):
-            raise ValueError("config.json: tie_word_embeddings must be true or false")
+            if field.type is bool and not isinstance(values.get(field.name, False), bool):
+                raise ValueError(f"config.json: {field.name} must be true or false")
         if not isinstance(values.get("bos_token_id", 0), int):
             raise ValueError("config.json: bos_token_id must be a whole number")
         if values["num_attention_heads"] % values["num_key_value_heads"]:
@@ -110,14 +111,40 @@ class ModelConfig:
 
     def to_hf(self) -> dict:
         """The contents of a config.json that transformers 4 and 5 both read."""
-        hf = dataclasses.asdict(self)
+        implied = ("qkv_bias", "qk_norm")
+        hf = {k: v for k, v in dataclasses.asdict(self).items() if k not in implied}
         rope = {"rope_type": "default"} | (self.rope_scaling or {})
         return hf | {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [FAMILIES[self.model_type][0]],
             **ONLY_VALUE,
             "rope_parameters": {"rope_theta": self.rope_theta} | rope,
         }
+
+
+def _known_features(hf: dict, fields: set[str]) -> dict:
+    """A config.json without the keys that switch nothing on; refuses what is not implemented."""
+    if not isinstance(hf, dict) or not isinstance(hf.get("model_type"), str):
+        raise ValueError("config.json: not a JSON object with a model_type")
+    if hf["model_type"] not in FAMILIES:
+        raise ValueError(f"config.json: model_type {hf['model_type']!r} is not supported, only "
+                         f"{', '.join(FAMILIES)}")  # fmt: skip
+    off = {key for key, value in hf.items() if value is None or value is False}
+    kinds = hf.get("layer_types")
+    if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
+        off.add("layer_types")
+    if hf.get("use_sliding_window") is False:  # Qwen names a window and switches it off
+        off.add("sliding_window")
+    hf = {key: value for key, value in hf.items() if key not in off}
+    implied = FAMILIES[hf["model_type"]][1]
+    for key, value in hf.items():
+        only = ONLY_VALUE.get(key, implied.get(key, value))
+        if value != only:
+            raise ValueError(f"config.json: {key} = {value!r} is not implemented for "
+                             f"{hf['model_type']}, only {only!r}")  # fmt: skip
+        if key not in fields | INERT_KEYS | ONLY_VALUE.keys():
+            raise ValueError(f"config.json: {key} = {value!r} is not known here; "
+                             "remove the key if it does not change the model")  # fmt: skip
+    return hf
 
 
 def _check_number(name: str, value: object, kind: type) -> None:
@@ -139,11 +166,14 @@ def _read_rope(hf: dict) -> dict:
         raise ValueError("config.json: partial_rotary_factor is not implemented")
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
-    if kind != "llama3":
-        raise ValueError(f"config.json: rope type {kind!r} is not implemented: default or llama3")
-    for key in LLAMA3_ROPE:
+    if kind not in ROPE_SCALINGS:
+        raise ValueError(f"config.json: rope type {kind!r} is not implemented, only default, "
+                         f"{', '.join(ROPE_SCALINGS)}")  # fmt: skip
+    for key in ROPE_SCALINGS[kind]:
         _check_number(f"rope_scaling.{key}", rope.get(key), float)
-    scaling = {"rope_type": "llama3"} | {key: rope[key] for key in LLAMA3_ROPE}
+    scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE_SCALINGS[kind]}
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ValueError("config.json: high_freq_factor must be above low_freq_factor")
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
@@ -156,8 +186,11 @@ def rotary_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor
     """
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     frequencies = 1.0 / config.rope_theta ** (exponents / config.head_dim)  # (E/2,)
-    if config.rope_scaling is not None:
-        factor, low, high, context = (config.rope_scaling[key] for key in LLAMA3_ROPE)
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    if scaling["rope_type"] == "linear":
+        frequencies = frequencies / scaling["factor"]
+    if scaling["rope_type"] == "llama3":
+        factor, low, high, context = (scaling[key] for key in LLAMA3_ROPE)
         turns = context * frequencies / (2 * torch.pi)  # full turns within the original context
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, as it is; 0: slow, stretched
         frequencies = keep * frequencies + (1 - keep) * frequencies / factor
@@ -170,6 +203,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Applies the rotary embedding to x (B, heads, T, E)."""
     left, right = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+
+
+def within_window(queries: Tensor, keys: Tensor, window: int) -> Tensor:
+    """Positions (B, T) and (B, S) -> (B, 1, T, S), True where a key is at most window - 1 back."""
+    return (queries[:, :, None] - keys[:, None, :] < window)[:, None]
 
 
 class RMSNorm(nn.Module):
@@ -190,10 +228,15 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.grouped = H != K
-        self.q_proj = nn.Linear(D, H * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(D, K * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(D, K * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(H * self.head_dim, D, bias=False)
+        qkv_bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(D, H * self.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(D, K * self.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(D, K * self.head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(H * self.head_dim, D, bias=config.attention_bias)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary, mask: Tensor | None, cache: Tensor | None, start: int):
         """x (B, T, D); mask (B, 1, T, S), True where a query sees a key, or None for plain causal;
@@ -202,7 +245,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
         if cache is not None:
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T]  # (B, K, S, E) each
@@ -217,9 +260,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(D, inner, bias=bias)
+        self.up_proj = nn.Linear(D, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, D, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -255,10 +299,12 @@ class Llama(nn.Module):
         )
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # As transformers' LlamaPreTrainedModel: normal(0, initializer_range), norms at one.
-        for parameter in self.parameters():
+        # As transformers' LlamaPreTrainedModel: normal(0, initializer_range), norms 1, biases 0.
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=config.initializer_range)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     @property
     def head_weight(self) -> Tensor:
@@ -283,6 +329,11 @@ class Llama(nn.Module):
         assert tokens.dim() == 2, f"tokens must be (B, T), not {tuple(tokens.shape)}"
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        T, window = tokens.shape[1], self.config.sliding_window
+        if window is not None and window < T:  # T tokens have positions below T
+            causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+            mask = causal if mask is None else mask
+            mask = mask & within_window(positions, positions, window)
         rotary = rotary_table(self.config, positions)
         x = self.model["embed_tokens"](tokens)  # (B, T, D)
         for index, block in enumerate(self.model["layers"]):
@@ -348,6 +399,9 @@ class Llama(nn.Module):
                 cache, running = cache[:, :, running], running[running]
             tokens = tokens[:, None]
             mask = real[rows, None, None, : start + 1]  # (rows, 1, 1, S)
+            if config.sliding_window is not None:
+                now, seen = positions[rows, start, None], positions[rows, : start + 1]
+                mask = mask & within_window(now, seen, config.sliding_window)
         return answers
 
     @classmethod

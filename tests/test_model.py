@@ -17,7 +17,25 @@ CONFIGS = {
     "tied": {"tie_word_embeddings": True},
     "wide heads": {"head_dim": 24, "rope_theta": 500000.0, "rms_norm_eps": 1e-5},
     "llama3 rope": {"rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": True},
+    "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", "sliding_window": 7},
+    "mistral, no window": {"model_type": "mistral", "head_dim": 16},
+    "qwen2": {"model_type": "qwen2", "qkv_bias": True, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "qk_norm": True, "head_dim": 16},
+    "qwen3 biases": {"model_type": "qwen3", "qk_norm": True, "attention_bias": True},
 }
+
+
+def random_model(changes: dict) -> Llama:
+    """Norms and biases too, which start at one and zero."""
+    model = tiny_model(seed=1, **changes)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.5 * torch.rand(parameter.shape, generator=generator))
+    return model
 
 
 def logits(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
@@ -27,7 +45,7 @@ def logits(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 def test_logits_equal_transformers_in_both_directions(changes, tmp_path):
     transformers = pytest.importorskip("transformers")
-    ours = tiny_model(seed=1, **changes)
+    ours = random_model(changes)
     ours.save_pretrained(tmp_path / "ours")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     tokens = torch.randint(0, 258, (3, 200), generator=torch.Generator().manual_seed(0))
@@ -40,6 +58,12 @@ def test_logits_equal_transformers_in_both_directions(changes, tmp_path):
         back = Llama.from_pretrained(tmp_path / "theirs")
         assert (logits(back, tokens) - expected).abs().max() <= 1e-4
     assert back.config == ours.config
+    prompts = [[256, *range(n)] for n in (3, 30)]
+    for prompt, answer in zip(prompts, ours.generate(prompts, 12, temperature=0)):
+        more = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
+        assert answer == more[0, len(prompt) :].tolist()
 
 
 @needs_shared
@@ -59,10 +83,10 @@ def test_real_checkpoint_has_transformers_logits_and_greedy_answers():
 
 
 def test_initialisation_is_normal_with_the_configured_deviation():
-    model = tiny_model(hidden_size=128, head_dim=32, initializer_range=0.02)
+    model = tiny_model(hidden_size=128, head_dim=32, initializer_range=0.02, attention_bias=True)
     for name, parameter in model.named_parameters():
-        if "norm" in name:
-            assert (parameter == 1).all()
+        if parameter.dim() == 1:
+            assert (parameter == ("norm" in name)).all()
         else:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.05)
             assert abs(parameter.mean().item()) < 0.002
@@ -133,6 +157,10 @@ def test_config_reads_old_and_new_rope_and_survives_a_round_trip():
         assert ModelConfig.from_hf(form) == expected
     assert ModelConfig.from_hf(expected.to_hf()) == expected
     assert ModelConfig.from_hf(hf).rope_theta == 10000.0
+    zero = tiny_config(bos_token_id=0, eos_token_id=0)  # an id, not a feature switched off
+    assert ModelConfig.from_hf(zero.to_hf()) == zero
+    qwen = hf | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 9}
+    assert ModelConfig.from_hf(qwen).sliding_window is None
     few = {k: v for k, v in hf.items() if k not in ("num_key_value_heads", "head_dim")}
     assert ModelConfig.from_hf(few).num_key_value_heads == 4
     assert ModelConfig.from_hf(few).head_dim == 8
@@ -142,13 +170,21 @@ def test_config_reads_old_and_new_rope_and_survives_a_round_trip():
     ("change", "match"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
-        ({"model_type": None}, "model_type None"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": None}, "model_type"),
+        ({"model_type": []}, "model_type"),
+        ({"layer_types": 3}, "layer_types"),
+        ({"attention_bias": 1}, "attention_bias"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral'"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"sliding_window": 5}, "sliding_window = 5 is not implemented for llama"),
+        ({"model_type": "mistral", "sliding_window": -5}, "sliding_window"),
+        ({"model_type": "mistral", "mlp_bias": True}, "mlp_bias"),
+        ({"model_type": "qwen2", "attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"sliding_window": 4096}, "sliding_window"),
         ({"rope_scaling": {"type": "dynamic"}, "rope_parameters": None}, "'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "factor"),
         ({"rope_parameters": [1]}, "rope_scaling"),
