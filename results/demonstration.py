@@ -1,7 +1,7 @@
 """Makes results/demonstration.md from nothing: python results/demonstration.py
 
 Within a seed every loss starts from the same base and sees the same pairs in the same order, with
-the same learning rate, mio's beta twice dpo's.
+the same learning rate, mio's beta twice dpo's. Runs that are finished already are not made again.
 """
 
 import json
@@ -32,8 +32,7 @@ validation problems of seeds 0 and 1; sft was not tuned.
 {table}
 
 Figures ± standard error over {n} test problems, or over the held-out pairs for Δ, the change of
-an answer's summed log-prob. Seconds are of the whole command; mio's, the first, includes base model
-and pairs.
+an answer's summed log-prob.
 
 | gain over the base, greedy, points | mean of seeds | sd over seeds | by seed |
 |---|---|---|---|
@@ -75,20 +74,19 @@ def main() -> None:
     for seed in SEEDS:
         for loss in LOSSES:
             out = f"out/demonstration/seed{seed}/{loss}"
-            folder = train.main(["--loss", loss, "--seed", str(seed), "--out", out])
+            folder = Path(out)
+            if not (folder / "summary.json").exists():
+                folder = train.main(["--loss", loss, "--seed", str(seed), "--out", out])
             found[loss, seed] = json.loads((folder / "summary.json").read_text())
             config[loss] = json.loads((folder / "train_config.json").read_text())
-    lines = [
-        f"| | seed | {' | '.join(COLUMNS.values())} | seconds |",
-        "|---" * (len(COLUMNS) + 3) + "|",
-    ]
+    titles = COLUMNS.values()
+    lines = [f"| | seed | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for name in ("base", *LOSSES):
         for seed in SEEDS:
             summary = found["mio" if name == "base" else name, seed]
             row = summary["table"][name]
             cells = [cell(row.get(column), "%" in title) for column, title in COLUMNS.items()]
-            seconds = "" if name == "base" else f"{summary['seconds']:.0f}"
-            lines.append(f"| {name} | {seed} | {' | '.join(cells)} | {seconds} |")
+            lines.append(f"| {name} | {seed} | {' | '.join(cells)} |")
     rows = []
     for loss in LOSSES:
         gain = gains(found, loss)
