@@ -144,10 +144,7 @@ def load_tokenizer(path) -> Tokenizer:
         if not found:
             raise FileNotFoundError(f"{path}: no tokenizer.json and no tokenizer.model in it")
         path = found[0]
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise FileNotFoundError(f"{path}: {error.strerror}") from None
+    content = path.read_bytes()
     kind = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
     beside = {name: path.parent / name for name in (*TOKENIZER_FILES[2:], "config.json")}
     files = {name: file.read_bytes() for name, file in beside.items() if file.is_file()}
@@ -373,10 +370,7 @@ def load_pairs(path, tokenizer: Tokenizer, max_length: int = 1024) -> list[Pair]
     Blank lines are passed over; prompts that had to be cut are counted on standard error. Raises
     OSError, or ValueError that names file and line.
     """
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise FileNotFoundError(f"{path}: {error.strerror}") from None
+    lines = Path(path).read_bytes().split(b"\n")
     pairs, cut = [], 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -409,7 +403,7 @@ def _read_row(line: bytes) -> tuple[str, str, str]:
         if column not in row:
             raise ValueError(f"no column {column!r}; the row has {', '.join(row) or 'none'}")
         if not isinstance(row[column], str):
-            raise ValueError(f"{column!r} is a {type(row[column]).__name__}, not a string")
+            raise ValueError(f"{column!r} must be a string, not {type(row[column]).__name__}")
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
     for column in ("chosen", "rejected"):
         if not row[column].strip():

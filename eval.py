@@ -58,8 +58,10 @@ class Parser(argparse.ArgumentParser):
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=description, formatter_class=form, allow_abbrev=False)
 
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+    def error(self, message: str | Exception):
+        if isinstance(message, OSError) and message.filename:
+            message = f"{message.filename}: {message.strerror}"
+        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
 
 
 def pick_device(name: str) -> str:
@@ -264,6 +266,8 @@ def _cell(column: str, figure: Figure | None) -> str:
 
 def load_checkpoint(folder, device: str) -> tuple[Llama, Tokenizer]:
     """Model and tokenizer of a folder, which must belong together."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such checkpoint folder")
     tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, device=device)
     if max(tokenizer.vocab_size - 1, *tokenizer.stop_ids) >= model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model "
@@ -310,7 +314,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
                 row |= evaluate_pairs(model, tokenizer, Path(data), config.get("init"))
             rows[name] = row
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(error)
     print(table(rows))
     return {
         runs[name]: {column: figure.mean for column, figure in row.items()}

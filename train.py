@@ -118,7 +118,7 @@ def parse_options(argv: list[str] | None) -> tuple[Options, evaluation.Parser]:
         options = Options(**{name: _checked(fields[name], value) for name, value in given.items()})
         return _resolved(options), parser
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(error)
 
 
 def _kind(field: dataclasses.Field) -> type:
@@ -610,7 +610,7 @@ def main(argv: list[str] | None = None) -> Path:
         job = load_job(demonstration(options) if demo else options)
         folder = fresh_folder(Path(options.out))
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(error)
     options = job.options
     print(describe(job), flush=True)
     write_json(folder / "train_config.json", {**dataclasses.asdict(options), **provenance()})
@@ -622,7 +622,7 @@ def main(argv: list[str] | None = None) -> Path:
             job.tokenizer.save(folder)
             notes.append(f"checkpoint and metrics.jsonl in {folder}")
     except FloatingPointError as error:
-        parser.error(str(error))
+        parser.error(error)
     rows = {options.loss: evaluation.preference_row(end, start) if job.held_out else {}}
     if demo:
         before = base_values(Path(options.init), options.device)

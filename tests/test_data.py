@@ -272,7 +272,7 @@ GOOD = '{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
         (GOOD + "\n[1]\n", ":3: row: expected a JSON object"),
         ("[" * 100_000, ":1: row: not valid JSON"),
         ('{"prompt": "p", "chosen": "c"}', ":1: no column 'rejected'"),
-        ('{"prompt": 3, "chosen": "c", "rejected": "r"}', ":1: 'prompt' is a int, not a string"),
+        ('{"prompt": 3, "chosen": "c", "rejected": "r"}', ":1: 'prompt' must be a string, not int"),
         ('{"prompt": "p", "chosen": " ", "rejected": "r"}', ":1: the chosen answer is empty"),
         ('{"prompt": "p", "chosen": "c", "rejected": ""}', ":1: the rejected answer is empty"),
         (GOOD + '{"prompt": "p", "chosen": "c", "rejected": "c"}', ":2: .*identical"),

@@ -459,7 +459,8 @@ def shrink_vocabulary(checkpoint):
         (["--device", "meta"], "--device meta: not available"),
         (["--beta", ""], "--beta : expected float"),
         (["--init", ""], "--init FOLDER is missing"),
-        (["--init", "gone"], "gone"),
+        (["--init", "gone"], "gone: there is no such checkpoint folder"),
+        (["--out", "one/out"], "one.jsonl/out: Not a directory"),
         (["--data", "gone.jsonl"], "gone.jsonl: No such file"),
         (["--data", ""], "--data FILE.jsonl is missing"),
         (["--eval_data", "gone.jsonl"], "gone.jsonl: No such file"),
@@ -478,7 +479,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
         flags(checkpoint)
         flags = []
     one = write_rows(tmp_path / "one.jsonl", PAIR_ROWS[:1])
-    flags = [str(one) if flag == "one" else flag for flag in flags]
+    flags = [flag.replace("one", str(one)) if flag[:3] == "one" else flag for flag in flags]
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         run(checkpoint, pairs_file, tmp_path / "out", *flags)
