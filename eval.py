@@ -6,6 +6,7 @@ python eval.py out/mio --data FILE.jsonl         preference pairs of your own
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -323,4 +324,5 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a console without "±" is no reason to stop
     main()

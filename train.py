@@ -16,6 +16,7 @@ import json
 import math
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -642,4 +643,5 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a console without "±" is no reason to stop
     main()
