@@ -228,7 +228,7 @@ def preference_row(logps: Tensor, ref_logps: Tensor) -> Row:
 
 LEGEND = {
     "greedy": "greedy, pass@k: right answers to {n} held-out problems",
-    "Δ chosen": "Δ: change of an answer's log-prob in nats, {n} held-out pairs",
+    "Δ chosen": "Δ: change of an answer's log-prob in nats, {n} pairs",
     "reward": "reward: pairs whose chosen answer moved up by more",
     "chosen": "chosen, rejected: log-prob of an answer in nats, {n} pairs",
 }

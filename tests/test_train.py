@@ -576,3 +576,8 @@ def test_the_demonstration_from_end_to_end_in_small(tmp_path, monkeypatch, capsy
     train.main(["--loss", "dpo", "--out", str(tmp_path / "dpo"), "--max_steps", "1"])
     said = capsys.readouterr().out
     assert "pairs: drawn" in said and "base model: found" in said and "beta 0.5," in said
+    monkeypatch.setattr(train, "BASE", train.BASE | {"batch_size": 4})  # another base, other pairs
+    train.main(["--loss", "dpo", "--out", str(tmp_path / "dpo"), "--max_steps", "1"])
+    said = capsys.readouterr().out
+    assert "base model: supervised" in said and "pairs: drawn" in said
+    assert "the base model on the held-out" in said
