@@ -124,7 +124,8 @@ class Tokenizer:
         return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
 
     def decode(self, ids) -> str:
-        return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
+        # A model's vocabulary may be padded beyond the tokenizer's: such an id stands for nothing.
+        return b"".join(self.token_bytes.get(i, b"") for i in ids).decode(errors="replace")
 
     def save(self, folder) -> None:
         """Writes the files that `load_tokenizer` and transformers' AutoTokenizer read."""

@@ -276,9 +276,11 @@ def load_checkpoint(folder, device: str) -> tuple[Llama, Tokenizer]:
     return model, tokenizer
 
 
-def evaluate_pairs(model: Llama, tokenizer: Tokenizer, data: Path, init: str | None) -> Row:
+def evaluate_pairs(
+    model: Llama, tokenizer: Tokenizer, data: Path, init: str | None, max_length: int
+) -> Row:
     """A model on pairs of answers, against the checkpoint `init` that it was trained from."""
-    pairs = load_pairs(data, tokenizer)
+    pairs = load_pairs(data, tokenizer, max_length)
     row_tokens = max(map(row_length, pairs))
 
     def logps_of(model):
@@ -312,7 +314,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
                 row = task_row(task_values(model, tokenizer))
             data = options.data or config.get("eval_data")
             if data is not None:
-                row |= evaluate_pairs(model, tokenizer, Path(data), config.get("init"))
+                max_length = config.get("max_length", 1024)
+                init = config.get("init")
+                row |= evaluate_pairs(model, tokenizer, Path(data), init, max_length)
             rows[name] = row
     except (OSError, ValueError) as error:
         parser.error(error)

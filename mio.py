@@ -118,7 +118,7 @@ def pair_loss(
     if loss.needs_reference:
         chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
         rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
-    if loss.uses == "means":
+    if chosen_lengths is not None and rejected_lengths is not None:
         chosen_mean_logps = chosen_logps / chosen_lengths.clamp(min=1)
         rejected_mean_logps = rejected_logps / rejected_lengths.clamp(min=1)
     terms = PairTerms(

@@ -73,6 +73,7 @@ def test_byte_tokenizer_reads_no_special_token_out_of_text():
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert (tokenizer.bos_id, tokenizer.end_id, tokenizer.vocab_size) == (256, 257, 258)
     assert tokenizer.stop_ids == {257}
+    assert tokenizer.decode([104, 300, 105]) == "hi"  # an id of a padded vocabulary
 
 
 def test_saved_tokenizer_is_the_same_to_us_and_to_transformers(checkpoint):

@@ -140,6 +140,11 @@ def test_command_compares_a_run_with_what_it_started_from(checkpoint, pairs_file
         assert found[out][column] == pytest.approx(summary[column]["mean"], abs=1e-4)
     assert set(found[str(checkpoint)]) == {"chosen", "rejected"}
     assert found[out]["Δ chosen"] > 0
+    again = str(tmp_path / "short")  # cut where the run cut
+    train.main(["--init", str(checkpoint), *flags, "--out", again, "--max_length", "50"])
+    summary = json.loads((tmp_path / "short" / "summary.json").read_text())["table"]["mio"]
+    found = evaluation.main([again, "--data", str(pairs_file)])
+    assert found[again]["Δ chosen"] == pytest.approx(summary["Δ chosen"]["mean"], abs=1e-4)
 
 
 def test_command_reports_pairs_and_refuses_what_it_cannot_read(
