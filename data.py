@@ -9,16 +9,28 @@ One rule each, with one home here: where the BOS goes (`Tokenizer.prompt_ids`) a
 import base64
 import binascii
 import dataclasses
+import datetime
+import functools
+import heapq
+import itertools
 import json
+import math
 import re
 import sys
+import time
+import unicodedata
 import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import regex  # comes with tiktoken
 import tiktoken
 import torch
+from jinja2 import TemplateError, nodes  # comes with torch
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from torch import Tensor
 
 # --- The built-in task: chains of additions and subtractions, with the steps written out ---------
@@ -98,18 +110,144 @@ HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
 BYTE_OF_CHAR = {chr(byte): byte for byte in VISIBLE} | {
     chr(256 + i): byte for i, byte in enumerate(HIDDEN)
 }
+CHAR_OF_BYTE = {byte: char for char, byte in BYTE_OF_CHAR.items()}
+SPACE = "▁"  # SentencePiece's way to write a space
+LONG_TEXT = 50_000  # characters from which on tiktoken's regular expressions may run out of stack
+
+
+def merge(symbols: Iterable[str], ranks: dict[tuple[str, str], int]) -> tuple[list[str], int]:
+    """Byte-pair encoding itself: the best-ranked adjacent pair joins first, the leftmost of equals.
+
+    Returns the symbols that are left, and the rank of the last pair that joined, -1 for none. So
+    merges the tokenizers library; it is the oracle of tiktoken's merging.
+    """
+    symbols = list(symbols)
+    count = len(symbols)
+    before, after = list(range(-1, count - 1)), list(range(1, count + 1))
+    queue = [(ranks[p], i) for i, p in enumerate(zip(symbols, symbols[1:])) if p in ranks]
+    heapq.heapify(queue)
+    last = -1
+    while queue:
+        rank, left = heapq.heappop(queue)
+        right = after[left]
+        if right == count or ranks.get((symbols[left], symbols[right])) != rank:
+            continue  # one of the two has joined another symbol since
+        last, symbols[left], symbols[right] = rank, symbols[left] + symbols[right], ""
+        after[left] = after[right]
+        if after[left] < count:
+            before[after[left]] = left
+        for a, b in ((before[left], left), (left, after[left])):
+            if a >= 0 and b < count and (symbols[a], symbols[b]) in ranks:
+                heapq.heappush(queue, (ranks[symbols[a], symbols[b]], a))
+    return [symbol for symbol in symbols if symbol], last
+
+
+class Bpe(NamedTuple):
+    """Text to ids by merges within pieces, on tiktoken wherever that gives the same."""
+
+    pieces: regex.Pattern  # the pieces of a text are its matches
+    encoding: tiktoken.Encoding | None  # its tokens are merge priorities; None: use `merged`
+    ids: list[int]  # priority -> id
+    split: dict[int, list[int]]  # priorities that stand for several ids: unfinished characters
+    merged: Callable[[str], tuple[int, ...]] | None  # a piece to ids by `merge`, the oracle
+
+    def encode(self, text: str) -> list[int]:
+        if self.encoding is None:
+            return [i for match in self.pieces.finditer(text) for i in self.merged(match[0])]
+        if len(text) > LONG_TEXT:
+            single, pieces = self.encoding._encode_single_piece, self.pieces.finditer(text)
+            found = [priority for match in pieces for priority in single(match[0])]
+        else:
+            found = self.encoding.encode_ordinary(text)
+        if self.split and not self.split.keys().isdisjoint(found):
+            return [i for p in found for i in self.split.get(p) or (self.ids[p],)]
+        return list(map(self.ids.__getitem__, found))
+
+
+def byte_pairs(
+    vocab: dict[str, int], merges: list[tuple[str, str]], whole: bool, bytewise: bool, pattern: str
+) -> Bpe:
+    """The merges of a tokenizer.json on tiktoken. whole: a piece that is a token stays as it is;
+    bytewise: symbols are bytes, written as in BYTE_OF_CHAR, else characters with byte fallback.
+
+    tiktoken joins any two neighbours that together are a token; a tokenizer.json lists the pairs
+    that may. While no merge crosses a token's two ends, what happens between them depends on its
+    own symbols alone. So `merge` of each token by itself tells whether text can ever form it, at
+    which rank, from which pair. Where each pair ranks behind the pairs that formed its parts,
+    merges happen in the order of ranks, and tiktoken with just these tokens at these ranks finds
+    the same. Where not, `merge` does the work.
+    """
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    pair_of = {rank: pair for pair, rank in ranks.items()}
+
+    def is_text(token):
+        return vocab.keys() >= set(token) and (not bytewise or BYTE_OF_CHAR.keys() >= set(token))
+
+    def raw(token):
+        return bytes(map(BYTE_OF_CHAR.get, token)) if bytewise else token.encode()
+
+    def byte_token(byte):
+        return CHAR_OF_BYTE[byte] if bytewise else f"<0x{byte:02X}>"
+
+    @functools.lru_cache(maxsize=2**16)
+    def merged(piece):
+        symbols = "".join(map(CHAR_OF_BYTE.get, piece.encode())) if bytewise else piece
+        if whole and symbols in vocab:
+            return (vocab[symbols],)
+        symbols = [[c] if c in vocab else map(byte_token, c.encode()) for c in symbols]
+        return tuple(vocab[s] for s in merge(itertools.chain.from_iterable(symbols), ranks)[0])
+
+    live, alone, same = {}, [], True
+    for token in vocab if whole else {left + right for left, right in merges}:
+        if len(token) > 1 and is_text(token):
+            symbols, rank = merge(token, ranks)
+            if len(symbols) == 1:
+                live[token] = rank
+            elif whole:  # found as a whole piece only; ranked last, no two neighbours may make it
+                alone.append(token)
+                same = same and len(symbols) > 2
+    for rank in live.values():
+        parts = (part for part in pair_of[rank] if len(part) > 1)
+        same = same and all(live.get(part, rank) < rank for part in parts)
+    if not same:
+        return Bpe(regex.compile(pattern), None, [], {}, merged)
+
+    priorities = {bytes([byte]): byte for byte in range(256)}
+    for char in () if bytewise else filter(is_text, (c for c in vocab if len(c) == 1)):
+        for end in range(2, len(char.encode()) + 1):  # its bytes join before all else
+            priorities.setdefault(char.encode()[:end], len(priorities))
+    for token in [*sorted(live, key=live.get), *alone]:
+        priorities[raw(token)] = len(priorities)
+    known = {raw(token): [id] for token, id in vocab.items() if is_text(token)}
+    ids = [known.get(token) or [vocab[byte_token(byte)] for byte in token] for token in priorities]
+    split = {priority: several for priority, several in enumerate(ids) if len(several) > 1}
+    return Bpe(*_on_tiktoken(pattern, priorities), [one[0] for one in ids], split, merged)
+
+
+def _on_tiktoken(pattern: str, priorities: dict[bytes, int]):
+    tokens = {"mergeable_ranks": priorities, "special_tokens": {}}
+    return regex.compile(pattern), tiktoken.Encoding("mio", pat_str=pattern, **tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """Text to ids and back. Adds no special token and reads none out of text."""
 
-    encoding: tiktoken.Encoding  # its tokens are merge priorities
-    ids: np.ndarray  # merge priority -> id
-    token_bytes: dict[int, bytes]  # id -> what it stands for, special tokens included
+    bpe: Bpe
+    form: str | None  # Unicode normal form that text is brought into
+    space: str  # SentencePiece's prefix: never, first, always, legacy; "" where symbols are bytes
+    cuts: list[regex.Pattern]  # text is cut by these, one after the other, before `bpe`
+    added: dict[str, int]  # added tokens: text -> id
+    special: regex.Pattern | None  # any of them: what a chat template may have written
+    literal: regex.Pattern | None  # those that are not special, which are read out of any text
+    token_bytes: dict[int, bytes]  # id -> what it stands for, added tokens included
+    byte_ids: frozenset[int]  # the tokens of byte fallback
+    strip: bool  # decoding drops the prefix again
     bos_id: int | None  # None where sequences start without one
     end_id: int  # ends an answer
     stop_ids: frozenset[int]  # any of these ends a generated answer
+    names: dict[str, str]  # bos_token, eos_token and so on, as chat templates call them
+    template: str | None  # the chat template
     files: dict[str, bytes]  # as they lay on disk, to be saved beside a checkpoint
 
     @property
@@ -117,15 +255,89 @@ class Tokenizer:
         return max(self.token_bytes) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self.ids[self.encoding.encode_ordinary(text)].tolist()
+        """Ids as transformers gives with add_special_tokens=False, split_special_tokens=True."""
+        return self._encode(text, self.literal)
 
     def prompt_ids(self, text: str) -> list[int]:
         """The beginning of a sequence: one BOS, where there is one, and the text."""
         return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
 
+    def continue_ids(self, text: str) -> list[int]:
+        """Ids of text that goes on from other text: as `encode`, without SentencePiece's prefix."""
+        return self._encode(text, self.literal, continues=True)
+
+    def _encode(self, text: str, added, continues: bool = False, mark: str = "") -> list[int]:
+        ids, place = [], 0
+        for match in added.finditer(text) if added else ():
+            ids += self._plain(text[place : match.start()].replace(mark, ""), place == 0, continues)
+            ids.append(self.added[match[match.lastindex]])
+            place = match.end()
+        return ids + self._plain(text[place:].replace(mark, ""), place == 0, continues)
+
+    def _plain(self, text: str, at_start: bool, continues: bool) -> list[int]:
+        if self.form:
+            text = unicodedata.normalize(self.form, text)
+        if self.space:
+            text = text.replace(" ", SPACE)
+            prefix = self.space != "never" and (
+                not continues if at_start else self.space in ("always", "legacy")
+            )
+            if text and prefix and (self.space == "legacy" or not text.startswith(SPACE)):
+                text = SPACE + text
+        pieces = [text]
+        for cut in self.cuts:
+            pieces = [match[0] for piece in pieces for match in cut.finditer(piece)]
+        return [id for piece in pieces for id in self.bpe.encode(piece)]
+
     def decode(self, ids) -> str:
+        """Text; what is not UTF-8 becomes U+FFFD."""
         # A model's vocabulary may be padded beyond the tokenizer's: such an id stands for nothing.
-        return b"".join(self.token_bytes.get(i, b"") for i in ids).decode(errors="replace")
+        if not self.space:
+            return b"".join(self.token_bytes.get(i, b"") for i in ids).decode(errors="replace")
+        text = ""
+        for is_byte, run in itertools.groupby(ids, key=self.byte_ids.__contains__):
+            raw = b"".join(self.token_bytes.get(i, b"") for i in run)
+            try:
+                text += raw.decode() if is_byte else raw.decode().replace(SPACE, " ")
+            except UnicodeDecodeError:
+                text += "\ufffd" * len(raw)
+        return text.removeprefix(" ") if self.strip else text
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
+        """Ids of [{"role": ..., "content": ...}, ...] by the chat template.
+
+        The ids of transformers' apply_chat_template, but what reads like a special token inside a
+        message stays text. Raises ValueError where there is no template or it fails.
+        """
+        text, mark = self._write(messages, add_generation_prompt)
+        return self._encode(text, self.special, mark=mark)
+
+    def turn(self, messages: list[dict], answer: dict) -> tuple[list[int], list[int]]:
+        """Ids of a conversation up to an answer, and of the answer as the template goes on with it,
+        without the token that ends it. Joined they are the beginning of the whole's ids."""
+        (head, mark), (whole, more) = (
+            self._write(messages, True),
+            self._write([*messages, answer], False),
+        )
+        if not whole.startswith(head):
+            raise ValueError("the chat template does not write an answer as following its prompt")
+        ids = self._encode(whole[len(head) :], self.special, continues=True, mark=mark or more)
+        end = next((i for i, id in enumerate(ids) if id in self.stop_ids), len(ids))
+        return self._encode(head, self.special, mark=mark), ids[:end]
+
+    def _write(self, messages: list[dict], add_generation_prompt: bool) -> tuple[str, str]:
+        """What the template writes, and the sign that must be taken out of it before encoding: it
+        breaks whatever reads like a special token inside a message."""
+        if self.template is None:
+            raise ValueError("messages need a chat template, and the tokenizer has none; put a "
+                             "chat_template.jinja into its folder")  # fmt: skip
+        texts, mark = "".join(message["content"] for message in messages), ""
+        if self.special and self.special.search(texts):
+            mark = next(chr(i) for i in range(0xFDD0, 0xFDF0) if chr(i) not in texts)
+            for token in self.added:
+                broken = token[:1] + mark + token[1:]
+                messages = [m | {"content": m["content"].replace(token, broken)} for m in messages]
+        return render_template(self.template, messages, add_generation_prompt, self.names), mark
 
     def save(self, folder) -> None:
         """Writes the files that `load_tokenizer` and transformers' AutoTokenizer read."""
@@ -134,7 +346,8 @@ class Tokenizer:
 
 
 def load_tokenizer(path) -> Tokenizer:
-    """Reads a folder, a `tokenizer.json` (byte-level BPE) or a tiktoken rank file (Llama 3's).
+    """Reads a folder, a `tokenizer.json` (BPE, byte-level or SentencePiece-style) or a tiktoken
+    rank file (Llama 3's).
 
     What the vocabulary file does not say, such as which token ends an answer, is taken from the
     JSON files beside it. Raises OSError or ValueError that names the file and the remedy.
@@ -198,29 +411,45 @@ def byte_tokenizer() -> Tokenizer:
 def _read_tokenizer_json(content: bytes, settings: dict, files: dict) -> Tokenizer:
     spec = _parse_object(content, "tokenizer.json")
     model = spec["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise ValueError("only byte-level BPE is supported, without byte_fallback")
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"its model is {model['type']}; only BPE can be read, as Llama, Mistral, "
+                         "Qwen and SmolLM use it")  # fmt: skip
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise ValueError(f"{key} = {model[key]!r} is not supported")
-    if spec.get("normalizer") is not None:
-        raise ValueError(f"normalizer {spec['normalizer'].get('type')!r} is not supported")
-    priorities = {bytes([byte]): byte for byte in range(256)}
-    for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        # The first merge that builds a token is its priority; others that build it come later.
-        priorities.setdefault(_token_bytes(left) + _token_bytes(right), len(priorities))
-    added = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
-    for token in spec.get("added_tokens", []):
-        if not token["special"]:
-            raise ValueError(f"added token {token['content']!r}, not special, is not supported")
-    ids = {_token_bytes(text): i for text, i in model["vocab"].items() if text not in added}
-    if ids.keys() != priorities.keys():
-        odd = min(ids.keys() ^ priorities.keys())
-        raise ValueError(f"token {odd!r} is listed in only one of vocab and merges")
-    pattern = _pattern(spec.get("pre_tokenizer"))
-    bos = _template_bos(spec.get("post_processor"))
-    return _build(priorities, ids, added, pattern, bos, settings, files)
+    vocab, whole = model["vocab"], bool(model.get("ignore_merges"))
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    for left, right in merges:
+        if not vocab.keys() >= {left, right, left + right}:
+            raise ValueError(f"merge of {left!r} and {right!r}: they or what they make are not in "
+                             "the vocabulary")  # fmt: skip
+    steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
+    bytewise = any(step["type"] == "ByteLevel" for step in steps)
+    if not bytewise and not model.get("byte_fallback"):
+        raise ValueError("neither ByteLevel nor byte_fallback: text beyond its vocabulary would be "
+                         "lost")  # fmt: skip
+    needed = BYTE_OF_CHAR if bytewise else [f"<0x{byte:02X}>" for byte in range(256)]
+    for byte, token in enumerate(needed):
+        if token not in vocab:
+            raise ValueError(f"byte {byte} has no token {token!r} in the vocabulary")
+    form, space = _normalizer(_steps(spec.get("normalizer"), "normalizers"), steps, bytewise)
+    if bytewise:
+        *cuts, pattern = _cuts(steps)
+    else:
+        cuts, pattern = [], _words(steps, merges, whole)
+    added_tokens = spec.get("added_tokens") or []
+    for token in added_tokens:
+        if token.get("single_word"):
+            raise ValueError(f"added token {token['content']!r}: single_word is not supported")
+    decoder = _steps(spec.get("decoder"), "decoders")
+    token_bytes = {i: _bytes_of(token, bytewise) for token, i in vocab.items()}
+    return _tokenizer(
+        byte_pairs(vocab, merges, whole, bytewise, pattern), token_bytes, added_tokens, settings,
+        files, vocab=vocab, form=form, space=space, cuts=[regex.compile(cut) for cut in cuts],
+        byte_ids=frozenset() if bytewise else frozenset(vocab[token] for token in needed),
+        strip=any(step["type"] in ("Strip", "Metaspace") for step in decoder) and space != "never",
+        bos=_template_bos(spec.get("post_processor")),
+    )  # fmt: skip
 
 
 def _read_rank_file(content: bytes, settings: dict, files: dict) -> Tokenizer:
@@ -237,36 +466,42 @@ def _read_rank_file(content: bytes, settings: dict, files: dict) -> Tokenizer:
         if rank != len(priorities) or token in priorities:
             raise ValueError(f"line {number}: expected rank {len(priorities)} and a new token")
         priorities[token] = rank
-    if not priorities:
-        raise ValueError("the file is empty")
-    added = {text: len(priorities) + i for i, text in enumerate(LLAMA3_SPECIALS)}
-    bos, end = LLAMA3_SPECIALS[:2]
-    config = {"eos_token": end} | settings.get("tokenizer_config.json", {})
-    settings = settings | {"tokenizer_config.json": config}
-    return _build(priorities, priorities, added, LLAMA3_PATTERN, bos, settings, files)
-
-
-def _build(priorities, ids, added, pattern, bos, settings, files) -> Tokenizer:
-    """priorities: bytes -> merge priority; ids: bytes -> id; added: special text -> id."""
     for byte in range(256):
         if bytes([byte]) not in priorities:
-            raise ValueError(f"byte {byte} is not a token: not a byte-level vocabulary")
-    encoding = tiktoken.Encoding(
-        "mio", pat_str=pattern, mergeable_ranks=priorities, special_tokens={}
-    )
-    table = [ids[token] for token in priorities]  # a dict keeps its order: by priority
-    numbers = {*table, *added.values()}
-    if len(numbers) < len(table) + len(added) or not all(_is_id(i) for i in numbers):
+            raise ValueError(f"byte {byte} is not a token: not Llama 3's kind of rank file")
+    added_tokens = [
+        {"content": text, "id": len(priorities) + i, "special": True}
+        for i, text in enumerate(LLAMA3_SPECIALS)
+    ]
+    bos, end = LLAMA3_SPECIALS[:2]
+    config = {"bos_token": bos, "eos_token": end} | settings.get("tokenizer_config.json", {})
+    settings = settings | {"tokenizer_config.json": config}
+    bpe = Bpe(*_on_tiktoken(LLAMA3_PATTERN, priorities), list(priorities.values()), {}, None)
+    token_bytes = {rank: token for token, rank in priorities.items()}
+    return _tokenizer(bpe, token_bytes, added_tokens, settings, files, vocab={}, form=None,
+                      space="", cuts=[], byte_ids=frozenset(), strip=False, bos=bos)  # fmt: skip
+
+
+def _tokenizer(bpe, token_bytes, added_tokens, settings, files, *, vocab, bos, **fields):
+    """What both kinds of file have in common: added tokens, and what lies beside the file."""
+    added = {token["content"]: token["id"] for token in added_tokens}
+    ids = [*token_bytes, *(i for text, i in added.items() if vocab.get(text) != i)]
+    if len(set(ids)) < max(len(ids), len(vocab)) or not all(_is_id(i) for i in ids):
         raise ValueError("ids of tokens must be different whole numbers from 0 on")
-    token_bytes = {i: token for token, i in ids.items()}
-    token_bytes |= {i: text.encode() for text, i in added.items()}
-    end = settings.get("tokenizer_config.json", {}).get("eos_token")
-    end = end.get("content") if isinstance(end, dict) else end
-    if end not in added:
-        raise ValueError(
-            f"the token that ends an answer, eos_token in tokenizer_config.json, is {end!r}: "
-            "name one of the added tokens there"
-        )
+    config = settings.get("special_tokens_map.json", {})
+    config = config | settings.get("tokenizer_config.json", {})
+    names = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name.endswith("_token") and isinstance(value, (str, dict))
+    }
+    if config.keys() & {"add_bos_token", "add_eos_token"}:  # they override the file's own template
+        bos = names.get("bos_token") if config.get("add_bos_token") else None
+    end = names.get("eos_token")
+    for text, name in ((bos, "bos_token"), (end, "eos_token")):
+        if text not in added and not (name == "bos_token" and text is None):
+            raise ValueError(f"{name} in tokenizer_config.json is {text!r}: name one of the added "
+                             "tokens there")  # fmt: skip
     stop_ids = {added[end]}
     for name in ("config.json", "generation_config.json"):
         eos = settings.get(name, {}).get("eos_token_id")
@@ -274,45 +509,113 @@ def _build(priorities, ids, added, pattern, bos, settings, files) -> Tokenizer:
         if not all(i is None or _is_id(i) for i in eos):
             raise ValueError(f"eos_token_id = {eos!r} in {name} beside it: expected ids")
         stop_ids |= set(eos) - {None}
-    bos_id = None if bos is None else added[bos]
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {one["name"]: one["template"] for one in template}.get("default")
+    if "chat_template.jinja" in files:
+        template = files["chat_template.jinja"].decode()
     return Tokenizer(
-        encoding, np.array(table), token_bytes, bos_id, added[end], frozenset(stop_ids), files
-    )
+        bpe=bpe, added=added, names=names, template=template, files=files,
+        special=_any_of(added_tokens),
+        literal=_any_of([token for token in added_tokens if not token["special"]]),
+        token_bytes=token_bytes | {i: text.encode() for text, i in added.items()},
+        bos_id=None if bos is None else added[bos], end_id=added[end],
+        stop_ids=frozenset(stop_ids), **fields,
+    )  # fmt: skip
+
+
+def _any_of(added_tokens: list[dict]) -> regex.Pattern | None:
+    """Finds added tokens in text, the longest at a place; the group is the token itself."""
+    spaces = {True: r"\s*", False: "", None: ""}
+    parts = [
+        f"{spaces[token.get('lstrip')]}({regex.escape(token['content'])})"
+        f"{spaces[token.get('rstrip')]}"
+        for token in sorted(added_tokens, key=lambda token: -len(token["content"]))
+        if token["content"]
+    ]
+    return regex.compile("|".join(parts)) if parts else None
 
 
 def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-def _token_bytes(text: str) -> bytes:
-    """The bytes behind a token as byte-level BPE writes it."""
-    if not all(char in BYTE_OF_CHAR for char in text):
-        raise ValueError(f"token {text!r} is not written in the byte-level alphabet")
-    return bytes(BYTE_OF_CHAR[char] for char in text)
+def _bytes_of(token: str, bytewise: bool) -> bytes:
+    """What a token of a vocabulary stands for."""
+    if bytewise and all(char in BYTE_OF_CHAR for char in token):
+        return bytes(map(BYTE_OF_CHAR.get, token))
+    byte = None if bytewise else re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return bytes([int(byte[1], 16)]) if byte else token.encode()
 
 
-def _pattern(pre_tokenizer: dict | None) -> str:
-    """The regular expression that cuts text into the pieces within which tokens merge."""
-    steps = [pre_tokenizer or {}]
-    if steps[0].get("type") == "Sequence":
-        steps = steps[0]["pretokenizers"]
+def _steps(spec: dict | None, key: str) -> list[dict]:
+    """A normalizer, pre-tokenizer or decoder as the list of its steps."""
+    if spec is None:
+        return []
+    return [s for part in spec[key] for s in _steps(part, key)] if key in spec else [spec]
+
+
+def _normalizer(steps: list[dict], pre_tokenizer: list[dict], bytewise: bool):
+    """Unicode form and SentencePiece's prefix rule: (str | None, str)."""
+    form, prepends, replaces = None, False, False
+    for step in steps:
+        kind = step["type"]
+        if kind in ("NFC", "NFD", "NFKC", "NFKD") and step is steps[0]:
+            form = kind
+        elif kind == "Prepend" and step["prepend"] == SPACE and not bytewise:
+            prepends = True
+        elif kind == "Replace" and not bytewise and step["pattern"] == {"String": " "}:
+            replaces = step["content"] == SPACE
+        else:
+            raise ValueError(f"normalizer {kind} is not supported here")
+    if bytewise:
+        return form, ""
+    if not pre_tokenizer:
+        if not replaces:
+            raise ValueError(f"its normalizer does not write a space as {SPACE!r}")
+        return form, "legacy" if prepends else "never"
+    (step,) = pre_tokenizer if len(pre_tokenizer) == 1 else [{}]
+    if step.get("type") != "Metaspace" or step["replacement"] != SPACE or prepends or replaces:
+        raise ValueError("with byte_fallback the only pre-tokenizer supported is one Metaspace")
+    older = "always" if step.get("add_prefix_space", True) else "never"
+    return form, step.get("prepend_scheme", older)
+
+
+def _words(pre_tokenizer: list[dict], merges: list[tuple[str, str]], whole: bool) -> str:
+    """The pieces of a SentencePiece-style text: words with the spaces before them, where no token
+    reaches over the beginning of a word."""
+    if pre_tokenizer and pre_tokenizer[0].get("split", True):
+        return f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"
+    across = regex.compile(f"[^{SPACE}]{SPACE}")
+    if whole or any(across.search(left + right) for left, right in merges):
+        return r"[\s\S]+"
+    return f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
+
+
+def _cuts(steps: list[dict]) -> list[str]:
+    """Regular expressions that cut text one after the other; merges happen within the pieces."""
     *before, byte_level = steps
-    if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space"):
+    if byte_level["type"] != "ByteLevel" or byte_level.get("add_prefix_space"):
         raise ValueError("its pre-tokenizer does not end in ByteLevel without a prefix space")
-    if not before:
-        return GPT2_PATTERN if byte_level.get("use_regex", True) else r"[\s\S]+"
-    (split,) = before if len(before) == 1 else [{}]
-    regex = split.get("pattern", {}).get("Regex")
-    plain = split.get("behavior") == "Isolated" and not split.get("invert")
-    if split.get("type") != "Split" or not plain or not regex or byte_level.get("use_regex", True):
-        raise ValueError("its pre-tokenizer is not one Split by a regex followed by ByteLevel")
-    return rf"(?:{regex})|(?:(?!{regex})[\s\S])+"  # what lies between matches is a piece, too
+    cuts = []
+    for step in before:
+        kind, pattern = step["type"], step.get("pattern", {})
+        if kind == "Digits":
+            cuts.append(r"\p{N}|\P{N}+" if step.get("individual_digits") else r"\p{N}+|\P{N}+")
+        elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            one = pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
+            cuts.append(rf"(?:{one})|(?:(?!{one})[\s\S])+")  # what lies between matches, too
+        else:
+            raise ValueError(f"pre-tokenizer {kind} {step.get('behavior', '')} is not supported")
+    if byte_level.get("use_regex", True):
+        cuts.append(GPT2_PATTERN)
+    return cuts or [r"[\s\S]+"]
 
 
 def _template_bos(post_processor: dict | None) -> str | None:
     """The special token that a tokenizer.json puts before every text, if it puts one."""
-    for step in (post_processor or {}).get("processors", [post_processor or {}]):
-        if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+    for step in _steps(post_processor, "processors"):
+        if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
             return step["single"][0]["SpecialToken"]["id"]
     return None
 
@@ -325,6 +628,83 @@ def _parse_object(content: bytes | str, where) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+# --- Chat templates: programs of strangers -------------------------------------------------------
+
+RENDER_SECONDS = 5
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, in which reaching for Python's attributes is an error rather than empty,
+    and no product or sum grows without bound."""
+
+    intercepted_binops = frozenset(["+", "*", "**"])
+
+    def unsafe_undefined(self, obj, attribute):
+        raise SecurityError(f"it reaches for {attribute!r}")
+
+    def call_binop(self, context, operator, left, right):
+        sizes = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
+        if operator == "**" or (sizes != [left, right] and math.prod(map(abs, sizes)) > 10**7):
+            raise SecurityError(f"it computes too much by {operator!r}")
+        return super().call_binop(context, operator, left, right)
+
+
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %} marks what a model writes; here it is nothing."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str):
+    """(template, clock): the template stops when time passes clock[0]."""
+    clock = [0.0]
+
+    def tick():
+        if time.monotonic() > clock[0]:
+            raise SecurityError(f"it does not end in {RENDER_SECONDS} s")
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)  # fmt: skip
+
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    sandbox.filters["tojson"] = to_json
+    sandbox.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+        "tick": tick,
+    }
+    tree = sandbox.parse(source)
+    for node in tree.find_all((nodes.For, nodes.Macro)):  # all that can go on for ever
+        call = nodes.Call(nodes.Name("tick", "load"), [], [], None, None)
+        node.body.insert(0, nodes.ExprStmt(call).set_lineno(node.lineno))
+    return sandbox.from_string(tree.set_environment(sandbox)), clock
+
+
+def render_template(
+    source: str, messages: list[dict], add_generation_prompt: bool, names: dict[str, str]
+) -> str:
+    """What a chat template writes, as in transformers (utils/chat_template_utils.py). Raises
+    ValueError where it fails, reaches out of its sandbox or does not end."""
+    try:
+        template, clock = _compiled(source)
+        clock[0] = time.monotonic() + RENDER_SECONDS
+        return template.render(
+            messages=messages, tools=None, documents=None,
+            add_generation_prompt=add_generation_prompt, **names,
+        )  # fmt: skip
+    except Exception as error:  # a template is a program: it may fail in any way
+        raise ValueError(f"the chat template fails: {error or type(error).__name__}") from None
 
 
 # --- Preference pairs ---------------------------------------------------------------------------

@@ -202,19 +202,34 @@ def test_tokenizers_that_would_be_read_wrongly_are_refused(tmp_path, checkpoint)
             load_tokenizer(checkpoint)
         assert "tokenizer.json" in str(error.value)
 
-    refused({"model": {"type": "Unigram"}}, "only byte-level BPE")
-    refused({"model": spec["model"] | {"byte_fallback": True}}, "byte_fallback")
-    refused({"normalizer": {"type": "NFC"}}, "NFC")
-    refused({"pre_tokenizer": {"type": "Metaspace"}}, "pre-tokenizer")
-    refused({"model": spec["model"] | {"merges": ["a b"]}}, "only one of vocab and merges")
-    refused({"model": spec["model"] | {"vocab": {"a": 0}}}, "only one of vocab and merges")
+    refused({"model": {"type": "Unigram"}}, "its model is Unigram; only BPE")
+    refused({"model": {"type": "WordPiece"}}, "its model is WordPiece; only BPE")
+    refused({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase")
+    refused({"pre_tokenizer": {"type": "Whitespace"}}, "neither ByteLevel nor byte_fallback")
+    level, split = spec["pre_tokenizer"], {"type": "Split", "pattern": {"Regex": "a"}}
+    for step, match in (
+        ({"type": "Punctuation"}, "pre-tokenizer Punctuation"),
+        (split | {"behavior": "Removed", "invert": False}, "Split Removed"),
+        (split | {"behavior": "Isolated", "invert": True}, "Split Isolated"),
+    ):
+        steps = {"type": "Sequence", "pretokenizers": [step, level]}
+        refused({"pre_tokenizer": steps}, match)
+    refused({"pre_tokenizer": level | {"add_prefix_space": True}}, "without a prefix space")
+    refused({"model": spec["model"] | {"merges": ["a b"]}}, "merge of 'a' and 'b'")
+    refused({"model": spec["model"] | {"vocab": {"a": 0}}}, "byte 0 has no token")
     refused({"model": spec["model"] | {"merges": [5]}}, "not laid out as a tokenizer.json")
     refused({"model": spec["model"] | {"dropout": 0.5}}, "dropout")
     refused({"post_processor": {"type": "TemplateProcessing", "single": []}}, "not laid out")
     begin, end = spec["added_tokens"]
     refused({"added_tokens": [begin | {"id": 65}, end]}, "ids of tokens")
     refused({"added_tokens": [begin | {"id": "a"}, end]}, "ids of tokens")
-    refused({"added_tokens": [begin | {"special": False}, end]}, "not special")
+    refused({"added_tokens": [begin | {"single_word": True}, end]}, "single_word")
+    byte_tokens = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    model = spec["model"] | {"byte_fallback": True, "vocab": byte_tokens}
+    piecewise = {"model": model, "pre_tokenizer": None}
+    refused(piecewise, "does not write a space as '▁'")
+    refused(piecewise | {"model": model | {"vocab": {"<0x00>": 0}}}, "byte 1 has no token")
+    refused(piecewise | {"pre_tokenizer": {"type": "Whitespace"}}, "one Metaspace")
     (checkpoint / "tokenizer.json").write_text(json.dumps(spec))
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [257, "x"]}')
     with pytest.raises(ValueError, match="eos_token_id"):
@@ -222,7 +237,7 @@ def test_tokenizers_that_would_be_read_wrongly_are_refused(tmp_path, checkpoint)
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [257, 9]}')
     assert load_tokenizer(checkpoint).stop_ids == {257, 9}
     for name, content, match in [
-        ("tokenizer.model", b"", "empty"),
+        ("tokenizer.model", b"", "byte 0 is not a token"),
         ("tokenizer.model", b"\n".join(rank_lines()[1:]), "expected rank 0"),
         ("tokenizer.model", b"\x0a\x09<unk> sentencepiece", "AutoTokenizer"),
         ("tokenizer.json", b"{", "not valid JSON"),
