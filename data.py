@@ -6,21 +6,26 @@ One rule each, with one home here: where the BOS goes (`Tokenizer.prompt_ids`) a
 (`epoch_order`).
 """
 
+import argparse
 import base64
 import binascii
 import dataclasses
 import datetime
 import functools
+import gzip
 import heapq
 import itertools
 import json
 import math
 import re
 import sys
+import textwrap
 import time
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterable
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +37,7 @@ from jinja2 import TemplateError, nodes  # comes with torch
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from torch import Tensor
+from tqdm import tqdm
 
 # --- The built-in task: chains of additions and subtractions, with the steps written out ---------
 
@@ -266,7 +272,7 @@ class Tokenizer:
         """Ids of text that goes on from other text: as `encode`, without SentencePiece's prefix."""
         return self._encode(text, self.literal, continues=True)
 
-    def _encode(self, text: str, added, continues: bool = False, mark: str = "") -> list[int]:
+    def _encode(self, text: str, added, mark: str = "", continues: bool = False) -> list[int]:
         ids, place = [], 0
         for match in added.finditer(text) if added else ():
             ids += self._plain(text[place : match.start()].replace(mark, ""), place == 0, continues)
@@ -309,35 +315,38 @@ class Tokenizer:
         The ids of transformers' apply_chat_template, but what reads like a special token inside a
         message stays text. Raises ValueError where there is no template or it fails.
         """
-        text, mark = self._write(messages, add_generation_prompt)
-        return self._encode(text, self.special, mark=mark)
+        mark = self._mark(messages)
+        return self._encode(self._write(messages, add_generation_prompt, mark), self.special, mark)
 
-    def turn(self, messages: list[dict], answer: dict) -> tuple[list[int], list[int]]:
-        """Ids of a conversation up to an answer, and of the answer as the template goes on with it,
-        without the token that ends it. Joined they are the beginning of the whole's ids."""
-        (head, mark), (whole, more) = (
-            self._write(messages, True),
-            self._write([*messages, answer], False),
-        )
-        if not whole.startswith(head):
-            raise ValueError("the chat template does not write an answer as following its prompt")
-        ids = self._encode(whole[len(head) :], self.special, continues=True, mark=mark or more)
-        end = next((i for i, id in enumerate(ids) if id in self.stop_ids), len(ids))
-        return self._encode(head, self.special, mark=mark), ids[:end]
+    def turns(self, messages: list[dict], answers: list[dict]) -> tuple[list[int], list[list[int]]]:
+        """Ids of a conversation up to its answer, and of each answer as the template goes on with
+        it, without the token that ends it. Joined they are the beginning of the whole's ids."""
+        mark, found = self._mark([*messages, *answers]), []
+        head = self._write(messages, True, mark)
+        for answer in answers:
+            whole = self._write([*messages, answer], False, mark)
+            if not whole.startswith(head):
+                raise ValueError("the chat template does not write an answer after its prompt")
+            ids = self._encode(whole[len(head) :], self.special, mark, continues=True)
+            found.append(list(itertools.takewhile(lambda id: id not in self.stop_ids, ids)))
+        return self._encode(head, self.special, mark), found
 
-    def _write(self, messages: list[dict], add_generation_prompt: bool) -> tuple[str, str]:
-        """What the template writes, and the sign that must be taken out of it before encoding: it
-        breaks whatever reads like a special token inside a message."""
+    def _mark(self, messages: list[dict]) -> str:
+        """A sign that is in no message, to break up what reads like a special token in one until it
+        is encoded; "" where nothing does."""
+        text = "".join(message["content"] for message in messages)
+        if not (self.special and self.special.search(text)):
+            return ""
+        return next(chr(i) for i in range(0xFDD0, 0xFDF0) if chr(i) not in text)
+
+    def _write(self, messages: list[dict], add_generation_prompt: bool, mark: str) -> str:
         if self.template is None:
             raise ValueError("messages need a chat template, and the tokenizer has none; put a "
                              "chat_template.jinja into its folder")  # fmt: skip
-        texts, mark = "".join(message["content"] for message in messages), ""
-        if self.special and self.special.search(texts):
-            mark = next(chr(i) for i in range(0xFDD0, 0xFDF0) if chr(i) not in texts)
-            for token in self.added:
-                broken = token[:1] + mark + token[1:]
-                messages = [m | {"content": m["content"].replace(token, broken)} for m in messages]
-        return render_template(self.template, messages, add_generation_prompt, self.names), mark
+        for token in self.added if mark else ():
+            broken = token[:1] + mark + token[1:]
+            messages = [m | {"content": m["content"].replace(token, broken)} for m in messages]
+        return render_template(self.template, messages, add_generation_prompt, self.names)
 
     def save(self, folder) -> None:
         """Writes the files that `load_tokenizer` and transformers' AutoTokenizer read."""
@@ -711,95 +720,283 @@ def render_template(
 
 
 class Pair(NamedTuple):
-    """Ids of one prompt and two answers. For supervised training `rejected` is empty."""
+    """Ids of one prompt and two answers, of which one may be missing: its list is empty."""
 
     prompt: list[int]  # begins with the BOS, where the tokenizer has one
     chosen: list[int]  # ends with the end token
     rejected: list[int]
 
 
-def make_pair(tokenizer: Tokenizer, prompt: str, chosen: str, rejected: str | None) -> Pair:
+class Pairs(Sequence):
+    """A list of pairs in compact arrays, four bytes an id; pairs[i] makes the lists anew."""
+
+    def __init__(self, pairs: Iterable[Pair] = ()):
+        self.ids, self.ends = array("i"), array("q", [0])  # parts end to end, three a pair
+        self.lines = array("i")  # of the file, 0 for none
+        for pair in pairs:
+            self.append(pair)
+
+    def append(self, pair: Pair, line: int = 0) -> None:
+        for part in pair:
+            self.ids.extend(part)
+            self.ends.append(len(self.ids))
+        self.lines.append(line)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.take(range(len(self))[index])
+        start, *ends = self.ends[3 * range(len(self))[index] :][:4]
+        return Pair(*(self.ids[a:b].tolist() for a, b in zip([start, *ends], ends)))
+
+    def take(self, index: Iterable[int]) -> "Pairs":
+        taken = Pairs()
+        for i in index:
+            taken.append(self[i], self.lines[i])
+        return taken
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of prompts, chosen and rejected answers, (pairs, 3)."""
+        return np.diff(np.array(self.ends)).reshape(-1, 3)
+
+
+class UnusableError(ValueError):
+    """A row that is well-formed and cannot be trained on: it is left out and counted."""
+
+
+def make_pair(tokenizer: Tokenizer, prompt: str, chosen: str | None, rejected: str | None) -> Pair:
     """Each segment is encoded alone, so that training and generation cut at the same place."""
-    return Pair(
-        tokenizer.prompt_ids(prompt),
-        tokenizer.encode(chosen) + [tokenizer.end_id],
-        [] if rejected is None else tokenizer.encode(rejected) + [tokenizer.end_id],
-    )
+    answers = [None if text is None else tokenizer.encode(text) for text in (chosen, rejected)]
+    return _ended(tokenizer, tokenizer.prompt_ids(prompt), answers)
+
+
+def _ended(tokenizer: Tokenizer, prompt: list[int], answers: list[list[int] | None]) -> Pair:
+    """Every answer ends with the end token, once."""
+    return Pair(prompt, *([] if ids is None else [*ids, tokenizer.end_id] for ids in answers))
 
 
 def truncate(pair: Pair, max_length: int, bos_id: int | None) -> Pair:
     """The one rule: answers stay whole, the prompt loses its oldest tokens after the BOS.
 
-    max_length counts the tokens of a prompt and its longer answer. Raises ValueError where not
+    max_length counts the tokens of a prompt and its longer answer. Raises UnusableError where not
     even one token of the prompt would be left.
     """
     keep = max_length - max(len(pair.chosen), len(pair.rejected))
     if keep >= len(pair.prompt):
         return pair
-    bos = pair.prompt[:1] if bos_id is not None else []
+    bos = pair.prompt[:1] if pair.prompt[0] == bos_id else []
     if keep <= len(bos):
-        raise ValueError(
-            f"the longer answer has {max_length - keep} tokens and leaves the prompt no room in "
-            f"{max_length}; raise --max_length or remove the row"
-        )
+        raise UnusableError("the longer answer leaves no room for the prompt; raise --max_length")
     return pair._replace(prompt=bos + pair.prompt[len(pair.prompt) - keep + len(bos) :])
 
 
-def load_pairs(path, tokenizer: Tokenizer, max_length: int = 1024) -> list[Pair]:
-    """Reads preference pairs from JSONL: {"prompt": str, "chosen": str, "rejected": str} a line.
+# --- Rows of JSONL, told apart by their columns -------------------------------------------------
 
-    Blank lines are passed over; prompts that had to be cut are counted on standard error. Raises
-    OSError, or ValueError that names file and line.
-    """
-    lines = Path(path).read_bytes().split(b"\n")
-    pairs, cut = [], 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+ROW_FORMS = (
+    "rows are {prompt, chosen, rejected}, {chosen, rejected} of messages or of Human/Assistant "
+    "transcripts, {prompt, completion, label}, {prompt, completion} or {messages}"
+)
+TURN = "\n\nAssistant:"
+LONGEST_LINE = 2**24  # bytes
+
+
+def row_to_pair(row: dict, tokenizer: Tokenizer) -> tuple[str, Pair]:
+    """The form of a row, and its pair. Raises ValueError where it is malformed, UnusableError where
+    it is well-formed and yet of no use."""
+    columns = row.keys()
+    if columns >= {"chosen", "rejected"}:
+        if isinstance(row["chosen"], list):
+            return _conversations(row, tokenizer)
+        texts = {name: _text(row, name) for name in ("prompt", "chosen", "rejected") if name in row}
+        if "prompt" in row:
+            form, prompt, answers = "prompt, chosen, rejected", texts.pop("prompt"), texts
+        else:
+            form = "transcripts"
+            heads, answers = {}, {}
+            for name, text in texts.items():
+                heads[name], turn, answers[name] = text.rpartition(TURN)
+                if not turn:
+                    raise ValueError(f"no column 'prompt', and {name!r} is no transcript: it has "
+                                     f"no {TURN!r} in it")  # fmt: skip
+            if heads["chosen"] != heads["rejected"]:
+                raise UnusableError("the transcripts differ before their last answer")
+            prompt = heads["chosen"] + TURN
+        _check_answers(answers)
+        if form == "transcripts":  # an answer goes on from its prompt within one text
+            ids = [tokenizer.continue_ids(text) for text in answers.values()]
+            return form, _ended(tokenizer, tokenizer.prompt_ids(prompt), ids)
+        return form, make_pair(tokenizer, prompt, *answers.values())
+    if columns >= {"prompt", "completion"}:
+        form, label = ("unpaired", row["label"]) if "label" in row else ("supervised", True)
+        if not isinstance(label, bool):
+            raise ValueError(f"'label' must be true or false, not {label!r}")
+        if isinstance(row["prompt"], list):
+            turns = _messages(row, "prompt") + _messages(row, "completion")
+            pair = _last_turn(turns, tokenizer)
+        else:
+            _check_answers({"completion": _text(row, "completion")})
+            pair = make_pair(tokenizer, _text(row, "prompt"), row["completion"], None)
+        return form, pair if label else pair._replace(chosen=[], rejected=pair.chosen)
+    if "messages" in columns:
+        return "supervised messages", _last_turn(_messages(row, "messages"), tokenizer)
+    raise ValueError(f"its columns are {', '.join(columns) or 'none'}; {ROW_FORMS}")
+
+
+def _text(row: dict, column: str) -> str:
+    text = row[column]
+    if not isinstance(text, str):
+        raise ValueError(f"{column!r} must be a string, not {type(text).__name__}")
+    text.encode()  # half of a surrogate pair is no text: UnicodeEncodeError
+    return text
+
+
+def _messages(row: dict, column: str) -> list[dict]:
+    messages = row[column]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{column!r} must be a list of messages, not {messages!r:.40}")
+    for message in messages:
+        if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
+            raise ValueError(f"{column!r}: a message is {{role, content}}, not {message!r:.40}")
+        for name in ("role", "content"):
+            _text(message, name)
+    return messages
+
+
+def _check_answers(texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        if not text.strip():
+            raise UnusableError(f"the {name} answer is empty")
+    if len(texts) > 1 and len(set(texts.values())) == 1:
+        raise UnusableError("chosen and rejected are identical")
+
+
+def _conversations(row: dict, tokenizer: Tokenizer) -> tuple[str, Pair]:
+    """Two conversations part at a turn: what they share is the prompt, the assistant's first turn
+    that differs is the answer, and turns after it are left out."""
+    sides = [_messages(row, name) for name in ("chosen", "rejected")]
+    form = "conversations"
+    if "prompt" in row and sides[0][0]["role"] == "assistant":
+        form = "prompt and messages"
+        prompt = row["prompt"]
+        if isinstance(prompt, list):
+            prompt = _messages(row, "prompt")
+        else:
+            prompt = [{"role": "user", "content": _text(row, "prompt")}]
+        sides = [prompt + side for side in sides]
+    if sides[0] == sides[1]:
+        raise UnusableError("chosen and rejected are identical")
+    shared = 0
+    while shared < min(map(len, sides)) and sides[0][shared] == sides[1][shared]:
+        shared += 1
+    answers = [side[shared] for side in sides if shared < len(side)]
+    if shared == 0 or [answer["role"] for answer in answers] != ["assistant"] * 2:
+        raise UnusableError("the conversations do not part at an assistant's turn after a prompt")
+    _check_answers(dict(zip(("chosen", "rejected"), (answer["content"] for answer in answers))))
+    return form, _ended(tokenizer, *tokenizer.turns(sides[0][:shared], answers))
+
+
+def _last_turn(messages: list[dict], tokenizer: Tokenizer) -> Pair:
+    *prompt, answer = messages
+    if not prompt or answer["role"] != "assistant":
+        raise UnusableError("the conversation does not end in an assistant's turn after a prompt")
+    _check_answers({"last": answer["content"]})
+    prompt, ids = tokenizer.turns(prompt, [answer])
+    return _ended(tokenizer, prompt, [*ids, None])
+
+
+@dataclasses.dataclass
+class Report:
+    """What became of a file's rows; lists are of line numbers."""
+
+    rows: int = 0
+    forms: Counter = dataclasses.field(default_factory=Counter)
+    truncated: list[int] = dataclasses.field(default_factory=list)
+    dropped: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+
+    def losses(self) -> list[str]:
+        """What was lost, a line each."""
+        lost = {f"dropped, {reason}": lines for reason, lines in self.dropped.items()}
+        if self.truncated:
+            lost["cut, the prompt lost its oldest tokens to --max_length"] = self.truncated
+        return [
+            f"{len(lines)} of {self.rows} rows {what}: line {', '.join(map(str, lines[:5]))}"
+            f"{', ...' if len(lines) > 5 else ''}"
+            for what, lines in lost.items()
+        ]
+
+
+def read_pairs(path, tokenizer: Tokenizer, max_length: int) -> tuple[Pairs, Report]:
+    """The pairs of a JSONL file, plain or .gz, that can be used, and what became of all rows.
+    Blank lines are passed over. Raises OSError, or ValueError that names file and line."""
+    pairs, report = Pairs(), Report()
+    for number, line in _lines(Path(path)):
         try:
-            texts = _read_row(line)
-            whole = make_pair(tokenizer, *texts)
+            report.rows += 1
+            form, whole = row_to_pair(_parse_object(line, "row"), tokenizer)
+            report.forms[form] += 1
             if not whole.prompt:
-                raise ValueError("the prompt is empty, and this tokenizer has no BOS to begin with")
+                raise UnusableError(
+                    "the prompt is empty, and this tokenizer has no BOS to begin with"
+                )
             pair = truncate(whole, max_length, tokenizer.bos_id)
+        except UnusableError as reason:
+            report.dropped.setdefault(str(reason), []).append(number)
+            continue
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
-        cut += pair is not whole
-        pairs.append(pair)
+        pairs.append(pair, number)
+        if pair is not whole:
+            report.truncated.append(number)
+    return pairs, report
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank, with a progress bar over the bytes on disk."""
+    with open(path, "rb") as raw, tqdm(
+        desc=f"reading {path.name}", total=path.stat().st_size, unit="B", unit_scale=True,
+        leave=False, delay=1,
+    ) as bar:  # fmt: skip
+        file = gzip.open(raw) if path.suffix == ".gz" else raw  # noqa: SIM115
+        try:
+            for number in itertools.count(1):
+                line = file.readline(LONGEST_LINE + 1)
+                if len(line) > LONGEST_LINE:
+                    raise ValueError(
+                        f"{path}:{number}: a row of more than {LONGEST_LINE >> 20} MiB"
+                    )
+                if not line:
+                    return
+                if number % 1000 == 0:
+                    bar.update(raw.tell() - bar.n)
+                if not line.isspace():
+                    yield number, line
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: broken gzip file ({error})") from None
+
+
+def load_pairs(path, tokenizer: Tokenizer, max_length: int = 1024) -> Pairs:
+    """Reads the rows of a JSONL file, plain or .gz, in any of the forms of `row_to_pair`.
+
+    Says on standard error how many rows were dropped or cut, and why. Raises OSError, or ValueError
+    that names file and line: for a malformed row, or where no row is left.
+    """
+    pairs, report = read_pairs(path, tokenizer, max_length)
     if not pairs:
-        raise ValueError(f"{path}: no rows in it; expected a JSON object with prompt, chosen and "
-                         "rejected on each line")  # fmt: skip
-    if cut:
-        print(f"{path}: {cut} of {len(pairs)} prompts lost their oldest tokens to --max_length "
-              f"{max_length}", file=sys.stderr)  # fmt: skip
+        why = "; ".join(report.losses()) or f"the file is empty; {ROW_FORMS}"
+        raise ValueError(f"{path}: no rows to train on: {why}")
+    for loss in report.losses():
+        print(f"{path}: {loss}", file=sys.stderr)
     return pairs
 
 
-def _read_row(line: bytes) -> tuple[str, str, str]:
-    try:
-        row = _parse_object(line.decode("utf-8"), "row")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    for column in ("prompt", "chosen", "rejected"):
-        if column not in row:
-            raise ValueError(f"no column {column!r}; the row has {', '.join(row) or 'none'}")
-        if not isinstance(row[column], str):
-            raise ValueError(f"{column!r} must be a string, not {type(row[column]).__name__}")
-    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    for column in ("chosen", "rejected"):
-        if not row[column].strip():
-            raise ValueError(f"the {column} answer is empty; remove the row")
-    if chosen == rejected:
-        raise ValueError("chosen and rejected are identical; remove the row")
-    return prompt, chosen, rejected
-
-
-def split_pairs(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+def split_pairs(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
     """Training and held-out pairs: about `fraction` of them held out, no prompt in both. Raises
     ValueError where the prompts are too few for that."""
-    by_prompt: dict[tuple, list[int]] = {}
+    by_prompt: dict[int, list[int]] = {}
     for index, pair in enumerate(pairs):
-        by_prompt.setdefault(tuple(pair.prompt), []).append(index)
+        by_prompt.setdefault(hash(tuple(pair.prompt)), []).append(index)
     groups = list(by_prompt.values())
     wanted = max(1, round(fraction * len(pairs))) if fraction else 0
     held_out: set[int] = set()
@@ -809,8 +1006,8 @@ def split_pairs(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pai
     if len(held_out) == len(pairs) or (wanted and not held_out):
         raise ValueError(f"{len(groups)} different prompts are too few to hold out {fraction:.0%} "
                          "of the pairs; use --eval_fraction 0 or --eval_data")  # fmt: skip
-    train = [pair for index, pair in enumerate(pairs) if index not in held_out]
-    return train, [pairs[index] for index in sorted(held_out)]
+    train = (index for index in range(len(pairs)) if index not in held_out)
+    return pairs.take(train), pairs.take(sorted(held_out))
 
 
 # --- Batches: packed rows with a shared prompt ----------------------------------------------------
@@ -909,3 +1106,87 @@ def pack_batch(pairs: list[Pair], rows: list[list[int]]) -> Batch:
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch's pairs, a pure function of its arguments."""
     return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+# --- The doctor: python data.py FILE --tokenizer PATH ---------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """No abbreviated flags; bad input is one line on standard error and exit status 2."""
+
+    def __init__(self, prog: str, description: str):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message: str | Exception):
+        if isinstance(message, OSError) and message.filename:
+            message = f"{message.filename}: {message.strerror}"
+        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+
+
+def describe_file(path, tokenizer: Tokenizer, max_length: int) -> str:
+    """What training would make of a file: rows kept, cut, dropped and why, lengths, one pair."""
+    pairs, report = read_pairs(path, tokenizer, max_length)
+    forms = ", ".join(f"{count} of {form}" for form, count in report.forms.items())
+    lines = [
+        f"{report.rows} rows, used are {forms or 'none'}",
+        *(textwrap.fill(loss, 79, subsequent_indent="  ") for loss in report.losses()),
+        f"{len(pairs)} pairs to train on, at most {max_length} tokens each",
+    ]
+    if not pairs:
+        return "\n".join(lines)
+    seen = Counter(hash((tuple(p), tuple(c), tuple(r))) for p, c, r in pairs)
+    lines.append(f"{len(pairs) - len(seen)} of them repeat another one")
+    lengths, quantiles = pairs.lengths(), [0, 25, 50, 75, 95, 100]
+    lines.append("tokens    " + "".join(f"{f'{q} %':>8}" for q in quantiles))
+    for name, column in zip(Pair._fields, lengths.T):
+        values = np.percentile(column[column > 0], quantiles) if column.any() else []
+        lines.append(f"{name:10}" + "".join(f"{value:8.0f}" for value in values))
+    shared = sum(map(row_length, pairs))
+    alone = sum(len(p) + len(answer) - 1 for p, *answers in pairs for answer in answers if answer)
+    lines.append(f"prompts shared: {shared:,} tokens to compute instead of {alone:,} "
+                 f"({shared / alone - 1:+.0%})")  # fmt: skip
+    return "\n".join([*lines, "", f"line {pairs.lines[0]}, scored tokens marked ^:",
+                      *token_grid(pairs, 0, tokenizer)])  # fmt: skip
+
+
+def token_grid(pairs: Pairs, index: int, tokenizer: Tokenizer, width: int = 79) -> list[str]:
+    """A pair as pack_batch lays it out, with each line's first position: tokens above, a mark below
+    each one that is scored. A long segment is shown without its middle."""
+    batch, pair, lines = pack_batch(pairs, [[index]]), pairs[index], []
+    scored = iter(batch.targets.tolist())
+    for name, ids in zip(Pair._fields, pair):
+        above, below = [], []
+        for offset, id in enumerate(ids):
+            text = tokenizer.token_bytes[id].decode(errors="backslashreplace")
+            text = repr(text)[1:-1].replace(" ", "·")
+            if not above or len(above[-1]) + len(text) >= width:
+                position = offset + (0 if name == "prompt" else len(pair.prompt))
+                above.append(f"{name:8} {position:5}")
+                below.append(" " * 14)
+            mark = "^" if name != "prompt" and id == next(scored) else " "
+            above[-1], below[-1] = f"{above[-1]} {text}", f"{below[-1]} {mark * len(text)}"
+        rows = [line.rstrip() for pair_of_lines in zip(above, below) for line in pair_of_lines]
+        rows = rows if len(rows) <= 12 else [*rows[:6], f"{name:8}   ...", *rows[-6:]]
+        lines += [row for row in rows if row]
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("data.py", __doc__)
+    parser.add_argument("file", metavar="FILE.jsonl", help="rows to look at, plain or .gz")
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="folder or file")
+    parser.add_argument("--max_length", type=int, default=1024, metavar="N", help="as in train.py")
+    options = parser.parse_args(argv)
+    if options.max_length < 2:
+        parser.error(f"--max_length {options.max_length}: must be at least 2")
+    try:
+        tokenizer = load_tokenizer(options.tokenizer)
+        print(describe_file(options.file, tokenizer, options.max_length))
+    except (OSError, ValueError) as error:
+        parser.error(error)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
+    main()

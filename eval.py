@@ -4,7 +4,6 @@ python eval.py out/base out/mio out/dpo          problems of the built-in task, 
 python eval.py out/mio --data FILE.jsonl         preference pairs of your own
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -18,7 +17,8 @@ from tqdm import tqdm
 
 from data import (
     Batch,
-    Pair,
+    Pairs,
+    Parser,
     Tokenizer,
     attention_mask,
     is_correct,
@@ -52,19 +52,6 @@ class Figure(NamedTuple):
         return cls(float(values.mean()), error, len(values))
 
 
-class Parser(argparse.ArgumentParser):
-    """No abbreviated flags; bad input is one line on standard error and exit status 2."""
-
-    def __init__(self, prog: str, description: str):
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, description=description, formatter_class=form, allow_abbrev=False)
-
-    def error(self, message: str | Exception):
-        if isinstance(message, OSError) and message.filename:
-            message = f"{message.filename}: {message.strerror}"
-        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
-
-
 def pick_device(name: str) -> str:
     """`auto` is cuda where there is one. Raises ValueError for a device that is not here."""
     if name == "auto":
@@ -82,7 +69,7 @@ def pick_device(name: str) -> str:
 
 @torch.no_grad()
 def pair_logps(
-    model: Llama, pairs: list[Pair], row_tokens: int, micro_tokens: int, dtype: torch.dtype
+    model: Llama, pairs: Pairs, row_tokens: int, micro_tokens: int, dtype: torch.dtype
 ) -> Tensor:
     """Summed log-probabilities of chosen and rejected answers, (pairs, 2) in nats, on the CPU.
 
@@ -117,7 +104,8 @@ def autocast(device: torch.device, dtype: torch.dtype):
 def preference_values(logps: Tensor, ref_logps: Tensor | None, beta: float) -> dict[str, Tensor]:
     """What is logged of pairs, under TRL's names: a tensor (pairs,) each.
 
-    logps, ref_logps (pairs, 2): chosen and rejected. Without a reference there are no rewards.
+    logps, ref_logps (pairs, 2): chosen and rejected, NaN for an answer that is missing. Without a
+    reference there are no rewards.
     """
     values = {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
     if ref_logps is not None:
@@ -126,7 +114,11 @@ def preference_values(logps: Tensor, ref_logps: Tensor | None, beta: float) -> d
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).to(logps.dtype),
+            "rewards/accuracies": torch.where(
+                chosen.isfinite() & rejected.isfinite(),
+                (chosen > rejected).to(logps.dtype),
+                torch.nan,
+            ),
         }
     return values
 
@@ -215,15 +207,18 @@ def task_row(values: dict[str, list]) -> Row:
     return {name: Figure.of(value) for name, value in values.items()}
 
 
-def preference_row(logps: Tensor, ref_logps: Tensor) -> Row:
+def preference_row(logps: Tensor, ref_logps: Tensor, pairs: Pairs) -> Row:
     """Two (pairs, 2) of log-probs -> by how many nats those of chosen and rejected answers moved,
     and how often the chosen one's moved up by more: the accuracy of the implicit reward."""
     chosen, rejected = (logps - ref_logps).unbind(dim=1)
-    return {
-        "Δ chosen": Figure.of(chosen),
-        "Δ rejected": Figure.of(rejected),
-        "reward": Figure.of(chosen > rejected),
+    has_chosen, has_rejected = torch.from_numpy(pairs.lengths()[:, 1:] > 0).unbind(dim=1)
+    both = has_chosen & has_rejected
+    columns = {
+        "Δ chosen": chosen[has_chosen],
+        "Δ rejected": rejected[has_rejected],
+        "reward": (chosen > rejected)[both],
     }
+    return {name: Figure.of(values) for name, values in columns.items() if len(values)}
 
 
 LEGEND = {
@@ -287,10 +282,11 @@ def evaluate_pairs(
         return pair_logps(model, pairs, row_tokens, 4 * row_tokens, torch.float32)
 
     if init is None:
-        chosen, rejected = logps_of(model).unbind(dim=1)
-        return {"chosen": Figure.of(chosen), "rejected": Figure.of(rejected)}
+        present = torch.from_numpy(pairs.lengths()[:, 1:] > 0)
+        sides = zip(("chosen", "rejected"), logps_of(model).T, present.T)
+        return {name: Figure.of(logps[here]) for name, logps, here in sides if here.any()}
     reference = Llama.from_pretrained(init, device=model.head_weight.device)
-    return preference_row(logps_of(model), logps_of(reference))
+    return preference_row(logps_of(model), logps_of(reference), pairs)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:

@@ -71,6 +71,7 @@ class Loss:
     needs_reference: bool
     uses: str  # "sums" or "means" over an answer's tokens
     pairwise: bool  # False: a loss of the whole batch that does not split into pairs
+    answers: str  # "both" or only the "chosen" must be there
     beta: float  # the default; dpo's is half of mio's, which gives equal gradients at step 0
     start: float | None  # its value while policy and reference agree; None where it depends
     formula: str
@@ -79,18 +80,20 @@ class Loss:
 
 LOSSES: dict[str, Loss] = {
     "dpo": Loss(
-        dpo, True, "sums", True, 0.1, math.log(2), "sp(T_l - T_w)", "arXiv 2305.18290, eq. 7"
+        dpo, True, "sums", True, "both", 0.1, math.log(2), "sp(T_l - T_w)",
+        "arXiv 2305.18290, eq. 7",
     ),
     "mio": Loss(
-        mio, True, "sums", True, 0.2, math.log(4), "sp(-T_w) + sp(T_w)/2 + sp(T_l)/2",
+        mio, True, "sums", True, "both", 0.2, math.log(4), "sp(-T_w) + sp(T_w)/2 + sp(T_l)/2",
         "arXiv 2506.22578; as a function NCA's pair loss, 2402.05369",
     ),
     "bce": Loss(
-        bce, True, "sums", True, 0.1, math.log(4), "sp(-T_w) + sp(T_l)",
+        bce, True, "sums", True, "both", 0.1, math.log(4), "sp(-T_w) + sp(T_l)",
         "the Jensen-Shannon bound with the rejected alone as marginal",
     ),
     "sft": Loss(
-        sft, False, "means", True, 0.1, None, "-s_w / n_w", "maximum likelihood of the chosen"
+        sft, False, "means", True, "chosen", 0.1, None, "-s_w / n_w",
+        "maximum likelihood of the chosen",
     ),
 }  # fmt: skip
 

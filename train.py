@@ -33,7 +33,8 @@ import eval as evaluation
 from data import (
     OPERATIONS,
     Batch,
-    Pair,
+    Pairs,
+    Parser,
     Tokenizer,
     byte_tokenizer,
     epoch_order,
@@ -100,8 +101,8 @@ DEMONSTRATION_BETA = 5
 # fmt: on
 
 
-def parse_options(argv: list[str] | None) -> tuple[Options, evaluation.Parser]:
-    parser = evaluation.Parser("train.py", __doc__)
+def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
+    parser = Parser("train.py", __doc__)
     fields = {field.name: field for field in dataclasses.fields(Options)}
     for name, field in fields.items():
         default = f" (default: {field.default})" if field.default is not None else ""
@@ -322,8 +323,8 @@ class Job(NamedTuple):
     options: Options
     model: Llama
     tokenizer: Tokenizer
-    pairs: list[Pair]  # to train on
-    held_out: list[Pair]
+    pairs: Pairs  # to train on
+    held_out: Pairs
     row_tokens: int
     steps: int
 
@@ -336,17 +337,31 @@ def load_job(options: Options) -> Job:
         held_out = load_pairs(options.eval_data, tokenizer, options.max_length)
     else:
         pairs, held_out = split_pairs(pairs, options.eval_fraction, options.seed)
-    longest = max(map(row_length, pairs + held_out))
+    check_answers(options, pairs, held_out)
+    longest = max(map(row_length, itertools.chain(pairs, held_out)))
     row_tokens = options.row_tokens or longest
     if longest > row_tokens:
         raise ValueError(f"--row_tokens {row_tokens}: the longest pair takes {longest}")
-    context = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs + held_out)
+    lengths = np.concatenate([pairs.lengths(), held_out.lengths()])
+    context = (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()
     if context > model.config.max_position_embeddings:
         raise ValueError(f"a prompt with its answer has {context} tokens, the model reads "
                          f"{model.config.max_position_embeddings}; lower --max_length")  # fmt: skip
     steps = options.epochs * math.ceil(len(pairs) / options.batch_size)
     steps = steps if options.max_steps is None else min(steps, options.max_steps)
     return Job(options, model, tokenizer, pairs, held_out, row_tokens, steps)
+
+
+def check_answers(options: Options, pairs: Pairs, held_out: Pairs) -> None:
+    """Refuses rows that lack an answer which the loss contrasts."""
+    both = LOSSES[options.loss].answers == "both"
+    for file, part in ((options.data, pairs), (options.eval_data or options.data, held_out)):
+        present = part.lengths()[:, 1:] > 0
+        lacking = np.flatnonzero(~(present.all(axis=1) if both else present[:, 0]))
+        if len(lacking):
+            needed = "a chosen and a rejected answer" if both else "a chosen answer"
+            where = f"{file}:{part.lines[lacking[0]]}"
+            raise ValueError(f"{where}: --loss {options.loss} needs {needed} in a row")
 
 
 def check_out(options: Options) -> None:
@@ -376,9 +391,9 @@ def reference_logps(job: Job) -> Tensor:
     """Log-probs of the training pairs under the initial weights (pairs, 2), from the cache if
     weights, ids and dtype are the same. Nothing else of the reference stays in memory."""
     options = job.options
-    ids = [np.array([len(part), *part], dtype=np.int64) for pair in job.pairs for part in pair]
     weights = sorted(weight_files(Path(options.init)))
-    key = digest(*weights, Path(options.init) / "config.json", np.concatenate(ids), options.dtype)
+    ids = (job.pairs.ids.tobytes(), job.pairs.ends.tobytes())
+    key = digest(*weights, Path(options.init) / "config.json", *ids, options.dtype)
     file = Path(options.out).parent / "cache" / f"reference-{key[:16]}.safetensors"
     if file.is_file():
         try:
@@ -401,7 +416,7 @@ def reference_logps(job: Job) -> Tensor:
     return logps
 
 
-def logps_of(job: Job, pairs: list[Pair]) -> Tensor:
+def logps_of(job: Job, pairs: Pairs) -> Tensor:
     options = job.options
     dtype = getattr(torch, options.dtype)
     return evaluation.pair_logps(job.model, pairs, job.row_tokens, options.micro_tokens, dtype)
@@ -493,6 +508,7 @@ def train(job: Job, folder: Path, ref_logps: Tensor | None) -> tuple[Tensor, Ten
     per_epoch = math.ceil(count / options.batch_size)  # the last step of an epoch may be short
     eval_every = options.eval_every or max(1, math.ceil(steps / 10))
     optimizer, tokens = make_optimizer(job.model, options), 0
+    present = torch.from_numpy(job.pairs.lengths()[:, 1:] > 0)
     start = end = logps_of(job, job.held_out)
     row = {"step": 0, "epoch": 0.0, **held_out_metrics(job, start, start)}
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics:
@@ -520,6 +536,7 @@ def train(job: Job, folder: Path, ref_logps: Tensor | None) -> tuple[Tensor, Ten
             row = {"step": step, "epoch": step / per_epoch, "loss": mean(losses)}
             row |= {"learning_rate": lr, "grad_norm": float(grad_norm), "num_tokens": tokens}
             row |= {"step_seconds": seconds, "tokens_per_second": new / seconds}
+            logps = torch.where(present[index], logps, torch.nan)
             values = evaluation.preference_values(logps, ref, options.beta)
             row |= {name: mean(value) for name, value in values.items()}
             evaluate = step % eval_every == 0 or step == steps
@@ -537,12 +554,13 @@ def held_out_metrics(job: Job, logps: Tensor, start: Tensor) -> dict[str, float]
     """The figures of metrics.jsonl under eval_; `start` is the log-probs at step 0, (pairs, 2)."""
     if not job.held_out:
         return {}
-    options, lengths = job.options, [[len(p.chosen), len(p.rejected)] for p in job.held_out]
-    n_w, n_l = torch.tensor(lengths).unbind(dim=1)
+    options = job.options
+    n_w, n_l = torch.from_numpy(job.held_out.lengths()[:, 1:]).unbind(dim=1)
     losses = pair_loss(
         options.loss, *logps.unbind(dim=1), *start.unbind(dim=1),
         beta=options.beta, chosen_lengths=n_w, rejected_lengths=n_l,
     )  # fmt: skip
+    logps = torch.where(torch.stack((n_w, n_l), dim=1) > 0, logps, torch.nan)
     metrics = {"loss": mean(losses)} | evaluation.preference_metrics(logps, start, options.beta)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
@@ -552,7 +570,8 @@ def mean(values: Tensor) -> float:
 
 
 def strict_json(row: dict) -> str:
-    """JSON has no word for infinity: an estimate that overflows is null."""
+    """JSON has no word for infinity or for nothing: an estimate that overflows is null, and so is
+    the mean over rejected answers where no row has one."""
     finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
     return json.dumps(finite, allow_nan=False)
 
@@ -624,7 +643,7 @@ def main(argv: list[str] | None = None) -> Path:
             notes.append(f"checkpoint and metrics.jsonl in {folder}")
     except FloatingPointError as error:
         parser.error(error)
-    rows = {options.loss: evaluation.preference_row(end, start) if job.held_out else {}}
+    rows = {options.loss: evaluation.preference_row(end, start, job.held_out)}
     if demo:
         before = base_values(Path(options.init), options.device)
         with stage("evaluation: the trained model on the held-out problems") as notes:

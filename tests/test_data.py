@@ -12,6 +12,7 @@ from conftest import PAIR_ROWS, SHARED, needs_shared, tiny_model, write_rows
 import data
 from data import (
     Pair,
+    Pairs,
     attention_mask,
     byte_tokenizer,
     epoch_order,
@@ -269,11 +270,16 @@ def test_truncation_keeps_answers_bos_and_the_newest_of_the_prompt(tmp_path, cap
     long, short = load_pairs(file, byte_tokenizer(), max_length=8)
     assert long.prompt == [256, *b"fgh"] and short.prompt == [256, *b"h"]
     assert long.chosen == [*b"XYZ", 257] and long.rejected == [*b"no", 257]
-    assert "1 of 2 prompts" in capsys.readouterr().err
+    assert "1 of 2 rows cut, the prompt lost its oldest" in capsys.readouterr().err
     assert load_pairs(file, byte_tokenizer(), max_length=13)[0].prompt == [256, *b"abcdefgh"]
     assert load_pairs(file, byte_tokenizer(), max_length=6)[0].prompt == [256, *b"h"]
-    with pytest.raises(ValueError, match=r"pairs.jsonl:1: .*4 tokens.*--max_length"):
-        load_pairs(file, byte_tokenizer(), max_length=5)
+    capsys.readouterr()
+    (left,) = load_pairs(write_rows(file, [row, {**row, "chosen": "X"}]), byte_tokenizer(), 5)
+    assert left.chosen == [*b"X", 257] and left.prompt == [256, *b"h"]
+    err = capsys.readouterr().err
+    assert "1 of 2 rows dropped, the longer answer leaves no room" in err and "line 1" in err
+    with pytest.raises(ValueError, match=r"pairs.jsonl: no rows to train on: 2 of 2 .*max_length"):
+        load_pairs(file, byte_tokenizer(), max_length=2)
 
 
 GOOD = '{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
@@ -287,12 +293,13 @@ GOOD = '{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
         (GOOD + "{", ":2: row: not valid JSON"),
         (GOOD + "\n[1]\n", ":3: row: expected a JSON object"),
         ("[" * 100_000, ":1: row: not valid JSON"),
-        ('{"prompt": "p", "chosen": "c"}', ":1: no column 'rejected'"),
+        ('{"prompt": "p", "chosen": "c"}', ":1: its columns are prompt, chosen; rows are"),
         ('{"prompt": 3, "chosen": "c", "rejected": "r"}', ":1: 'prompt' must be a string, not int"),
-        ('{"prompt": "p", "chosen": " ", "rejected": "r"}', ":1: the chosen answer is empty"),
-        ('{"prompt": "p", "chosen": "c", "rejected": ""}', ":1: the rejected answer is empty"),
-        (GOOD + '{"prompt": "p", "chosen": "c", "rejected": "c"}', ":2: .*identical"),
-        (GOOD.encode() + b'{"prompt": "\xff", "chosen": "c", "rejected": "r"}', ":2: not UTF-8"),
+        ('{"prompt": "p", "chosen": " ", "rejected": "r"}', "chosen answer is empty: line 1"),
+        ('\n{"prompt": "p", "chosen": "c", "rejected": ""}', "rejected answer is empty: line 2"),
+        ('{"prompt": "p", "chosen": "c", "rejected": "c"}', "are identical: line 1"),
+        ('{"prompt": "p", "chosen": "\\ud800", "rejected": "c"}', ":1: .*surrogates"),
+        (GOOD.encode() + b'{"prompt": "\xff", "chosen": "c", "rejected": "r"}', ":2: .*utf-8"),
     ],
 )
 def test_bad_rows_are_refused_by_file_and_line(tmp_path, content, match):
@@ -313,16 +320,17 @@ def test_missing_file_and_empty_prompt_without_bos(tmp_path, trained_bpe):
 
 
 def test_held_out_split_keeps_prompts_together_and_loses_nothing():
-    pairs = [Pair([256, i // 3], [i, 257], [i + 1, 257]) for i in range(100)]
-    train, held_out = split_pairs(pairs, 0.1, seed=0)
+    pairs = Pairs(Pair([256, i // 3], [i, 257], [i + 1, 257]) for i in range(100))
+    train, held_out = map(list, split_pairs(pairs, 0.1, seed=0))
     assert sorted(train + held_out) == sorted(pairs)
     assert len(held_out) in (9, 10)
     assert not {tuple(p.prompt) for p in train} & {tuple(p.prompt) for p in held_out}
-    assert split_pairs(pairs, 0.1, seed=0) == (train, held_out) != split_pairs(pairs, 0.1, seed=1)
-    assert split_pairs(pairs, 0.0, seed=0) == (pairs, [])
-    mostly_one = [Pair([256], [i], [i, 1]) for i in range(99)] + [Pair([1], [2], [3])]
+    assert list(split_pairs(pairs, 0.1, seed=0)[1]) == held_out
+    assert list(split_pairs(pairs, 0.1, seed=1)[1]) != held_out
+    assert [list(part) for part in split_pairs(pairs, 0.0, seed=0)] == [list(pairs), []]
+    mostly_one = Pairs([Pair([256], [i], [i, 1]) for i in range(99)] + [Pair([1], [2], [3])])
     assert [len(part) for part in split_pairs(mostly_one, 0.1, seed=0)] == [99, 1]
-    for few in (pairs[:1], pairs[:3]):
+    for few in (pairs.take([0]), pairs.take([0, 1, 2])):
         with pytest.raises(ValueError, match="1 different prompts are too few"):
             split_pairs(few, 0.1, seed=0)
 

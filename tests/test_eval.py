@@ -12,7 +12,7 @@ from test_data import random_pairs, single_logp
 
 import eval as evaluation
 import train
-from data import byte_tokenizer, solution
+from data import Pair, Pairs, byte_tokenizer, solution
 from eval import (
     Figure,
     mutual_information,
@@ -83,8 +83,13 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
 def test_figure_has_the_standard_error_of_a_mean():
     figure = Figure.of([1.0, 0.0, 0.0, 1.0])
     assert figure == (0.5, pytest.approx(math.sqrt(1 / 3) / 2), 4)
-    row = preference_row(torch.tensor([[1.0, 5.0], [9.0, 5.0]]), torch.tensor([[1.0, 1.0]] * 2))
+    logps, ref = torch.tensor([[1.0, 5.0], [9.0, 5.0], [3.0, 0.0]]), torch.tensor([[1.0, 1.0]] * 3)
+    pairs = Pairs([Pair([1], [2], [3]), Pair([1], [2], [3]), Pair([1], [2], [])])
+    row = preference_row(logps[:2], ref[:2], pairs[:2])
     assert (row["Δ chosen"].mean, row["Δ rejected"].mean, row["reward"].mean) == (4.0, 4.0, 0.5)
+    row = preference_row(logps, ref, pairs)  # a missing answer is not one of log-prob 0
+    assert [row[name].n for name in ("Δ chosen", "Δ rejected", "reward")] == [3, 2, 2]
+    assert preference_row(logps[2:], ref[2:], pairs[2:]).keys() == {"Δ chosen"}
 
 
 def test_answers_come_back_to_their_prompts_and_unfinished_ones_are_empty(monkeypatch):
