@@ -355,7 +355,7 @@ def test_doctor_says_what_becomes_of_a_file(tokenizer, tmp_path, capsys):
     assert "4 pairs to train on, at most 60 tokens each" in lines
     assert "1 of them repeat another one" in lines
     prompt = next(line for line in lines if line.startswith("prompt "))
-    assert prompt.split() == ["prompt", "4", "4", "9", "25", "49", "55"]
+    assert prompt.split() == ["prompt", "4", "4", "10", "25", "49", "55"]
     grid = lines[lines.index("line 1, scored tokens marked ^:") + 1 :]
     assert grid == [
         "prompt       0 <|begin|> a b \\n",

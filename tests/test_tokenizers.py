@@ -147,6 +147,8 @@ FAMILIES = {
         byte_level(split(QWEN_PATTERN), normalizer=normalizers.NFC(), ignore_merges=False)
     ),
     "smollm": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True), use_regex=True),
+    "digits": lambda: byte_level(pre_tokenizers.Digits(individual_digits=False), use_regex=True),
+    "digits-last": lambda: byte_level(split(r"[A-Z]"), pre_tokenizers.Digits(True), use_regex=True),
     "two-splits": lambda: byte_level(split(r"\p{N}{1,3}"), split(r"[一-龥]+"), split(r"[A-Z]")),
     "llama2": lambda: sentencepiece(spaces(normalizers.Prepend("▁")), None, True),
     "llama2-trained": lambda: sentencepiece(spaces(normalizers.Prepend("▁")), None, False),
