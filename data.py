@@ -438,6 +438,8 @@ def _read_tokenizer_json(content: bytes, settings: dict, files: dict) -> Tokeniz
                              "the vocabulary")  # fmt: skip
     steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
     bytewise = any(step["type"] == "ByteLevel" for step in steps)
+    own = None if bytewise else _llama_metaspace(settings)
+    steps, normalizer = ([own], None) if own else (steps, spec.get("normalizer"))
     if not bytewise and not model.get("byte_fallback"):
         raise ValueError("neither ByteLevel nor byte_fallback: text beyond its vocabulary would be "
                          "lost")  # fmt: skip
@@ -445,7 +447,7 @@ def _read_tokenizer_json(content: bytes, settings: dict, files: dict) -> Tokeniz
     for byte, token in enumerate(needed):
         if token not in vocab:
             raise ValueError(f"byte {byte} has no token {token!r} in the vocabulary")
-    form, space = _normalizer(_steps(spec.get("normalizer"), "normalizers"), steps, bytewise)
+    form, space = _normalizer(_steps(normalizer, "normalizers"), steps, bytewise)
     if bytewise:
         *cuts, pattern = _cuts(steps)
     else:
@@ -592,6 +594,20 @@ def _normalizer(steps: list[dict], pre_tokenizer: list[dict], bytewise: bool):
         raise ValueError("with byte_fallback the only pre-tokenizer supported is one Metaspace")
     older = "always" if step.get("add_prefix_space", True) else "never"
     return form, step.get("prepend_scheme", older)
+
+
+def _llama_metaspace(settings: dict) -> dict | None:
+    """The pre-tokenizer that transformers 5 gives a Llama's LlamaTokenizer in place of the file's
+    rules, if this is one."""
+    config = settings.get("tokenizer_config.json", {})
+    if settings.get("config.json", {}).get("model_type", "llama") != "llama" or (
+        config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast")
+    ):
+        return None
+    scheme = "always" if config.get("legacy") else "first"
+    if config.get("add_prefix_space") is False:
+        scheme = "never"
+    return {"type": "Metaspace", "replacement": SPACE, "split": False, "prepend_scheme": scheme}
 
 
 def _words(pre_tokenizer: list[dict], merges: list[tuple[str, str]], whole: bool) -> str:

@@ -197,6 +197,22 @@ def test_ids_and_texts_equal_transformers_on_20000_strings(family):
     assert ours.bpe.encoding is not None  # all of this on tiktoken
 
 
+@pytest.mark.parametrize("model_type", [None, "llama", "mistral"])
+@pytest.mark.parametrize("rules", [{"legacy": True}, {}, {"add_prefix_space": False}])
+def test_the_prefix_rules_of_the_llama_class(model_type, rules, tmp_path):
+    """transformers 5 takes a LlamaTokenizer's rules from its class and `legacy`, not the file."""
+    folder = write_tokenizer(tmp_path, FAMILIES["llama2"](), bos_token="<s>",
+                             tokenizer_class="LlamaTokenizer", **rules)  # fmt: skip
+    if model_type:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    texts = strings(1000, seed=4)
+    assert [ours.encode(text) for text in texts] == oracle_ids(theirs, texts)
+    assert ours.prompt_ids("x") == theirs("x").input_ids
+    for text in ("a", "  a", " "):
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text).input_ids[1:])
+
+
 def test_random_unicode(family):
     ours, theirs = load_tokenizer(family), transformers.AutoTokenizer.from_pretrained(family)
 
