@@ -177,14 +177,12 @@ def byte_pairs(
     bytewise: symbols are bytes, written as in BYTE_OF_CHAR, else characters with byte fallback.
 
     tiktoken joins any two neighbours that together are a token; a tokenizer.json lists the pairs
-    that may. While no merge crosses a token's two ends, what happens between them depends on its
-    own symbols alone. So `merge` of each token by itself tells whether text can ever form it, at
-    which rank, from which pair. Where each pair ranks behind the pairs that formed its parts,
-    merges happen in the order of ranks, and tiktoken with just these tokens at these ranks finds
-    the same. Where not, `merge` does the work.
+    that may. But while no merge crosses a token's two ends, what happens between them depends on
+    its own symbols alone. So `merge` of each token by itself tells whether text can ever form it,
+    and by which pair, the only one into which it can fall at last: tiktoken with just the tokens
+    that can be formed, at the ranks of those pairs, does the same as `merge` on any text.
     """
     ranks = {pair: rank for rank, pair in enumerate(merges)}
-    pair_of = {rank: pair for pair, rank in ranks.items()}
 
     def is_text(token):
         return vocab.keys() >= set(token) and (not bytewise or BYTE_OF_CHAR.keys() >= set(token))
@@ -203,20 +201,16 @@ def byte_pairs(
         symbols = [[c] if c in vocab else map(byte_token, c.encode()) for c in symbols]
         return tuple(vocab[s] for s in merge(itertools.chain.from_iterable(symbols), ranks)[0])
 
-    live, alone, same = {}, [], True
+    live, alone = {}, []
     for token in vocab if whole else {left + right for left, right in merges}:
         if len(token) > 1 and is_text(token):
             symbols, rank = merge(token, ranks)
             if len(symbols) == 1:
                 live[token] = rank
-            elif whole:  # found as a whole piece only; ranked last, no two neighbours may make it
+            elif whole and len(symbols) > 2:  # found as a whole piece only, so ranked last
                 alone.append(token)
-                same = same and len(symbols) > 2
-    for rank in live.values():
-        parts = (part for part in pair_of[rank] if len(part) > 1)
-        same = same and all(live.get(part, rank) < rank for part in parts)
-    if not same:
-        return Bpe(regex.compile(pattern), None, [], {}, merged)
+            elif whole:  # two neighbours could make it, which is wrong within a longer piece
+                return Bpe(regex.compile(pattern), None, [], {}, merged)
 
     priorities = {bytes([byte]): byte for byte in range(256)}
     for char in () if bytewise else filter(is_text, (c for c in vocab if len(c) == 1)):
