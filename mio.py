@@ -151,11 +151,12 @@ def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: T
 
 @torch.no_grad()
 def chunked_logps(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor, chunk_tokens: int = 1024
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor, chunk_tokens: int = 512
 ) -> Tensor:
     """naive_logps without a gradient, with at most `chunk_tokens` rows of logits at a time."""
+    head = _Head(head_weight, hidden, min(chunk_tokens, len(hidden)))
     parts = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
-    token_logps = torch.cat([_project(h, head_weight, t)[2] for h, t in parts])  # (N,)
+    token_logps = torch.cat([head.residual(h, y)[1] for h, y in parts])  # (N,)
     return _sum_by(token_logps, _owners(lengths, hidden.device), len(lengths))
 
 
@@ -168,7 +169,7 @@ def fused_pair_loss(
     name: str,
     *,
     beta: float,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = 512,
     **options,
 ) -> tuple[Tensor, Tensor]:
     """Loss of each pair (B,) and log-probability of each completion (2B,), logits never kept.
@@ -189,11 +190,13 @@ class FusedPairLoss(torch.autograd.Function):
 
     With z = W h the logits of a token y, p = softmax(z) and s the sum of log p_y over a completion,
         d s / d z = onehot(y) - p                    for each of its tokens,
-        d L / d z = w (onehot(y) - p)                with w = d L / d s,
-        d L / d h = W^T (d L / d z),   d L / d W = sum over tokens of (d L / d z) h^T.
+        d L / d z = -w (p - onehot(y))               with w = d L / d s,
+        d L / d h = -w W^T (p - onehot(y)),
+        d L / d W = sum over tokens of -(p - onehot(y)) (w h)^T.
     A pairwise loss needs only the two sums of its own pair, so w is known as soon as a chunk of
-    whole pairs has been projected: its logits turn into their own gradient in place, and are gone
-    before the next chunk comes.
+    whole pairs has been projected: its logits turn into p - onehot in place, w goes to the small
+    side of both products, and the next chunk takes the same buffer. Three products a token, where
+    a head that projects again in its backward needs four.
     """
 
     @staticmethod
@@ -201,36 +204,35 @@ class FusedPairLoss(torch.autograd.Function):
         ctx, hidden, head_weight, targets, lengths, ref_logps, name, beta, chunk_tokens, options
     ):
         need_hidden, need_head = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
         accumulator = torch.promote_types(head_weight.dtype, torch.float32)
-        grad_head = torch.zeros_like(head_weight, dtype=accumulator) if need_head else None
+        grad_head = torch.empty_like(head_weight, dtype=accumulator) if need_head else None
+        chunks = list(_chunks_of_pairs(lengths.tolist(), chunk_tokens))
+        head = _Head(head_weight, hidden, max(tokens.stop - tokens.start for _, tokens in chunks))
+        owner = _owners(lengths, hidden.device)  # (N,) the completion of each token
+        lengths = lengths.to(hidden.device)
         losses, logps = [], []
-        for pairs, tokens in _chunks_of_pairs(lengths.tolist(), chunk_tokens):
-            count, chunk = lengths[pairs].to(hidden.device), hidden[tokens]
-            owner = _owners(lengths[pairs], hidden.device)  # (n,) the completion of each token
-            logits, log_z, token_logps = _project(chunk, head_weight, targets[tokens])
-            sums = _sum_by(token_logps, owner, len(count))
+        for pairs, tokens in chunks:
+            residual, token_logps = head.residual(hidden[tokens], targets[tokens])
+            sums = _sum_by(token_logps, owner[tokens] - pairs.start, pairs.stop - pairs.start)
             with torch.enable_grad():
                 sums.requires_grad_(True)
                 ref_w = ref_l = None
                 if ref_logps is not None:
                     ref_w, ref_l = ref_logps[pairs][0::2], ref_logps[pairs][1::2]
+                n_w, n_l = lengths[pairs][0::2], lengths[pairs][1::2]
                 loss = pair_loss(
                     *(name, sums[0::2], sums[1::2], ref_w, ref_l),
-                    beta=beta, chosen_lengths=count[0::2], rejected_lengths=count[1::2], **options,
+                    beta=beta, chosen_lengths=n_w, rejected_lengths=n_l, **options,
                 )  # fmt: skip
                 (w,) = torch.autograd.grad(loss.sum(), sums)  # d L / d s, (completions,)
             losses.append(loss.detach())
             logps.append(sums.detach())
-            # d L / d z = w (onehot(y) - p), where the logits were
-            weight = w[owner, None]
-            grad_logits = logits.sub_(log_z[:, None]).exp_().mul_(-weight)
-            grad_logits.scatter_add_(1, targets[tokens, None], weight)
-            grad_logits = grad_logits.to(_matmul_dtype(chunk))
+            w = -w[owner[tokens] - pairs.start, None]  # (n, 1)
             if need_hidden:
-                grad_hidden[tokens] = grad_logits @ head_weight.to(grad_logits.dtype)
+                grad_hidden[tokens] = w * (residual @ head.weight)
             if need_head:
-                grad_head += grad_logits.T @ chunk.to(grad_logits.dtype)
+                _add_product(grad_head, residual, w * hidden[tokens], first=tokens.start == 0)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head_weight.dtype
         losses, logps = torch.cat(losses), torch.cat(logps)
@@ -249,6 +251,43 @@ class FusedPairLoss(torch.autograd.Function):
         return grad_hidden, grad_head, *[None] * 7
 
 
+class _Head:
+    """A head's weight in the dtype of its products, and one buffer for the logits of any chunk."""
+
+    def __init__(self, weight: Tensor, like: Tensor, tokens: int):
+        self.weight = weight.to(_matmul_dtype(like))
+        self.logits = self.weight.new_empty(tokens, len(weight))
+
+    def residual(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (n, D), targets (n,) -> softmax minus one-hot (n, V), valid until the next call,
+        and token log-probs (n,)."""
+        dtype = self.weight.dtype
+        logits = torch.mm(hidden.to(dtype), self.weight.T, out=self.logits[: len(hidden)])
+        precise = torch.promote_types(dtype, torch.float32)
+        token_logps = torch.empty(len(hidden), dtype=precise, device=hidden.device)
+        # On a CPU a few rows at a time, which stay in its cache from the first line to the last.
+        rows = len(logits) if logits.is_cuda else 1 + 2**20 // logits.shape[1]
+        for z, y, out in zip(logits.split(rows), targets.split(rows), token_logps.split(rows)):
+            p = at_least_float32(z)  # a copy where z is of lower precision, else z itself
+            torch.log_softmax(p, dim=-1, out=p)
+            out.copy_(p.gather(1, y[:, None])[:, 0])
+            p.exp_().scatter_add_(1, y[:, None], p.new_full((len(y), 1), -1.0))
+            z.copy_(p)
+        return logits, token_logps
+
+
+def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, first: bool) -> None:
+    """total (V, D) += residual (n, V) transposed times weighted (n, D); `first`: total is not read.
+    Products of lower precision are added in total's, a part of the vocabulary at a time."""
+    weighted = weighted.to(residual.dtype)
+    if total.dtype == residual.dtype:
+        total.addmm_(residual.T, weighted, beta=0 if first else 1)
+        return
+    for part, columns in zip(total.split(2**14), residual.split(2**14, dim=1)):
+        product = columns.T @ weighted
+        part.copy_(product) if first else part.add_(product)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """A log-softmax in bfloat16 errs by nats on a long answer; float64 stays what it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -257,14 +296,6 @@ def at_least_float32(x: Tensor) -> Tensor:
 def _matmul_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _project(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (n, D), targets (n,) -> logits (n, V), their logsumexp (n,), token log-probs (n,)."""
-    dtype = _matmul_dtype(hidden)
-    logits = at_least_float32(hidden.to(dtype) @ head_weight.to(dtype).T)
-    log_z = logits.logsumexp(dim=-1)
-    return logits, log_z, logits.gather(1, targets[:, None])[:, 0] - log_z
 
 
 def _owners(lengths: Tensor, device: torch.device) -> Tensor:

@@ -1,10 +1,20 @@
-"""Speed, as ratios within one run: python tests/bench.py [tokenizers] [loading]
+"""Speed and memory, as ratios within one run: python tests/bench.py [PART ...]
 
-Each figure is the best of several rounds that alternate between the contenders, on one thread.
+    training     steps of optimisation: ours, transformers twice, TRL; a process each
+    head         the fused head against three bare matrix products, and how it grows
+    prompts      shared prompts against a prompt for each answer
+    tokenizers   encoding: ours against the tokenizers library
+    loading      rows of JSONL a second
+
+Peers that are not installed are left out. Figures are the best of rounds in which the contenders
+take turns, or, for training, medians of steps.
 """
 
+import dataclasses
 import json
 import os
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -12,11 +22,24 @@ from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import conftest  # noqa: F401 puts the project on the path
-import tokenizers
-from test_tokenizers import FAMILIES, SAMPLES, strings, write_tokenizer
+import numpy as np
+import torch
+from conftest import SHARED
 
-from data import load_pairs, load_tokenizer, problems, solution
+import eval as evaluation
+import train
+from data import (
+    Pair,
+    Pairs,
+    load_pairs,
+    load_tokenizer,
+    make_batches,
+    problems,
+    row_length,
+    solution,
+)
+from mio import LOSSES, fused_pair_loss, naive_logps
+from model import Llama, ModelConfig
 
 ROUNDS = 5
 
@@ -39,6 +62,9 @@ def one_by_one(encode, texts: list[str], *arguments) -> None:
 
 def bench_tokenizers() -> None:
     """Ours against the tokenizers library: texts one by one, and its batches."""
+    import tokenizers
+    from test_tokenizers import FAMILIES, SAMPLES, strings, write_tokenizer
+
     prose = [solution(problem) + problem for problem in problems("train", 3000, seed=0)]
     code = Path(__file__).read_text(encoding="utf-8").split("\n\n") * 40
     corpora = {"arithmetic": prose, "code": code, "all sorts": strings(3000), "long": SAMPLES * 3}
@@ -66,6 +92,8 @@ def bench_tokenizers() -> None:
 
 def bench_loading() -> None:
     """100,000 rows of the built-in task, with the tokenizer's own share taken out and left in."""
+    from test_tokenizers import FAMILIES, write_tokenizer
+
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder), FAMILIES["llama3"]())
         tokenizer, file = load_tokenizer(folder), Path(folder) / "rows.jsonl"
@@ -89,7 +117,247 @@ def bench_loading() -> None:
               f"{held / len(pairs.ids):.1f} bytes an id")  # fmt: skip
 
 
+# --- Training: the same pairs in the same order, a process for each contender ----------------------
+
+SIZES = {
+    "W1": ModelConfig(
+        vocab_size=128256, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    ),
+    "W2": ModelConfig(
+        vocab_size=128256, hidden_size=576, intermediate_size=1536, num_hidden_layers=12,
+        num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+STEPS, BATCH, BETA, LR = 4, 4, 0.2, 1e-5
+
+
+def bench_training(sizes=("W1", "W2")) -> None:
+    print(f"mio, {BATCH} pairs a step, {STEPS} steps after one; {torch.get_num_threads()} threads")
+    contenders = ["ours", "ours-bf16", "ours-compiled", "lean", "lean-bf16", "full", "trl"]
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(Path(folder), SIZES[size])
+            found = {}
+            for name in contenders:
+                command = [sys.executable, __file__, "--worker", name, folder]
+                run = subprocess.run(command, capture_output=True, text=True)
+                if run.returncode:
+                    print(f"{size} {name}: left out ({run.stderr.strip().splitlines()[-1][:90]})")
+                else:
+                    found[name] = json.loads(run.stdout.splitlines()[-1])
+        ours = found["ours"]
+        print(f"{size:4}{'':14}{'s/step':>8}{'ratio':>7}{'tokens/s':>10}{'peak':>7}{'MB above':>10}"
+              f"{'last loss':>11}")  # fmt: skip
+        for name, one in found.items():
+            ratio = one["seconds"] / ours["seconds"]
+            print(f"    {name:14}{one['seconds']:8.2f}{ratio:7.2f}{one['tokens'] / one['seconds']:10.0f}"
+                  f"{one['flops'] / one['seconds'] / one['peak']:7.0%}{one['memory'] / 2**20:10.0f}"
+                  f"{one['losses'][-1]:11.5f}")  # fmt: skip
+            off = max(abs(a - b) for a, b in zip(one["losses"], ours["losses"]))
+            assert off < (0.014 if "bf16" in name else 1e-3), f"{name}: losses off by {off}"
+    print(
+        "tokens: of prompts, once, and answers; peak: of a measured matrix product; MB above: the"
+    )
+    print("most memory in a step beyond weights, gradients, optimizer state and what is imported")
+
+
+def prepare(folder: Path, config: ModelConfig) -> None:
+    """A checkpoint of random weights, GSM8K pairs or ids of like lengths, reference log-probs."""
+    torch.manual_seed(0)
+    model = Llama(config)
+    model.save_pretrained(folder)
+    file, tokenizer = SHARED / "data/gsm8k-pairs.jsonl", SHARED / "data/llama3-tokenizer.model"
+    if file.exists():
+        pairs = load_pairs(file, load_tokenizer(tokenizer))[: BATCH * (STEPS + 1)]
+    else:
+        rng = np.random.default_rng(0)
+        pairs = Pairs(
+            Pair(*(rng.integers(0, 128000, size=int(rng.lognormal(np.log(m), 0.35))).tolist()
+                   for m in (58, 97, 91)))
+            for _ in range(BATCH * (STEPS + 1))
+        )  # fmt: skip
+    longest = max(map(row_length, pairs))
+    ref = evaluation.pair_logps(model, pairs, longest, 4 * longest, torch.float32)
+    content = {"pairs": list(pairs), "ref": ref.tolist(), "row_tokens": longest}
+    (folder / "pairs.json").write_text(json.dumps(content))
+
+
+def worker(name: str, folder: Path) -> None:
+    content = json.loads((folder / "pairs.json").read_text())
+    pairs, ref = Pairs(Pair(*pair) for pair in content["pairs"]), torch.tensor(content["ref"])
+    steps, state = [], {"losses": []}
+    run = {"ours": run_ours, "lean": run_transformers, "full": run_transformers, "trl": run_trl}
+    mark = Clock(folder)
+    run[name.split("-")[0]](name, folder, pairs, ref, content["row_tokens"], state["losses"], mark)
+    config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    tokens = int(pairs.lengths()[BATCH:].sum()) / STEPS
+    body = config.num_hidden_layers * (
+        2 * config.hidden_size * config.head_dim
+        * (config.num_attention_heads + config.num_key_value_heads)
+        + 3 * config.hidden_size * config.intermediate_size
+    )  # fmt: skip
+    head = config.vocab_size * config.hidden_size
+    flops = 6 * (body * tokens + head * pairs.lengths()[BATCH:, 1:].sum() / STEPS)
+    result = {"seconds": float(np.median(mark.steps[1:])), "losses": state["losses"], "tokens": tokens,
+              "flops": float(flops), "peak": matmul_peak("bf16" in name), "memory": mark.memory()}  # fmt: skip
+    print(json.dumps(result))
+
+
+class Clock:
+    """Marks the steps: seconds of each, and memory beyond weights, gradients and moments."""
+
+    def __init__(self, folder: Path):
+        self.steps, self.begun = [], 0.0
+        weights = sum(p.numel() for p in Llama(_config_of(folder)).parameters())
+        self.state = 16 * weights
+        self.imported = 0
+
+    def imports_done(self) -> None:
+        self.imported = _resident("VmRSS")
+
+    def start(self) -> None:
+        if len(self.steps) == 1:  # from the second step on, all that stays is there
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self.begun = time.perf_counter()
+
+    def stop(self) -> None:
+        self.steps.append(time.perf_counter() - self.begun)
+
+    def memory(self) -> int:
+        return _resident("VmHWM") - self.imported - self.state
+
+
+def _config_of(folder: Path) -> ModelConfig:
+    return ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+
+
+def _resident(name: str) -> int:
+    line = next(l for l in open("/proc/self/status") if l.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def matmul_peak(bf16: bool) -> float:
+    """Floating-point operations a second of a large matrix product."""
+    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in "ab")
+    return 2 * 2048**3 / best_of({"": (torch.mm, a, b)})[""]
+
+
+def run_ours(name, folder, pairs, ref, row_tokens, losses, mark) -> None:
+    mark.imports_done()
+    model = Llama.from_pretrained(folder)
+    options = train.Options(
+        loss="mio", beta=BETA, lr=LR, dtype="bfloat16" if "bf16" in name else "float32"
+    )
+    optimizer = train.make_optimizer(model, options)
+    for start in range(0, len(pairs), BATCH):
+        mark.start()
+        index = list(range(start, start + BATCH))
+        batches = make_batches(pairs, index, row_tokens, options.micro_tokens)
+        loss, _, _ = train.train_step(model, optimizer, batches, options, ref)
+        losses.append(loss.mean().item())
+        mark.stop()
+
+
+def run_transformers(name, folder, pairs, ref, row_tokens, losses, mark) -> None:
+    """The step as people write it: padded rows, each with its prompt, logits of all tokens or, as
+    `lean`, of the completions' alone."""
+    import transformers
+
+    mark.imports_done()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.0, fused=True)
+    for start in range(0, len(pairs), BATCH):
+        mark.start()
+        chunk = [pairs[i] for i in range(start, start + BATCH)]
+        rows = [(p.prompt, answer) for p in chunk for answer in p[1:]]
+        width = max(len(p) + len(a) for p, a in rows)
+        ids, scored = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width)
+        attend = torch.zeros(len(rows), width, dtype=torch.long)
+        for r, (prompt, answer) in enumerate(rows):
+            ids[r, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+            attend[r, : len(prompt) + len(answer)] = 1
+            scored[r, len(prompt) : len(prompt) + len(answer)] = 1
+        scored = scored[:, 1:].bool()
+        with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in name):
+            if name.startswith("lean"):
+                hidden = model.model(ids, attention_mask=attend).last_hidden_state[:, :-1][scored]
+                logits = model.lm_head(hidden).float()
+                logps = logits.gather(1, ids[:, 1:][scored][:, None])[:, 0] - logits.logsumexp(-1)
+                logps = torch.stack([part.sum() for part in logps.split(scored.sum(1).tolist())])
+            else:
+                logits = model(ids, attention_mask=attend).logits[:, :-1].float()
+                logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
+                logps = (logps * scored).sum(1)
+        w, l = (BETA * (logps.view(-1, 2) - ref[start : start + BATCH])).unbind(1)
+        sp = torch.nn.functional.softplus
+        loss = (sp(-w) + 0.5 * sp(w) + 0.5 * sp(l)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        mark.stop()
+
+
+def run_trl(name, folder, pairs, ref, row_tokens, losses, mark) -> None:
+    """TRL's DPOTrainer, `nca_pair`, on ids prepared by us."""
+    import datasets
+    import transformers
+    import trl
+
+    class Trainer(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset
+
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    class Marks(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            mark.start()
+
+        def on_step_end(self, *_, **__):
+            mark.stop()
+
+        def on_log(self, _args, _state, _control, logs, **__):
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    mark.imports_done()
+    from data import byte_tokenizer
+
+    byte_tokenizer().save(folder / "tok") if (folder / "tok").mkdir() is None else None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tok", pad_token="<|end|>")
+    rows = [
+        {"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected,
+         "ref_chosen_logps": ref[i, 0].item(), "ref_rejected_logps": ref[i, 1].item()}
+        for i, p in enumerate(pairs)
+    ]  # fmt: skip
+    args = trl.DPOConfig(
+        output_dir=str(folder / "trl"), loss_type=["nca_pair"], beta=BETA, learning_rate=LR,
+        per_device_train_batch_size=BATCH, max_steps=STEPS + 1, logging_steps=1, report_to=[],
+        lr_scheduler_type="constant", warmup_steps=0, bf16=False, use_cpu=True, save_strategy="no",
+        gradient_checkpointing=False, weight_decay=0.0, optim="adamw_torch_fused", max_length=None,
+        disable_tqdm=True, remove_unused_columns=False, precompute_ref_log_probs=False,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    trainer = Trainer(model, args=args, train_dataset=datasets.Dataset.from_list(rows),
+                      processing_class=tokenizer, callbacks=[Marks()])  # fmt: skip
+    trainer.ref_model = None
+    trainer.precompute_ref_logps = True
+    trainer.train()
+
+
 if __name__ == "__main__":
-    known = {"tokenizers": bench_tokenizers, "loading": bench_loading}
+    if sys.argv[1:2] == ["--worker"]:
+        sys.exit(worker(sys.argv[2], Path(sys.argv[3])))
+    known = {
+        "training": bench_training,
+        "tokenizers": bench_tokenizers,
+        "loading": bench_loading,
+    }
     for name in sys.argv[1:] or known:
         known[name]()
