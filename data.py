@@ -2,7 +2,7 @@
 
 One rule each, with one home here: where the BOS goes (`Tokenizer.prompt_ids`) and the end token
 (`make_pair`), what is cut when a pair is too long (`truncate`), what a token sees
-(`attention_mask`), which state predicts which token (`pack_batch`), in what order pairs come
+(`sees`), which state predicts which token (`pack_batch`), in what order pairs come
 (`epoch_order`).
 """
 
@@ -1032,48 +1032,63 @@ def split_pairs(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]
 
 
 class Batch(NamedTuple):
-    """R rows of T tokens that hold B whole pairs, each laid out once as prompt, chosen, rejected.
+    """B whole pairs in rows that lie end to end, each pair once: prompt, chosen, rejected.
 
-    The last token of an answer is predicted but predicts nothing, so it is not laid out.
+    The last token of an answer is predicted but predicts nothing, so it is not laid out. T tokens
+    are those of the rows, and padding where a fixed length was asked for.
     """
 
-    tokens: Tensor  # (R, T) ids
-    positions: Tensor  # (R, T); the rejected answer starts again after the prompt
-    pair: Tensor  # (R, T) number of the pair within its row, -1 at padding
-    segment: Tensor  # (R, T) 0 prompt, 1 chosen, 2 rejected
-    source: Tensor  # (N,) where in the flattened rows the state lies that predicts each target
+    tokens: Tensor  # (1, T) ids
+    positions: Tensor  # (1, T); the rejected answer starts again after the prompt
+    pair: Tensor  # (T,) number of the pair within the batch, -1 at padding
+    segment: Tensor  # (T,) 0 prompt, 1 chosen, 2 rejected
+    source: Tensor  # (N,) which of the T states predicts each target
     targets: Tensor  # (N,) the answers' ids end to end: chosen_0, rejected_0, chosen_1, ...
     lengths: Tensor  # (2B,) tokens of each answer; stays on the CPU
+    rows: list[int]  # tokens of each row
     index: list[int]  # (B,) which pairs these are
 
-    def to(self, device) -> "Batch":
-        moved = [tensor.to(device, non_blocking=True) for tensor in self[:6]]
-        return Batch(*moved, self.lengths, self.index)
+    def to(self, device: torch.device) -> "Batch":
+        tensors = self[:6]
+        if device.type == "cuda":  # from pinned memory a copy does not wait
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return Batch(*(t.to(device, non_blocking=True) for t in tensors), *self[6:])
 
 
-def attention_mask(pair: Tensor, segment: Tensor) -> Tensor:
-    """A token sees the earlier tokens of its own pair that are prompt or of its own segment.
+def sees(batch: Batch, window: int | None = None):
+    """The rule of attention, in the form of FlexAttention's mask_mod: a token sees the earlier
+    tokens of its own pair that are prompt or of its own segment, with a sliding window those less
+    than `window` positions back."""
+    pair, segment, position = batch.pair, batch.segment, batch.positions[0]
 
-    pair and segment (R, T) -> (R, 1, T, T) bool, True where the row's query sees the column's key.
-    """
-    T = pair.shape[1]
-    earlier = torch.ones(T, T, dtype=torch.bool, device=pair.device).tril()
-    same_pair = pair[:, :, None] == pair[:, None, :]
-    same_segment = segment[:, :, None] == segment[:, None, :]
-    return (earlier & same_pair & (same_segment | (segment == 0)[:, None, :]))[:, None]
+    def rule(_batch, _head, query, key):
+        same = (segment[key] == 0) | (segment[key] == segment[query])
+        seen = (query >= key) & (pair[key] == pair[query]) & same
+        return seen if window is None else seen & (position[query] - position[key] < window)
+
+    return rule
+
+
+def row_masks(batch: Batch, window: int | None = None) -> list[Tensor]:
+    """The rule, row by row: (1, 1, t, t) bool for each row of t tokens."""
+    masks, start, rule = [], 0, sees(batch, window)
+    for length in batch.rows:
+        place = torch.arange(start, start + length, device=batch.pair.device)
+        masks.append(rule(0, 0, place[:, None], place[None, :])[None, None])
+        start += length
+    return masks
 
 
 def row_length(pair: Pair) -> int:
-    """Tokens that a pair takes in a packed row."""
+    """Tokens that a pair takes in a row."""
     return len(pair.prompt) + sum(len(answer) - 1 for answer in pair[1:] if answer)
 
 
 def pack(sizes: list[int], row_tokens: int) -> list[list[int]]:
-    """First fit, longest first: which sizes share a row of `row_tokens`. Every size must fit."""
+    """First fit, longest first: which sizes share a row of `row_tokens`; a longer one is alone."""
     rows: list[list[int]] = []
     room: list[int] = []
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        assert sizes[item] <= row_tokens, f"{sizes[item]} tokens do not fit a row of {row_tokens}"
         row = next((r for r, free in enumerate(room) if free >= sizes[item]), len(rows))
         if row == len(rows):
             rows.append([])
@@ -1084,41 +1099,46 @@ def pack(sizes: list[int], row_tokens: int) -> list[list[int]]:
 
 
 def make_batches(
-    pairs: list[Pair], index: list[int], row_tokens: int, micro_tokens: int
+    pairs: Sequence[Pair], index: list[int], row_tokens: int, micro_tokens: int, pad: bool = False
 ) -> list[Batch]:
-    """Packs pairs[i] for i in index into rows, and rows into batches of about `micro_tokens`."""
-    rows = pack([row_length(pairs[i]) for i in index], row_tokens)
-    group = max(1, micro_tokens // row_tokens)
-    return [
-        pack_batch(pairs, [[index[item] for item in row] for row in rows[start : start + group]])
-        for start in range(0, len(rows), group)
-    ]
+    """Packs pairs[i] for i in index into rows, and rows into batches of at most `micro_tokens`
+    tokens, or one row. pad: every batch that is not longer has just that many."""
+    sizes = [row_length(pairs[i]) for i in index]
+    groups, room = [], 0
+    for row in pack(sizes, row_tokens):
+        size = sum(sizes[item] for item in row)
+        if size > room:
+            groups.append([])
+            room = micro_tokens
+        groups[-1].append([index[item] for item in row])
+        room -= size
+    return [pack_batch(pairs, rows, micro_tokens if pad else 0) for rows in groups]
 
 
-def pack_batch(pairs: list[Pair], rows: list[list[int]]) -> Batch:
-    """Lays out each row's pairs one after the other; rows are as long as the longest of them."""
-    T = max(sum(row_length(pairs[i]) for i in row) for row in rows)
-    tokens, positions, segment = np.zeros((3, len(rows), T), dtype=np.int64)
-    pair_number = np.full((len(rows), T), -1)
-    source, targets, lengths = [], [], []
-    for r, row in enumerate(rows):
-        column = 0
-        for number, i in enumerate(row):
-            prompt, *answers = pairs[i]
-            last = r * T + column + len(prompt) - 1  # it predicts the first token of both answers
-            parts = [(0, prompt, 0)]
-            parts += [(kind, ids[:-1], len(prompt)) for kind, ids in enumerate(answers, start=1)]
-            for kind, ids, position in parts:
-                here = slice(column, column + len(ids))
-                tokens[r, here], segment[r, here], pair_number[r, here] = ids, kind, number
-                positions[r, here] = np.arange(position, position + len(ids))
-                if kind and answers[kind - 1]:
-                    source += [last, *range(r * T + here.start, r * T + here.stop)]
-                column = here.stop
-            targets += [token for answer in answers for token in answer]
-            lengths += [len(answer) for answer in answers]
-    arrays = (tokens, positions, pair_number, segment, source, targets, lengths)
-    return Batch(*(torch.as_tensor(array) for array in arrays), [i for row in rows for i in row])
+def pack_batch(pairs: Sequence[Pair], rows: list[list[int]], least: int = 0) -> Batch:
+    """Lays out each row's pairs one after the other, and the rows; pads to `least` tokens."""
+    row_tokens = [sum(row_length(pairs[i]) for i in row) for row in rows]
+    index = [i for row in rows for i in row]
+    T = max(sum(row_tokens), least)
+    tokens, positions, segment = np.zeros((3, T), dtype=np.int64)
+    pair_number = np.full(T, -1)
+    source, targets, lengths, column = [], [], [], 0
+    for number, i in enumerate(index):
+        prompt, *answers = pairs[i]
+        last = column + len(prompt) - 1  # it predicts the first token of both answers
+        parts = [(0, prompt, 0)]
+        parts += [(kind, ids[:-1], len(prompt)) for kind, ids in enumerate(answers, start=1)]
+        for kind, ids, position in parts:
+            here = slice(column, column + len(ids))
+            tokens[here], segment[here], pair_number[here] = ids, kind, number
+            positions[here] = np.arange(position, position + len(ids))
+            if kind and answers[kind - 1]:
+                source += [last, *range(here.start, here.stop)]
+            column = here.stop
+        targets += [token for answer in answers for token in answer]
+        lengths += [len(answer) for answer in answers]
+    arrays = (tokens[None], positions[None], pair_number, segment, source, targets, lengths)
+    return Batch(*(torch.as_tensor(array) for array in arrays), row_tokens, index)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from tqdm import tqdm
 
 from data import (
@@ -20,13 +21,13 @@ from data import (
     Pairs,
     Parser,
     Tokenizer,
-    attention_mask,
     is_correct,
     load_pairs,
     load_tokenizer,
     make_batches,
     problems,
-    row_length,
+    row_masks,
+    sees,
 )
 from mio import chunked_logps
 from model import Llama, read_json
@@ -36,6 +37,7 @@ PASS_AT = (1, 8)
 TEST_PROBLEMS = 1000
 ANSWER_TOKENS = 48  # a right answer of the built-in task has at most 35
 GENERATION_ROWS = 1000
+ROW_TOKENS, MICRO_TOKENS = 128, 4096
 
 
 class Figure(NamedTuple):
@@ -80,20 +82,32 @@ def pair_logps(
     with tqdm(total=len(pairs), desc="log-probs", unit="pair", leave=False) as bar:
         for start in range(0, len(pairs), 256):  # as many as are packed together
             index = list(range(start, min(start + 256, len(pairs))))
-            for batch in make_batches(pairs, index, row_tokens, micro_tokens):
+            for batch in make_batches(pairs, index, row_tokens, micro_tokens, fixed_length(model)):
                 batch = batch.to(device)
                 with autocast(device, dtype):
-                    hidden = answer_states(model, batch)
-                    sums = chunked_logps(hidden, model.head_weight, batch.targets, batch.lengths)
+                    hidden, head = answer_states(model, batch), model.head_weight
+                    sums = chunked_logps(
+                        hidden, head, batch.targets, batch.lengths, compiled=model.compiled
+                    )
                 logps[batch.index] = sums.view(-1, 2).float().cpu()
                 bar.update(len(batch.index))
     return logps
 
 
+def fixed_length(model: Llama) -> bool:
+    """FlexAttention's kernels are compiled for one length; elsewhere rows keep their own."""
+    return model.compiled and model.head_weight.is_cuda
+
+
 def answer_states(model: Llama, batch: Batch) -> Tensor:
     """The hidden states that predict the answers' tokens, laid end to end: (N, D)."""
-    mask = attention_mask(batch.pair, batch.segment)
-    return model(batch.tokens, batch.positions, mask).flatten(0, 1)[batch.source]
+    window = model.config.sliding_window
+    if fixed_length(model):
+        T = batch.tokens.shape[1]
+        mask = create_block_mask(sees(batch, window), None, None, T, T, device=batch.tokens.device)
+    else:
+        mask = row_masks(batch, window)
+    return model(batch.tokens, batch.positions, mask)[0, batch.source]
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -276,10 +290,9 @@ def evaluate_pairs(
 ) -> Row:
     """A model on pairs of answers, against the checkpoint `init` that it was trained from."""
     pairs = load_pairs(data, tokenizer, max_length)
-    row_tokens = max(map(row_length, pairs))
 
     def logps_of(model):
-        return pair_logps(model, pairs, row_tokens, 4 * row_tokens, torch.float32)
+        return pair_logps(model, pairs, ROW_TOKENS, MICRO_TOKENS, torch.float32)
 
     if init is None:
         present = torch.from_numpy(pairs.lengths()[:, 1:] > 0)

@@ -151,10 +151,11 @@ def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: T
 
 @torch.no_grad()
 def chunked_logps(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor, chunk_tokens: int = 512
-) -> Tensor:
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor,
+    chunk_tokens: int = 1024, compiled: bool = False,
+) -> Tensor:  # fmt: skip
     """naive_logps without a gradient, with at most `chunk_tokens` rows of logits at a time."""
-    head = _Head(head_weight, hidden, min(chunk_tokens, len(hidden)))
+    head = _Head(head_weight, hidden, min(chunk_tokens, len(hidden)), compiled)
     parts = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
     token_logps = torch.cat([head.residual(h, y)[1] for h, y in parts])  # (N,)
     return _sum_by(token_logps, _owners(lengths, hidden.device), len(lengths))
@@ -169,7 +170,8 @@ def fused_pair_loss(
     name: str,
     *,
     beta: float,
-    chunk_tokens: int = 512,
+    chunk_tokens: int = 1024,
+    compiled: bool = False,
     **options,
 ) -> tuple[Tensor, Tensor]:
     """Loss of each pair (B,) and log-probability of each completion (2B,), logits never kept.
@@ -181,7 +183,16 @@ def fused_pair_loss(
     assert LOSSES[name].pairwise, f"{name} is a loss of the whole batch"
     assert len(lengths) % 2 == 0, "completions come in pairs"
     return FusedPairLoss.apply(
-        hidden, head_weight, targets, lengths, ref_logps, name, beta, chunk_tokens, options
+        hidden,
+        head_weight,
+        targets,
+        lengths,
+        ref_logps,
+        name,
+        beta,
+        chunk_tokens,
+        compiled,
+        options,
     )
 
 
@@ -201,14 +212,16 @@ class FusedPairLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, head_weight, targets, lengths, ref_logps, name, beta, chunk_tokens, options
-    ):
+        ctx, hidden, head_weight, targets, lengths, ref_logps, name, beta, chunk_tokens, compiled,
+        options,
+    ):  # fmt: skip
         need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         accumulator = torch.promote_types(head_weight.dtype, torch.float32)
         grad_head = torch.empty_like(head_weight, dtype=accumulator) if need_head else None
         chunks = list(_chunks_of_pairs(lengths.tolist(), chunk_tokens))
-        head = _Head(head_weight, hidden, max(tokens.stop - tokens.start for _, tokens in chunks))
+        most = max(tokens.stop - tokens.start for _, tokens in chunks)
+        head = _Head(head_weight, hidden, most, compiled)
         owner = _owners(lengths, hidden.device)  # (N,) the completion of each token
         lengths = lengths.to(hidden.device)
         losses, logps = [], []
@@ -244,36 +257,46 @@ class FusedPairLoss(torch.autograd.Function):
         grad_hidden, grad_head = ctx.saved_tensors
         # The chunks are summed already, so one factor must do for all pairs: NaN where it cannot.
         factor = torch.where((grad_losses == grad_losses[0]).all(), grad_losses[0], torch.nan)
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * factor.to(grad_hidden.dtype)
+        if factor.is_cuda or factor != 1:  # of losses.sum() it is 1: no copy of (V, D) on a CPU
+            grad_hidden = (
+                None if grad_hidden is None else grad_hidden * factor.to(grad_hidden.dtype)
+            )
+            grad_head = None if grad_head is None else grad_head * factor
         if grad_head is not None:
-            grad_head = (grad_head * factor).to(ctx.head_dtype)
-        return grad_hidden, grad_head, *[None] * 7
+            grad_head = grad_head.to(ctx.head_dtype)
+        return grad_hidden, grad_head, *[None] * 8
 
 
 class _Head:
     """A head's weight in the dtype of its products, and one buffer for the logits of any chunk."""
 
-    def __init__(self, weight: Tensor, like: Tensor, tokens: int):
+    def __init__(self, weight: Tensor, like: Tensor, tokens: int, compiled: bool):
         self.weight = weight.to(_matmul_dtype(like))
         self.logits = self.weight.new_empty(tokens, len(weight))
+        self.to_residual = _compiled_to_residual if compiled else _to_residual
 
     def residual(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (n, D), targets (n,) -> softmax minus one-hot (n, V), valid until the next call,
         and token log-probs (n,)."""
         dtype = self.weight.dtype
         logits = torch.mm(hidden.to(dtype), self.weight.T, out=self.logits[: len(hidden)])
-        precise = torch.promote_types(dtype, torch.float32)
-        token_logps = torch.empty(len(hidden), dtype=precise, device=hidden.device)
         # On a CPU a few rows at a time, which stay in its cache from the first line to the last.
         rows = len(logits) if logits.is_cuda else 1 + 2**20 // logits.shape[1]
-        for z, y, out in zip(logits.split(rows), targets.split(rows), token_logps.split(rows)):
-            p = at_least_float32(z)  # a copy where z is of lower precision, else z itself
-            torch.log_softmax(p, dim=-1, out=p)
-            out.copy_(p.gather(1, y[:, None])[:, 0])
-            p.exp_().scatter_add_(1, y[:, None], p.new_full((len(y), 1), -1.0))
-            z.copy_(p)
-        return logits, token_logps
+        parts = zip(logits.split(rows), targets.split(rows))
+        return logits, torch.cat([self.to_residual(z, y) for z, y in parts])
+
+
+def _to_residual(logits: Tensor, targets: Tensor) -> Tensor:
+    """Turns logits (n, V) into softmax minus one-hot in place; returns token log-probs (n,)."""
+    p = at_least_float32(logits)  # a copy where their precision is lower
+    torch.log_softmax(p, dim=-1, out=p)
+    token_logps = p.gather(1, targets[:, None])[:, 0]
+    p.exp_().scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1.0))
+    logits.copy_(p)
+    return token_logps
+
+
+_compiled_to_residual = torch.compile(_to_residual, dynamic=True)
 
 
 def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, first: bool) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -220,6 +221,28 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask, grouped: bool) -> Tensor:
+    """q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E).
+
+    mask: None for plain causal; (B, 1, T, S) bool, True where a query sees a key; a list of such
+    for rows that lie end to end and see nothing of each other; or FlexAttention's BlockMask.
+    """
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+    if isinstance(mask, list):
+        return _attend_in_rows(q, k, v, mask, grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    )
+
+
+@torch.compiler.disable  # the number of rows and their lengths differ from batch to batch
+def _attend_in_rows(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor], grouped: bool) -> Tensor:
+    lengths = [mask.shape[-1] for mask in masks]
+    rows = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), masks)
+    return torch.cat([attend(*row, grouped) for row in rows], dim=2)
+
+
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share K key-value heads."""
 
@@ -239,7 +262,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary, mask: Tensor | None, cache: Tensor | None, start: int):
-        """x (B, T, D); mask (B, 1, T, S), True where a query sees a key, or None for plain causal;
+        """x (B, T, D); mask as in `attend`, T queries and S keys, or None for plain causal;
         cache (2, B, K, capacity, E) of keys and values, of which `start` are already filled."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
@@ -249,9 +272,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T]  # (B, K, S, E) each
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
-        )
+        y = attend(q, k, v, mask, self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -290,6 +311,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # recompute each block in the backward pass to save memory
+        self.compiled = False
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -312,25 +334,32 @@ class Llama(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.model["embed_tokens"].weight if tied else self.lm_head.weight
 
+    def compile_blocks(self) -> None:
+        """torch.compile of each block: the same code for all of them, and state_dict as it was."""
+        self.compiled = True
+        for block in self.model["layers"]:
+            block.compile()
+
     def forward(
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | list[Tensor] | BlockMask | None = None,
         cache: Tensor | None = None,
         start: int = 0,
     ) -> Tensor:
         """Hidden states after the final norm.
 
-        tokens (B, T) ids; positions (B, T), 0, 1, 2, ... when None; mask (B, 1, T, S) bool, True
-        where a query sees a key, plain causal when None; cache (layers, 2, B, K, capacity, E)
-        holds `start` earlier tokens and receives these. Returns (B, T, D).
+        tokens (B, T) ids; positions (B, T), 0, 1, 2, ... when None; mask as in `attend`, where a
+        list or a BlockMask must know of a sliding window already; cache (layers, 2, B, K, capacity,
+        E) holds `start` earlier tokens and receives these. Returns (B, T, D).
         """
         assert tokens.dim() == 2, f"tokens must be (B, T), not {tuple(tokens.shape)}"
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         T, window = tokens.shape[1], self.config.sliding_window
-        if window is not None and window < T:  # T tokens have positions below T
+        known = isinstance(mask, (list, BlockMask))
+        if window is not None and window < T and not known:  # T tokens have positions below T
             causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
             mask = causal if mask is None else mask
             mask = mask & within_window(positions, positions, window)

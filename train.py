@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import eval as evaluation
@@ -77,8 +77,8 @@ class Options:
     max_steps: int | None = option(None, "steps after which to stop all the same", least=0)
     batch_size: int | None = option(None, "pairs in an optimizer step", least=1)
     max_length: int | None = option(None, "tokens of a prompt and its longer answer", least=2)
-    row_tokens: int | None = option(None, "tokens of a packed row (default: longest pair)", least=2)
-    micro_tokens: int = option(4096, "tokens in a forward pass: memory, not mathematics", least=1)
+    row_tokens: int = option(evaluation.ROW_TOKENS, "up to which pairs share a row", least=1)
+    micro_tokens: int = option(evaluation.MICRO_TOKENS, "tokens in a forward pass", least=1)
     lr: float | None = option(None, "peak learning rate", above=0)
     warmup: float = option(0.1, "of the steps, in which the learning rate rises", least=0, most=1)
     schedule: str = option("cosine", "of the learning rate after that", choices=SCHEDULES)
@@ -86,6 +86,7 @@ class Options:
     grad_clip: float = option(1.0, "largest norm of a gradient; 0 for any", least=0)
     seed: int = option(0, "of order, held-out split and base model", least=0)
     dtype: str = option("float32", "of matrix products; weights stay float32", choices=DTYPES)
+    compile: str = option("auto", "auto is on with CUDA", choices=("auto", "on", "off"))
     checkpointing: str = option("off", "recompute blocks to save memory", choices=("off", "on"))
     eval_every: int | None = option(None, "steps from one evaluation to the next", least=1)
     log_every: int = option(1, "steps between rows of metrics.jsonl", least=1)
@@ -162,10 +163,9 @@ def _resolved(options: Options) -> Options:
     if not options.init:
         # The longest problem with its BOS, and answers that were cut off and so are not used.
         prompt, answer = 2 * OPERATIONS + 3, evaluation.ANSWER_TOKENS
-        for name, least in (("max_length", prompt + answer), ("row_tokens", prompt + 2 * answer)):
-            if (getattr(options, name) or least) < least:
-                raise ValueError(f"--{name} {getattr(options, name)}: the demonstration's pairs "
-                                 f"need {least}")  # fmt: skip
+        if (options.max_length or prompt + answer) < prompt + answer:
+            raise ValueError(f"--max_length {options.max_length}: the demonstration's pairs need "
+                             f"{prompt + answer}")  # fmt: skip
     own = CHECKPOINT if options.init else DEMONSTRATION
     scale = 1 if options.init else DEMONSTRATION_BETA
     own = own | {"beta": scale * LOSSES[options.loss].beta, "out": f"out/{options.loss}"}
@@ -249,8 +249,8 @@ def make_base(folder: Path, seed: int, device: str) -> dict:
                 for problem in problems("train", BASE["batch_size"], seed=[seed, bar.n])
             ]
             set_lr(optimizer, BASE["lr"] * min(1, (bar.n + 1) / 50))
-            row = max(map(row_length, batch))
-            batches = make_batches(batch, list(range(len(batch))), row, options.micro_tokens)
+            index = list(range(len(batch)))
+            batches = make_batches(batch, index, options.row_tokens, options.micro_tokens)
             train_step(model, optimizer, batches, options, None)
             bar.update()
             if bar.n % BASE["check_every"] == 0:
@@ -325,23 +325,20 @@ class Job(NamedTuple):
     tokenizer: Tokenizer
     pairs: Pairs  # to train on
     held_out: Pairs
-    row_tokens: int
     steps: int
 
 
 def load_job(options: Options) -> Job:
     model, tokenizer = evaluation.load_checkpoint(options.init, options.device)
     model.checkpointing = options.checkpointing == "on"
+    if options.compile == "on" or (options.compile == "auto" and options.device != "cpu"):
+        model.compile_blocks()
     pairs = load_pairs(options.data, tokenizer, options.max_length)
     if options.eval_data:
         held_out = load_pairs(options.eval_data, tokenizer, options.max_length)
     else:
         pairs, held_out = split_pairs(pairs, options.eval_fraction, options.seed)
     check_answers(options, pairs, held_out)
-    longest = max(map(row_length, itertools.chain(pairs, held_out)))
-    row_tokens = options.row_tokens or longest
-    if longest > row_tokens:
-        raise ValueError(f"--row_tokens {row_tokens}: the longest pair takes {longest}")
     lengths = np.concatenate([pairs.lengths(), held_out.lengths()])
     context = (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()
     if context > model.config.max_position_embeddings:
@@ -349,7 +346,7 @@ def load_job(options: Options) -> Job:
                          f"{model.config.max_position_embeddings}; lower --max_length")  # fmt: skip
     steps = options.epochs * math.ceil(len(pairs) / options.batch_size)
     steps = steps if options.max_steps is None else min(steps, options.max_steps)
-    return Job(options, model, tokenizer, pairs, held_out, row_tokens, steps)
+    return Job(options, model, tokenizer, pairs, held_out, steps)
 
 
 def check_answers(options: Options, pairs: Pairs, held_out: Pairs) -> None:
@@ -419,7 +416,7 @@ def reference_logps(job: Job) -> Tensor:
 def logps_of(job: Job, pairs: Pairs) -> Tensor:
     options = job.options
     dtype = getattr(torch, options.dtype)
-    return evaluation.pair_logps(job.model, pairs, job.row_tokens, options.micro_tokens, dtype)
+    return evaluation.pair_logps(job.model, pairs, options.row_tokens, options.micro_tokens, dtype)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -458,8 +455,8 @@ def train_step(
     """One optimizer step on the pairs of `batches`; ref_logps (all pairs, 2) or None.
 
     Returns the loss of each pair (B,), log-probs (B, 2), both in the order of the batches' index,
-    and the gradient's norm before clipping. Raises FloatingPointError, the weights untouched, when
-    a loss or the gradient is not finite.
+    and the gradient's norm before clipping, all on the model's device: nothing here waits for it.
+    When a loss or the gradient is not finite, the weights stay as they are.
     """
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     pairs = sum(len(batch.index) for batch in batches)
@@ -471,21 +468,22 @@ def train_step(
             hidden = evaluation.answer_states(model, batch)  # (N, D)
             loss, logp = fused_pair_loss(
                 hidden, model.head_weight, batch.targets, batch.lengths, ref,
-                options.loss, beta=options.beta,
+                options.loss, beta=options.beta, compiled=model.compiled,
             )  # fmt: skip
-        # Divided by the pairs of the whole step: however it is cut up, the gradient is the same.
-        (loss.sum() / pairs).backward()
+        loss.sum().backward()
         losses.append(loss.detach())
         logps.append(logp.view(-1, 2))
     losses, logps = torch.cat(losses), torch.cat(logps)
-    grad_norm = clip_grad_norm_(model.parameters(), options.grad_clip or torch.inf)
-    if not (losses.isfinite().all() and grad_norm.isfinite()):
-        index = [i for batch in batches for i in batch.index]
-        bad = [i for i, fine in zip(index, losses.isfinite().tolist()) if not fine] or index
-        raise FloatingPointError(f"loss or gradient not finite, from pairs {bad[:8]}")
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    grad_norm = get_total_norm(gradients) / pairs  # of the mean, however the step was cut up
+    # The fused update divides gradients by the one, which makes means of sums and clips them, and
+    # does nothing at all where the other is 1.
+    excess = (grad_norm.float() + 1e-6) / (options.grad_clip or torch.inf)
+    optimizer.grad_scale = pairs * excess.clamp(min=1)
+    optimizer.found_inf = 1 - (losses.isfinite().all() & grad_norm.isfinite()).float()
     optimizer.step()
     optimizer.zero_grad()
-    return losses.cpu(), logps.float().cpu(), grad_norm
+    return losses, logps.float(), grad_norm
 
 
 def check_start(options: Options, losses: Tensor, logps: Tensor, ref_logps: Tensor) -> None:
@@ -501,6 +499,17 @@ def check_start(options: Options, losses: Tensor, logps: Tensor, ref_logps: Tens
     print(f"  step 0: rewards 0 within {drift * options.beta:.1e}, loss {loss:.6f}")
 
 
+def check_finite(job: Job, step: int, index: list[int], losses: Tensor, grad_norm: Tensor) -> None:
+    """Raises FloatingPointError that names the rows, unless loss and gradient of a step are finite:
+    then it has changed no weight."""
+    finite = losses.isfinite().tolist()
+    if not (all(finite) and grad_norm.isfinite()):
+        bad = [i for i, fine in zip(index, finite) if not fine] or index
+        lines = ", ".join(str(job.pairs.lines[i]) for i in bad[:8])
+        raise FloatingPointError(f"step {step}: loss or gradient not finite, from line {lines} of "
+                                 f"{job.options.data}; try a lower --lr")  # fmt: skip
+
+
 def train(job: Job, folder: Path, ref_logps: Tensor | None) -> tuple[Tensor, Tensor, dict]:
     """Trains job.model in place and writes metrics.jsonl. Returns the held-out pairs' log-probs
     before and after, and the last row of metrics."""
@@ -513,38 +522,43 @@ def train(job: Job, folder: Path, ref_logps: Tensor | None) -> tuple[Tensor, Ten
     row = {"step": 0, "epoch": 0.0, **held_out_metrics(job, start, start)}
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics:
         print(strict_json(row), file=metrics, flush=True)
+        began, read, tokens_read, unread = time.perf_counter(), 0, 0, []
         for step in tqdm(range(1, steps + 1), desc=options.loss, unit="step", leave=False):
-            began = time.perf_counter()
             epoch, place = divmod(step - 1, per_epoch)
             order = epoch_order(count, options.seed, epoch).tolist()
             index = order[place * options.batch_size : (place + 1) * options.batch_size]
-            batches = make_batches(job.pairs, index, job.row_tokens, options.micro_tokens)
+            layout = options.row_tokens, options.micro_tokens, evaluation.fixed_length(job.model)
+            batches = make_batches(job.pairs, index, *layout)
             index = [i for batch in batches for i in batch.index]  # as they come back
             lr = set_lr(optimizer, learning_rate(options, step, steps))
-            try:
-                losses, logps, grad_norm = train_step(
-                    job.model, optimizer, batches, options, ref_logps
-                )
-            except FloatingPointError as error:
-                raise FloatingPointError(f"step {step}: {error}; try a lower --lr") from None
+            losses, logps, grad_norm = train_step(job.model, optimizer, batches, options, ref_logps)
+            tokens += sum(row_length(job.pairs[i]) for i in index)
+            unread.append((step, index, losses, grad_norm))
+            evaluate = step % eval_every == 0 or step == steps
+            wanted = evaluate or step % options.log_every == 0
+            if not wanted and step > 1:
+                continue
+            for one in unread:
+                check_finite(job, *one)
+            unread.clear()
+            losses, logps = losses.cpu(), logps.cpu()
             ref = None if ref_logps is None else ref_logps[index]
             if step == 1 and ref is not None:
                 check_start(options, losses, logps, ref)
-            seconds = time.perf_counter() - began
-            new = sum(row_length(job.pairs[i]) for i in index)
-            tokens += new
+            seconds = (time.perf_counter() - began) / (step - read)  # a step since the last row
             row = {"step": step, "epoch": step / per_epoch, "loss": mean(losses)}
             row |= {"learning_rate": lr, "grad_norm": float(grad_norm), "num_tokens": tokens}
-            row |= {"step_seconds": seconds, "tokens_per_second": new / seconds}
+            row |= {"step_seconds": seconds}
+            row |= {"tokens_per_second": (tokens - tokens_read) / (time.perf_counter() - began)}
             logps = torch.where(present[index], logps, torch.nan)
             values = evaluation.preference_values(logps, ref, options.beta)
             row |= {name: mean(value) for name, value in values.items()}
-            evaluate = step % eval_every == 0 or step == steps
             if evaluate:
                 end = logps_of(job, job.held_out)
                 row |= held_out_metrics(job, end, start)
-            if evaluate or step % options.log_every == 0:
+            if wanted:
                 print(strict_json(row), file=metrics, flush=True)
+            began, read, tokens_read = time.perf_counter(), step, tokens
     if not all(p.isfinite().all() for p in job.model.parameters()) or not end.isfinite().all():
         raise FloatingPointError(f"step {steps}: weights not finite; try a lower --lr")
     return start, end, row

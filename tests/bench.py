@@ -10,10 +10,8 @@ Peers that are not installed are left out. Figures are the best of rounds in whi
 take turns, or, for training, medians of steps.
 """
 
-import dataclasses
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -35,10 +33,8 @@ from data import (
     load_tokenizer,
     make_batches,
     problems,
-    row_length,
     solution,
 )
-from mio import LOSSES, fused_pair_loss, naive_logps
 from model import Llama, ModelConfig
 
 ROUNDS = 5
@@ -117,7 +113,7 @@ def bench_loading() -> None:
               f"{held / len(pairs.ids):.1f} bytes an id")  # fmt: skip
 
 
-# --- Training: the same pairs in the same order, a process for each contender ----------------------
+# --- Training: the same pairs in the same order, a process for each contender --------------------
 
 SIZES = {
     "W1": ModelConfig(
@@ -153,9 +149,12 @@ def bench_training(sizes=("W1", "W2")) -> None:
               f"{'last loss':>11}")  # fmt: skip
         for name, one in found.items():
             ratio = one["seconds"] / ours["seconds"]
-            print(f"    {name:14}{one['seconds']:8.2f}{ratio:7.2f}{one['tokens'] / one['seconds']:10.0f}"
-                  f"{one['flops'] / one['seconds'] / one['peak']:7.0%}{one['memory'] / 2**20:10.0f}"
-                  f"{one['losses'][-1]:11.5f}")  # fmt: skip
+            speed, share = (
+                one["tokens"] / one["seconds"],
+                one["flops"] / one["seconds"] / one["peak"],
+            )
+            print(f"    {name:14}{one['seconds']:8.2f}{ratio:7.2f}{speed:10.0f}{share:7.0%}"
+                  f"{one['memory'] / 2**20:10.0f}{one['losses'][-1]:11.5f}")  # fmt: skip
             off = max(abs(a - b) for a, b in zip(one["losses"], ours["losses"]))
             assert off < (0.014 if "bf16" in name else 1e-3), f"{name}: losses off by {off}"
     print(
@@ -179,19 +178,18 @@ def prepare(folder: Path, config: ModelConfig) -> None:
                    for m in (58, 97, 91)))
             for _ in range(BATCH * (STEPS + 1))
         )  # fmt: skip
-    longest = max(map(row_length, pairs))
-    ref = evaluation.pair_logps(model, pairs, longest, 4 * longest, torch.float32)
-    content = {"pairs": list(pairs), "ref": ref.tolist(), "row_tokens": longest}
+    ref = evaluation.pair_logps(model, pairs, 128, 4096, torch.float32)
+    content = {"pairs": list(pairs), "ref": ref.tolist()}
     (folder / "pairs.json").write_text(json.dumps(content))
 
 
 def worker(name: str, folder: Path) -> None:
     content = json.loads((folder / "pairs.json").read_text())
     pairs, ref = Pairs(Pair(*pair) for pair in content["pairs"]), torch.tensor(content["ref"])
-    steps, state = [], {"losses": []}
+    losses: list[float] = []
     run = {"ours": run_ours, "lean": run_transformers, "full": run_transformers, "trl": run_trl}
     mark = Clock(folder)
-    run[name.split("-")[0]](name, folder, pairs, ref, content["row_tokens"], state["losses"], mark)
+    run[name.split("-")[0]](name, folder, pairs, ref, losses, mark)
     config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
     tokens = int(pairs.lengths()[BATCH:].sum()) / STEPS
     body = config.num_hidden_layers * (
@@ -201,8 +199,10 @@ def worker(name: str, folder: Path) -> None:
     )  # fmt: skip
     head = config.vocab_size * config.hidden_size
     flops = 6 * (body * tokens + head * pairs.lengths()[BATCH:, 1:].sum() / STEPS)
-    result = {"seconds": float(np.median(mark.steps[1:])), "losses": state["losses"], "tokens": tokens,
-              "flops": float(flops), "peak": matmul_peak("bf16" in name), "memory": mark.memory()}  # fmt: skip
+    result = {
+        "seconds": float(np.median(mark.steps[1:])), "losses": losses, "tokens": tokens,
+        "flops": float(flops), "peak": matmul_peak("bf16" in name), "memory": mark.memory(),
+    }  # fmt: skip
     print(json.dumps(result))
 
 
@@ -235,8 +235,8 @@ def _config_of(folder: Path) -> ModelConfig:
 
 
 def _resident(name: str) -> int:
-    line = next(l for l in open("/proc/self/status") if l.startswith(name))
-    return int(line.split()[1]) * 1024
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith(name)) * 1024
 
 
 def matmul_peak(bf16: bool) -> float:
@@ -245,9 +245,11 @@ def matmul_peak(bf16: bool) -> float:
     return 2 * 2048**3 / best_of({"": (torch.mm, a, b)})[""]
 
 
-def run_ours(name, folder, pairs, ref, row_tokens, losses, mark) -> None:
+def run_ours(name, folder, pairs, ref, losses, mark) -> None:
     mark.imports_done()
     model = Llama.from_pretrained(folder)
+    if "compiled" in name:
+        model.compile_blocks()
     options = train.Options(
         loss="mio", beta=BETA, lr=LR, dtype="bfloat16" if "bf16" in name else "float32"
     )
@@ -255,13 +257,13 @@ def run_ours(name, folder, pairs, ref, row_tokens, losses, mark) -> None:
     for start in range(0, len(pairs), BATCH):
         mark.start()
         index = list(range(start, start + BATCH))
-        batches = make_batches(pairs, index, row_tokens, options.micro_tokens)
+        batches = make_batches(pairs, index, options.row_tokens, options.micro_tokens)
         loss, _, _ = train.train_step(model, optimizer, batches, options, ref)
         losses.append(loss.mean().item())
         mark.stop()
 
 
-def run_transformers(name, folder, pairs, ref, row_tokens, losses, mark) -> None:
+def run_transformers(name, folder, pairs, ref, losses, mark) -> None:
     """The step as people write it: padded rows, each with its prompt, logits of all tokens or, as
     `lean`, of the completions' alone."""
     import transformers
@@ -292,9 +294,9 @@ def run_transformers(name, folder, pairs, ref, row_tokens, losses, mark) -> None
                 logits = model(ids, attention_mask=attend).logits[:, :-1].float()
                 logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
                 logps = (logps * scored).sum(1)
-        w, l = (BETA * (logps.view(-1, 2) - ref[start : start + BATCH])).unbind(1)
+        t_w, t_l = (BETA * (logps.view(-1, 2) - ref[start : start + BATCH])).unbind(1)
         sp = torch.nn.functional.softplus
-        loss = (sp(-w) + 0.5 * sp(w) + 0.5 * sp(l)).mean()
+        loss = (sp(-t_w) + 0.5 * sp(t_w) + 0.5 * sp(t_l)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -303,7 +305,7 @@ def run_transformers(name, folder, pairs, ref, row_tokens, losses, mark) -> None
         mark.stop()
 
 
-def run_trl(name, folder, pairs, ref, row_tokens, losses, mark) -> None:
+def run_trl(name, folder, pairs, ref, losses, mark) -> None:
     """TRL's DPOTrainer, `nca_pair`, on ids prepared by us."""
     import datasets
     import transformers
@@ -329,7 +331,8 @@ def run_trl(name, folder, pairs, ref, row_tokens, losses, mark) -> None:
     mark.imports_done()
     from data import byte_tokenizer
 
-    byte_tokenizer().save(folder / "tok") if (folder / "tok").mkdir() is None else None
+    (folder / "tok").mkdir(exist_ok=True)
+    byte_tokenizer().save(folder / "tok")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tok", pad_token="<|end|>")
     rows = [
         {"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected,

@@ -8,12 +8,12 @@ import pytest
 import tiktoken
 import torch
 from conftest import PAIR_ROWS, SHARED, needs_shared, tiny_model, write_rows
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 import data
 from data import (
     Pair,
     Pairs,
-    attention_mask,
     byte_tokenizer,
     epoch_order,
     is_correct,
@@ -24,9 +24,12 @@ from data import (
     pack,
     problems,
     row_length,
+    row_masks,
+    sees,
     solution,
     split_pairs,
 )
+from eval import answer_states
 from mio import naive_logps
 
 # --- The task -------------------------------------------------------------------------------------
@@ -356,26 +359,67 @@ def test_pack_fills_rows_and_loses_nothing():
     assert sorted(item for row in rows for item in row) == list(range(8))
     assert all(sum(sizes[item] for item in row) <= 10 for row in rows)
     assert len(rows) == 4
-    with pytest.raises(AssertionError, match="11 tokens"):
-        pack([11], 10)
+    assert pack([3, 11, 7], 10) == [[1], [2, 0]]  # too long to share a row: alone in one
+
+
+def test_batches_hold_at_most_micro_tokens_or_one_row_and_pad_to_them():
+    pairs = random_pairs(20)
+    sizes = [row_length(pair) for pair in pairs]
+    for micro_tokens in (1, 30, 60, 10_000):
+        batches = make_batches(pairs, list(range(20)), 25, micro_tokens)
+        assert sorted(i for batch in batches for i in batch.index) == list(range(20))
+        for batch in batches:
+            assert sum(batch.rows) == batch.tokens.shape[1] == sum(sizes[i] for i in batch.index)
+            assert sum(batch.rows) <= micro_tokens or len(batch.rows) == 1
+        padded = make_batches(pairs, list(range(20)), 25, micro_tokens, pad=True)
+        for plain, batch in zip(batches, padded):
+            T = sum(plain.rows)
+            assert batch.tokens.shape == (1, max(T, micro_tokens))
+            assert (batch.pair[T:] == -1).all() and torch.equal(batch.pair[:T], plain.pair)
+            assert torch.equal(batch.source, plain.source)
 
 
 def test_a_packed_row_token_by_token():
     pairs = [Pair([256, 1, 2], [3, 4, 257], [5, 257]), Pair([256], [6, 257], [257])]
     (batch,) = make_batches(pairs, [0, 1], row_tokens=8, micro_tokens=8)
+    assert batch.rows == [8]
     assert batch.tokens.tolist() == [[256, 1, 2, 3, 4, 5, 256, 6]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1]]
-    assert batch.segment.tolist() == [[0, 0, 0, 1, 1, 2, 0, 1]]
-    assert batch.pair.tolist() == [[0, 0, 0, 0, 0, 0, 1, 1]]
+    assert batch.segment.tolist() == [0, 0, 0, 1, 1, 2, 0, 1]
+    assert batch.pair.tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
     assert batch.source.tolist() == [2, 3, 4, 2, 5, 6, 7, 6]
     assert batch.targets.tolist() == [3, 4, 257, 5, 257, 6, 257, 257]
     assert batch.lengths.tolist() == [3, 2, 2, 1]
-    sees = [
-        [c for c in range(8) if row[c]] for row in attention_mask(batch.pair, batch.segment)[0, 0]
-    ]
-    assert sees[3] == [0, 1, 2, 3] and sees[4] == [0, 1, 2, 3, 4]
-    assert sees[5] == [0, 1, 2, 5]  # the rejected answer sees the prompt, not the chosen one
-    assert sees[6] == [6] and sees[7] == [6, 7]  # the second pair sees nothing of the first
+    (mask,) = row_masks(batch)
+    seen = [[c for c in range(8) if row[c]] for row in mask[0, 0]]
+    assert seen[3] == [0, 1, 2, 3] and seen[4] == [0, 1, 2, 3, 4]
+    assert seen[5] == [0, 1, 2, 5]  # the rejected answer sees the prompt, not the chosen one
+    assert seen[6] == [6] and seen[7] == [6, 7]  # the second pair sees nothing of the first
+    (mask,) = row_masks(batch, window=2)
+    seen = [[c for c in range(8) if row[c]] for row in mask[0, 0]]
+    assert seen[2] == [1, 2] and seen[4] == [3, 4] and seen[7] == [6, 7]
+    assert seen[5] == [2, 5]  # in positions: the rejected answer stands next to the prompt
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_rule_is_the_same_for_rows_and_for_flex_attention(window):
+    """FlexAttention takes the rule over a whole batch, padding included; rows take it apart."""
+    pairs = random_pairs(12)
+    (batch,) = make_batches(pairs, list(range(12)), 25, 300, pad=True)
+    (plain,) = make_batches(pairs, list(range(12)), 25, 300)
+    T, used = 300, sum(plain.rows)
+    whole = create_mask(sees(batch, window), None, None, T, T, device="cpu")[0, 0]
+    rows = torch.block_diag(*(mask[0, 0] for mask in row_masks(plain, window)))
+    assert len(plain.rows) > 3 and torch.equal(whole[:used, :used], rows.bool())
+    assert not whole[:used, used:].any() and not whole[used:, :used].any()
+    model = tiny_model(sliding_window=window, initializer_range=0.15)
+    blocks = create_block_mask(sees(batch, window), None, None, T, T, device="cpu")
+    with torch.no_grad():
+        flex = model(batch.tokens, batch.positions, blocks)[0, batch.source]
+        dense = model(batch.tokens, batch.positions, whole[None, None])[0, batch.source]
+        in_rows = model(plain.tokens, plain.positions, row_masks(plain, window))[0, plain.source]
+    torch.testing.assert_close(flex, dense, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(in_rows, dense, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -386,8 +430,7 @@ def test_packed_shared_prompts_equal_one_sequence_at_a_time(dtype, bound):
     for micro_tokens in (40, 10_000):
         packed, index = [], []
         for batch in make_batches(pairs, list(range(12)), row_tokens=40, micro_tokens=micro_tokens):
-            hidden = model(batch.tokens, batch.positions, mask(batch)).flatten(0, 1)
-            hidden = hidden[batch.source]
+            hidden = answer_states(model, batch)
             packed.append(naive_logps(hidden, model.head_weight, batch.targets, batch.lengths))
             index += batch.index
         packed = torch.cat(packed).view(-1, 2)
@@ -402,10 +445,6 @@ def test_packed_shared_prompts_equal_one_sequence_at_a_time(dtype, bound):
                 for x in (packed, alone)
             )
             assert (a - b).norm() <= bound * b.norm(), name
-
-
-def mask(batch) -> torch.Tensor:
-    return attention_mask(batch.pair, batch.segment)
 
 
 def single_logp(model, pair: Pair, side: int) -> torch.Tensor:
