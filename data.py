@@ -33,9 +33,10 @@ import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 import torch
-from jinja2 import TemplateError, nodes  # comes with torch
+from jinja2 import nodes  # comes with torch
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.visitor import NodeTransformer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -238,6 +239,7 @@ class Tokenizer:
     space: str  # SentencePiece's prefix: never, first, always, legacy; "" where symbols are bytes
     cuts: list[regex.Pattern]  # text is cut by these, one after the other, before `bpe`
     added: dict[str, int]  # added tokens: text -> id
+    reserved: dict[str, int]  # those of them that are special
     special: regex.Pattern | None  # any of them: what a chat template may have written
     literal: regex.Pattern | None  # those that are not special, which are read out of any text
     token_bytes: dict[int, bytes]  # id -> what it stands for, added tokens included
@@ -264,26 +266,27 @@ class Tokenizer:
 
     def continue_ids(self, text: str) -> list[int]:
         """Ids of text that goes on from other text: as `encode`, without SentencePiece's prefix."""
-        return self._encode(text, self.literal, continues=True)
+        return self._encode(text, self.literal, after="text")
 
-    def _encode(self, text: str, added, mark: str = "", continues: bool = False) -> list[int]:
+    def _encode(self, text: str, added, mark: str = "", after: str = "nothing") -> list[int]:
+        """added: the tokens to find in text; mark: a sign to take out of it afterwards; after:
+        what precedes the text, "nothing", "text" or a "token" from among the added ones."""
         if added is None:
-            return self._plain(text, True, continues)
+            return self._plain(text, after)
         ids, place = [], 0
         for match in added.finditer(text):
-            ids += self._plain(text[place : match.start()].replace(mark, ""), place == 0, continues)
+            ids += self._plain(text[place : match.start()].replace(mark, ""), after)
             ids.append(self.added[match[match.lastindex]])
-            place = match.end()
-        return ids + self._plain(text[place:].replace(mark, ""), place == 0, continues)
+            place, after = match.end(), "token" if match.end() else after
+        return ids + self._plain(text[place:].replace(mark, ""), after)
 
-    def _plain(self, text: str, at_start: bool, continues: bool) -> list[int]:
+    def _plain(self, text: str, after: str) -> list[int]:
         if self.form:
             text = unicodedata.normalize(self.form, text)
         if self.space:
             text = text.replace(" ", SPACE)
-            prefix = self.space != "never" and (
-                not continues if at_start else self.space in ("always", "legacy")
-            )
+            schemes = {"nothing": ("first", "always", "legacy"), "token": ("always", "legacy")}
+            prefix = self.space in schemes.get(after, ())
             if text and prefix and (self.space == "legacy" or not text.startswith(SPACE)):
                 text = SPACE + text
         if not self.cuts:
@@ -318,30 +321,38 @@ class Tokenizer:
 
     def turns(self, messages: list[dict], answers: list[dict]) -> tuple[list[int], list[list[int]]]:
         """Ids of a conversation up to its answer, and of each answer as the template goes on with
-        it, without the token that ends it. Joined they are the beginning of the whole's ids."""
+        it, up to and with the token that ends it. Joined they are the beginning of the whole's ids.
+        Raises UnusableError where the template refuses the conversation.
+        """
         mark, found = self._mark([*messages, *answers]), []
         head = self._write(messages, True, mark)
+        ends = [match.end() for match in self.special.finditer(head)] if self.special else []
+        after = "token" if ends and ends[-1] == len(head) else "text"
         for answer in answers:
             whole = self._write([*messages, answer], False, mark)
             if not whole.startswith(head):
-                raise ValueError("the chat template does not write an answer after its prompt")
-            ids = self._encode(whole[len(head) :], self.special, mark, continues=True)
-            found.append(list(itertools.takewhile(lambda id: id not in self.stop_ids, ids)))
+                raise UnusableError("the chat template does not write the answer after its prompt")
+            ids = self._encode(whole[len(head) :], self.special, mark, after)
+            stops = [i for i, id in enumerate(ids) if id in self.stop_ids]
+            closing = [i for i, id in enumerate(ids) if id in self.reserved.values()]
+            end = stops[0] if stops else closing[-1] if closing else len(ids)
+            found.append(ids[: end + 1] if end < len(ids) else [*ids, self.end_id])
         return self._encode(head, self.special, mark), found
 
     def _mark(self, messages: list[dict]) -> str:
         """A sign that is in no message, to break up what reads like a special token in one until it
         is encoded; "" where nothing does."""
         text = "".join(message["content"] for message in messages)
-        if not (self.special and self.special.search(text)):
+        if not any(token in text for token in self.reserved):
             return ""
-        return next(chr(i) for i in range(0xFDD0, 0xFDF0) if chr(i) not in text)
+        free = (chr(i) for i in range(0xFDD0, 0xFDF0) if chr(i) not in text)
+        return next(free, "")  # no sane text has all of these noncharacters
 
     def _write(self, messages: list[dict], add_generation_prompt: bool, mark: str) -> str:
         if self.template is None:
             raise ValueError("messages need a chat template, and the tokenizer has none; put a "
                              "chat_template.jinja into its folder")  # fmt: skip
-        for token in self.added if mark else ():
+        for token in self.reserved if mark else ():
             broken = token[:1] + mark + token[1:]
             messages = [m | {"content": m["content"].replace(token, broken)} for m in messages]
         return render_template(self.template, messages, add_generation_prompt, self.names)
@@ -504,8 +515,6 @@ def _tokenizer(bpe, token_bytes, added_tokens, settings, files, *, vocab, bos, *
         for name, value in config.items()
         if name.endswith("_token") and isinstance(value, (str, dict))
     }
-    if config.keys() & {"add_bos_token", "add_eos_token"}:  # they override the file's own template
-        bos = names.get("bos_token") if config.get("add_bos_token") else None
     end = names.get("eos_token")
     for text, name in ((bos, "bos_token"), (end, "eos_token")):
         if text not in added and not (name == "bos_token" and text is None):
@@ -522,9 +531,11 @@ def _tokenizer(bpe, token_bytes, added_tokens, settings, files, *, vocab, bos, *
     if isinstance(template, list):  # several by name
         template = {one["name"]: one["template"] for one in template}.get("default")
     if "chat_template.jinja" in files:
-        template = files["chat_template.jinja"].decode()
+        template = files["chat_template.jinja"].decode(errors="replace")
     return Tokenizer(
-        bpe=bpe, added=added, names=names, template=template, files=files,
+        bpe=bpe, added=added,
+        reserved={t["content"]: t["id"] for t in added_tokens if t["special"] and t["content"]},
+        names=names, template=template, files=files,
         special=_any_of(added_tokens),
         literal=_any_of([token for token in added_tokens if not token["special"]]),
         token_bytes=token_bytes | {i: text.encode() for text, i in added.items()},
@@ -627,6 +638,7 @@ def _cuts(steps: list[dict]) -> list[str]:
             cuts.append(r"\p{N}|\P{N}+" if step.get("individual_digits") else r"\p{N}+|\P{N}+")
         elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
             one = pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
+            _check_regex(one)
             cuts.append(rf"(?:{one})|(?:(?!{one})[\s\S])+")  # what lies between matches, too
         else:
             raise ValueError(f"pre-tokenizer {kind} {step.get('behavior', '')} is not supported")
@@ -637,6 +649,18 @@ def _cuts(steps: list[dict]) -> list[str]:
     if byte_level.get("use_regex", True):
         cuts.append(GPT2_PATTERN)
     return cuts or [r"[\s\S]+"]
+
+
+def _check_regex(pattern: str) -> None:
+    """Refuses what the regular expressions of tokenizers and ours read differently."""
+    bare = re.sub(r"\\\D|\[(?!\[:)\^?(?:\\.|[^\]\\])*\]", "", pattern)  # no escapes, no classes
+    try:
+        empty = regex.compile(pattern).fullmatch("")
+    except regex.error as error:
+        raise ValueError(f"its Split has a regular expression that fails: {error}") from None
+    if empty or "[[:" in pattern or re.search(r"[.^$]|\{[\d,]+\}\+|\\\d", bare):
+        raise ValueError(f"its Split by {pattern!r:.60} is not supported: libraries differ on "
+                         "empty matches and on . ^ $ }+ [[:classes:]] and references")  # fmt: skip
 
 
 def _template_bos(post_processor: dict | None) -> str | None:
@@ -662,20 +686,58 @@ def _parse_object(content: bytes | str, where) -> dict:
 RENDER_SECONDS = 5
 
 
+# What templates need; more is only of use to do harm.
+FILTERS = """abs capitalize count d default dictsort e escape first float int items join last
+length list lower map max min reject rejectattr replace reverse safe select selectattr sort string
+sum title tojson trim unique upper""".split()  # noqa: SIM905
+METHODS_REFUSED = ("ljust", "rjust", "center", "zfill", "expandtabs", "format", "format_map")
+
+
 class Sandbox(ImmutableSandboxedEnvironment):
     """jinja2's sandbox, in which reaching for Python's attributes is an error rather than empty,
-    and no product or sum grows without bound."""
+    and no text or list grows without bound."""
 
-    intercepted_binops = frozenset(["+", "*", "**"])
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def unsafe_undefined(self, obj, attribute):
         raise SecurityError(f"it reaches for {attribute!r}")
 
+    def is_safe_attribute(self, obj, attribute, value):
+        return attribute not in METHODS_REFUSED and super().is_safe_attribute(obj, attribute, value)
+
     def call_binop(self, context, operator, left, right):
         sizes = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
-        if operator == "**" or (sizes != [left, right] and math.prod(map(abs, sizes)) > 10**7):
+        text = sizes != [left, right]
+        if operator == "**" or (operator == "%" and text) or (text and math.prod(sizes) > 10**7):
             raise SecurityError(f"it computes too much by {operator!r}")
         return super().call_binop(context, operator, left, right)
+
+    def joined(self, *parts):
+        """`~`, within bounds."""
+        texts = [str(part) for part in parts]
+        if sum(map(len, texts)) > 10**7:
+            raise SecurityError("it writes too much by '~'")
+        return "".join(texts)
+
+    def tick(self):
+        if time.monotonic() > self.deadline:
+            raise SecurityError(f"it does not end in {RENDER_SECONDS} s")
+
+
+class Bounds(NodeTransformer):
+    """Has loops and macros look at the clock, and `~` at its size."""
+
+    def visit_for(self, node):
+        call = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
+        node.body.insert(0, nodes.ExprStmt(call).set_lineno(node.lineno))
+        return self.generic_visit(node)
+
+    visit_For = visit_Macro = visit_for  # noqa: N815
+
+    def visit_Concat(self, node):  # noqa: N802
+        node = self.generic_visit(node)
+        joined = nodes.EnvironmentAttribute("joined")
+        return nodes.Call(joined, node.nodes, [], None, None).set_lineno(node.lineno)
 
 
 class Generation(Extension):
@@ -690,48 +752,43 @@ class Generation(Extension):
 
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str):
-    """(template, clock): the template stops when time passes clock[0]."""
-    clock = [0.0]
-
-    def tick():
-        if time.monotonic() > clock[0]:
-            raise SecurityError(f"it does not end in {RENDER_SECONDS} s")
+    """The template, in a sandbox of its own."""
 
     def raise_exception(message):
-        raise TemplateError(message)
+        raise UnusableError(f"the chat template refuses it: {message}")
 
     def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        indent = None if indent is None else min(int(indent), 16)
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                           sort_keys=sort_keys)  # fmt: skip
 
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    sandbox.filters["tojson"] = to_json
-    sandbox.globals |= {
+    sandbox.filters = {name: sandbox.filters[name] for name in FILTERS} | {"tojson": to_json}
+    sandbox.globals = {name: sandbox.globals[name] for name in ("range", "dict", "namespace")} | {
         "raise_exception": raise_exception,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-        "tick": tick,
     }
-    tree = sandbox.parse(source)
-    for node in tree.find_all((nodes.For, nodes.Macro)):  # all that can go on for ever
-        call = nodes.Call(nodes.Name("tick", "load"), [], [], None, None)
-        node.body.insert(0, nodes.ExprStmt(call).set_lineno(node.lineno))
-    return sandbox.from_string(tree.set_environment(sandbox)), clock
+    tree = Bounds().visit(sandbox.parse(source))
+    return sandbox.from_string(tree.set_environment(sandbox))
 
 
 def render_template(
     source: str, messages: list[dict], add_generation_prompt: bool, names: dict[str, str]
 ) -> str:
     """What a chat template writes, as in transformers (utils/chat_template_utils.py). Raises
-    ValueError where it fails, reaches out of its sandbox or does not end."""
+    UnusableError where it refuses the messages, ValueError where it fails, reaches out of its
+    sandbox or does not end."""
     try:
-        template, clock = _compiled(source)
-        clock[0] = time.monotonic() + RENDER_SECONDS
+        template = _compiled(source)
+        template.environment.deadline = time.monotonic() + RENDER_SECONDS
         return template.render(
             messages=messages, tools=None, documents=None,
             add_generation_prompt=add_generation_prompt, **names,
         )  # fmt: skip
+    except UnusableError:
+        raise
     except Exception as error:  # a template is a program: it may fail in any way
-        raise ValueError(f"the chat template fails: {error or type(error).__name__}") from None
+        raise ValueError(f"the chat template fails: {str(error) or type(error).__name__}") from None
 
 
 # --- Preference pairs ---------------------------------------------------------------------------
@@ -791,7 +848,7 @@ def make_pair(tokenizer: Tokenizer, prompt: str, chosen: str | None, rejected: s
 
 
 def _ended(tokenizer: Tokenizer, prompt: list[int], answers: list[list[int] | None]) -> Pair:
-    """Every answer ends with the end token, once."""
+    """Every answer of plain text ends with the end token, once."""
     return Pair(prompt, *([] if ids is None else [*ids, tokenizer.end_id] for ids in answers))
 
 
@@ -816,6 +873,7 @@ ROW_FORMS = (
     "rows are {prompt, chosen, rejected}, {chosen, rejected} of messages or of Human/Assistant "
     "transcripts, {prompt, completion, label}, {prompt, completion} or {messages}"
 )
+COLUMNS = {"prompt", "chosen", "rejected", "completion", "label", "messages"}
 TURN = "\n\nAssistant:"
 LONGEST_LINE = 2**24  # bytes
 
@@ -840,6 +898,8 @@ def row_to_pair(row: dict, tokenizer: Tokenizer) -> tuple[str, Pair]:
                                      f"no {TURN!r} in it")  # fmt: skip
             if heads["chosen"] != heads["rejected"]:
                 raise UnusableError("the transcripts differ before their last answer")
+            if any("\n\nHuman:" in answer for answer in answers.values()):
+                raise UnusableError("the transcript does not end in an assistant's turn")
             prompt = heads["chosen"] + TURN
         _check_answers(answers)
         if form == "transcripts":  # an answer goes on from its prompt within one text
@@ -847,19 +907,27 @@ def row_to_pair(row: dict, tokenizer: Tokenizer) -> tuple[str, Pair]:
             return form, _ended(tokenizer, tokenizer.prompt_ids(prompt), ids)
         return form, make_pair(tokenizer, prompt, *answers.values())
     if columns >= {"prompt", "completion"}:
-        form, label = ("unpaired", row["label"]) if "label" in row else ("supervised", True)
-        if not isinstance(label, bool):
-            raise ValueError(f"'label' must be true or false, not {label!r}")
+        label = _label(row)
+        form = "unpaired" if "label" in row else "supervised"
         if isinstance(row["prompt"], list):
             turns = _messages(row, "prompt") + _messages(row, "completion")
             pair = _last_turn(turns, tokenizer)
         else:
             _check_answers({"completion": _text(row, "completion")})
             pair = make_pair(tokenizer, _text(row, "prompt"), row["completion"], None)
-        return form, pair if label else pair._replace(chosen=[], rejected=pair.chosen)
+        return form, pair if label else Pair(pair.prompt, [], pair.chosen)
     if "messages" in columns:
-        return "supervised messages", _last_turn(_messages(row, "messages"), tokenizer)
-    raise ValueError(f"its columns are {', '.join(columns) or 'none'}; {ROW_FORMS}")
+        form, label = ("unpaired" if "label" in row else "supervised") + " messages", _label(row)
+        pair = _last_turn(_messages(row, "messages"), tokenizer)
+        return form, pair if label else Pair(pair.prompt, [], pair.chosen)
+    raise ValueError(f"its columns are {', '.join(columns) or 'none':.200}; {ROW_FORMS}")
+
+
+def _label(row: dict) -> bool:
+    label = row.get("label", True)
+    if not isinstance(label, bool):
+        raise ValueError(f"'label' must be true or false, not {label!r:.40}")
+    return label
 
 
 def _text(row: dict, column: str) -> str:
@@ -903,16 +971,18 @@ def _conversations(row: dict, tokenizer: Tokenizer) -> tuple[str, Pair]:
         else:
             prompt = [{"role": "user", "content": _text(row, "prompt")}]
         sides = [prompt + side for side in sides]
-    if sides[0] == sides[1]:
+    said = [[(message["role"], message["content"]) for message in side] for side in sides]
+    if said[0] == said[1]:
         raise UnusableError("chosen and rejected are identical")
     shared = 0
-    while shared < min(map(len, sides)) and sides[0][shared] == sides[1][shared]:
+    while shared < min(map(len, said)) and said[0][shared] == said[1][shared]:
         shared += 1
     answers = [side[shared] for side in sides if shared < len(side)]
     if shared == 0 or [answer["role"] for answer in answers] != ["assistant"] * 2:
         raise UnusableError("the conversations do not part at an assistant's turn after a prompt")
     _check_answers(dict(zip(("chosen", "rejected"), (answer["content"] for answer in answers))))
-    return form, _ended(tokenizer, *tokenizer.turns(sides[0][:shared], answers))
+    prompt, answers = tokenizer.turns(sides[0][:shared], answers)
+    return form, Pair(prompt, *answers)
 
 
 def _last_turn(messages: list[dict], tokenizer: Tokenizer) -> Pair:
@@ -920,8 +990,8 @@ def _last_turn(messages: list[dict], tokenizer: Tokenizer) -> Pair:
     if not prompt or answer["role"] != "assistant":
         raise UnusableError("the conversation does not end in an assistant's turn after a prompt")
     _check_answers({"last": answer["content"]})
-    prompt, ids = tokenizer.turns(prompt, [answer])
-    return _ended(tokenizer, prompt, [*ids, None])
+    prompt, (ids,) = tokenizer.turns(prompt, [answer])
+    return Pair(prompt, ids, [])
 
 
 @dataclasses.dataclass
@@ -930,6 +1000,7 @@ class Report:
 
     rows: int = 0
     forms: Counter = dataclasses.field(default_factory=Counter)
+    unused: dict[str, None] = dataclasses.field(default_factory=dict)  # columns
     truncated: list[int] = dataclasses.field(default_factory=list)
     dropped: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
@@ -938,7 +1009,8 @@ class Report:
         lost = {f"dropped, {reason}": lines for reason, lines in self.dropped.items()}
         if self.truncated:
             lost["cut, the prompt lost its oldest tokens to --max_length"] = self.truncated
-        return [
+        unused = f"columns not used: {', '.join(sorted(self.unused))}"
+        return ([f"{unused:.200}"] if self.unused else []) + [
             f"{len(lines)} of {self.rows} rows {what}: line {', '.join(map(str, lines[:5]))}"
             f"{', ...' if len(lines) > 5 else ''}"
             for what, lines in lost.items()
@@ -949,16 +1021,20 @@ def read_pairs(path, tokenizer: Tokenizer, max_length: int) -> tuple[Pairs, Repo
     """The pairs of a JSONL file, plain or .gz, that can be used, and what became of all rows.
     Blank lines are passed over. Raises OSError, or ValueError that names file and line."""
     pairs, report = Pairs(), Report()
+    # A chat template may write the BOS of a tokenizer that places none itself.
+    bos = tokenizer.added.get(tokenizer.names.get("bos_token"), tokenizer.bos_id)
     for number, line in _lines(Path(path)):
         try:
             report.rows += 1
-            form, whole = row_to_pair(_parse_object(line, "row"), tokenizer)
+            row = _parse_object(line, "row")
+            report.unused |= dict.fromkeys(row.keys() - COLUMNS)
+            form, whole = row_to_pair(row, tokenizer)
             report.forms[form] += 1
             if not whole.prompt:
                 raise UnusableError(
                     "the prompt is empty, and this tokenizer has no BOS to begin with"
                 )
-            pair = truncate(whole, max_length, tokenizer.bos_id)
+            pair = truncate(whole, max_length, bos)
         except UnusableError as reason:
             report.dropped.setdefault(str(reason), []).append(number)
             continue
@@ -988,6 +1064,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     return
                 if number % 1000 == 0:
                     bar.update(raw.tell() - bar.n)
+                if number == 1 and line[:2] == b"\x1f\x8b":
+                    raise ValueError(f"{path}: is compressed; give it a name that ends in .gz")
                 if not line.isspace():
                     yield number, line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:

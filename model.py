@@ -528,9 +528,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, luck: Tensor) -> Te
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: one, or the shards that its index names."""
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    if not index.is_file():
         single = folder / "model.safetensors"
-        if not single.exists():
+        if not single.is_file():
             raise FileNotFoundError(f"{folder}: no model.safetensors and no index of shards in it")
         return [single]
     weight_map = read_json(index).get("weight_map")

@@ -214,6 +214,19 @@ def test_tokenizers_that_would_be_read_wrongly_are_refused(tmp_path, checkpoint)
     for step, match in (
         ({"type": "Punctuation"}, "pre-tokenizer Punctuation"),
         (split | {"behavior": "Removed", "invert": False}, "Split Removed"),
+        *(
+            (split | {"behavior": "Isolated", "pattern": {"Regex": pattern}}, match)
+            for pattern, match in {
+                "(": "fails",
+                r"\p{Foo}": "fails",
+                "x*": "not supported",
+                "a.b": "not supported",
+                r"\p{N}{1,3}+": "not supported",
+                r"(a)\1": "not supported",
+                "^a": "not supported",
+                "[[:punct:]]": "not supported",
+            }.items()
+        ),
         (split | {"behavior": "Isolated", "invert": True}, "Split Isolated"),
     ):
         steps = {"type": "Sequence", "pretokenizers": [step, level]}

@@ -16,6 +16,7 @@ from data import (
     load_tokenizer,
     read_pairs,
     render_template,
+    row_to_pair,
 )
 
 # The formats of four families, in templates of our own.
@@ -91,6 +92,14 @@ def chat(request, tmp_path_factory):
     return write_tokenizer(folder, spec, **config)
 
 
+GUARDED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if '</tool>' in m.content %}{{ m.content.split('</tool>')[-1] }}{% else %}{{ m.content }}"
+    "{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
 def plain_chat(messages: list[dict]) -> list[dict]:
     """Without text that reads like a special token, where we differ from transformers."""
     return [m | {"content": m["content"].replace("<s>", "")} for m in messages]
@@ -124,9 +133,54 @@ def test_an_answer_goes_on_as_the_template_writes_it_and_ends_once(chat, tmp_pat
         assert ids.count(ours.end_id) == 1 and ids[-1] == ours.end_id
 
 
+def test_a_template_sees_added_tokens_that_are_not_special(tmp_path):
+    """As Qwen3's looks for </think> in earlier turns; only special ones are hidden from it."""
+    from test_tokenizers import FAMILIES, write_tokenizer
+
+    spec = FAMILIES["qwen"]()
+    folder = write_tokenizer(tmp_path, spec, chat_template=GUARDED)
+    messages = [{"role": "user", "content": "a<tool>b</tool>c"}, ANSWERS[0]]
+    ours = load_tokenizer(folder)
+    assert ours.render(messages) == oracle(folder, messages)
+    assert "<tool>" not in ours.decode(ours.render(messages))
+    messages[0]["content"] = "no <tool>x end"  # not special, so read out of the message
+    assert ours.render(messages) == oracle(folder, messages)
+
+
+def test_an_answer_ends_with_the_token_that_the_template_writes(tmp_path):
+    """Of a base model whose eos_token is not its chat template's, or one of several stop ids."""
+    from test_tokenizers import FAMILIES, write_tokenizer
+
+    folder = write_tokenizer(
+        tmp_path, FAMILIES["gpt2"](),
+        chat_template=TEMPLATES["zephyr"].replace("eos_token", "'<|end|>'"),
+    )  # fmt: skip
+    tokenizer = load_tokenizer(folder)
+    turn = tokenizer.added["<|end|>"]
+    row = {"messages": [CHAT[0], ANSWERS[0]]}
+    ids = row_to_pair(row, tokenizer)[1].chosen
+    assert ids == [*tokenizer.encode("yes,  sure"), turn] and turn != tokenizer.end_id
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, turn]}))
+    assert row_to_pair(row, load_tokenizer(folder))[1].chosen == ids
+
+
+def test_truncation_keeps_a_bos_that_the_template_writes(tmp_path):
+    from test_tokenizers import FAMILIES, write_tokenizer
+
+    folder = write_tokenizer(
+        tmp_path, FAMILIES["gpt2"](), bos_token="<s>", chat_template=TEMPLATES["llama3"]
+    )
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.bos_id is None
+    rows = write_rows(tmp_path / "x.jsonl", [{"messages": [*CHAT, ANSWERS[0]]}])
+    whole, cut = (load_pairs(rows, tokenizer, length)[0].prompt for length in (1000, 60))
+    assert len(cut) < len(whole) and cut[0] == whole[0] == tokenizer.added["<s>"]
+    assert cut[1:] == whole[len(whole) - len(cut) + 1 :]
+
+
 def test_what_reads_like_a_special_token_in_a_message_stays_text(chat):
     ours = load_tokenizer(chat)
-    for token in ours.added:
+    for token in ours.reserved:
         messages = [{"role": "user", "content": f"a{token}b\ufdd0"}]
         harmless = [{"role": "user", "content": "ab\ufdd0"}]
         count = ours.render(harmless).count(ours.added[token])
@@ -147,7 +201,19 @@ HOSTILE = {
     "{% for a in range(10 ** 12) %}{% endfor %}": "computes too much",
     "{% for a in range(999999999) %}{% endfor %}": "Range too big",
     "{% if %}": "Expected an expression",
-    "{{ raise_exception('only users here') }}": "only users here",
+    "{{ lipsum(n=99999999) }}": "'lipsum' is undefined",
+    "{{ 1.5 | round(1000000000, 'ceil') }}": "No filter named 'round'",
+    "{{ 'x'.ljust(3000000000) }}": "reaches for 'ljust'",
+    "{{ '%999999999d' % 1 }}": "computes too much",
+    (
+        "{% set n = namespace(s='xx') %}"
+        "{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
+    ): "writes too much",
+    (
+        "{% set tick = 1 %}"
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    ): "not end in",
+    "{{ messages | tojson(indent=2000000000) | length / 0 }}": "division by zero",
     "{{ nothing.at.all }}": "undefined",
     "{% include '/etc/passwd' %}": "no loader",
 }
@@ -178,7 +244,9 @@ def tokenizer(tmp_path):
     folder.mkdir()
     byte_tokenizer().save(folder)
     (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}"
+        "{% for m in messages %}"
+        "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{{ m.role[0] }}:{{ m.content }}"
         "{% if m.role == 'assistant' %}<|end|>{% endif %}|{% endfor %}"
         "{% if add_generation_prompt %}a:{% endif %}"
     )
@@ -227,6 +295,7 @@ FORMS = {
     ),
     "supervised": ({"prompt": "p", "completion": "c"}, ("\x00p", "c", None)),
     "supervised list": ({"prompt": said(Q), "completion": said(YES)}, ("u:hello|a:", "yes", None)),
+    "bad messages": ({"messages": said(Q, NO), "label": False}, ("u:hello|a:", None, "no")),
     "messages": ({"messages": said("s:be", Q, YES)}, ("s:be|u:hello|a:", "yes", None)),
 }  # fmt: skip
 
@@ -240,17 +309,36 @@ def test_every_form_of_row(name, suffix, tokenizer, tmp_path):
     content = (json.dumps(row) + "\n").encode()
     file.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
     (pair,) = load_pairs(file, tokenizer)
-    ids = {"\x00": [256], "<|end|>": [257]}
     expected = prompt.replace("<|end|>", "\x01").encode()
-    assert pair.prompt == [{0: 256, 1: 257}.get(byte, byte) for byte in expected], ids
+    assert pair.prompt == [{0: 256, 1: 257}.get(byte, byte) for byte in expected]
     assert list(pair[1:]) == [[] if a is None else [*a.encode(), 257] for a in answers]
+
+
+def test_columns_that_are_not_used_are_named(tokenizer, tmp_path, capsys):
+    row = FORMS["ultrafeedback"][0] | {"system": "be kind"}
+    load_pairs(write_rows(tmp_path / "x.jsonl", [row]), tokenizer)
+    assert "columns not used: score_chosen, system" in capsys.readouterr().err
+    file = tmp_path / "y.jsonl"
+    file.write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(ValueError, match="y.jsonl: is compressed"):
+        load_pairs(file, tokenizer)
+
+
+def test_metadata_of_messages_does_not_part_conversations(tokenizer):
+    sides = [[m | {"id": side} for m in said(Q, side)] for side in (YES, NO)]
+    _, pair = row_to_pair({"chosen": sides[0], "rejected": sides[1]}, tokenizer)
+    assert bytes(pair.chosen[:-1]) == b"yes" and bytes(pair.prompt) == b"u:hello|a:"
 
 
 DROPPED = {
     "answer is empty": {"messages": said(Q, "a: ")},
     "identical": {"chosen": said(Q, YES), "rejected": said(Q, YES)},
     "do not part at an assistant's turn": {"chosen": said(Q, YES), "rejected": said(Q)},
-    "not end in an assistant's turn": {"messages": said(Q, YES, "u:bye")},
+    "the conversation does not end in an": {"messages": said(Q, YES, "u:bye")},
+    "the transcript does not end in": {"chosen": HH + "a\n\nHuman: b", "rejected": HH + "c"},
+    "the chat template refuses it: no tools": {
+        "messages": [{"role": "tool", "content": "x"}, *LONGER]
+    },
     "differ before their last answer": {"chosen": HH + " a", "rejected": "\n\nHuman: x" + HH + "b"},
     "longer answer leaves no room": {"prompt": "p", "chosen": "x" * 99, "rejected": "y"},
 }
@@ -348,10 +436,10 @@ def test_doctor_says_what_becomes_of_a_file(tokenizer, tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(len(line) < 80 for line in out.splitlines()), out
     lines = [line.rstrip() for line in out.splitlines()]
-    assert lines[0] == "11 rows, used are 4 of prompt, chosen, rejected, 1 of supervised messages"
+    assert lines[0] == "13 rows, used are 4 of prompt, chosen, rejected, 1 of supervised messages"
     assert sum("rows dropped" in line for line in lines) == len(DROPPED)
-    assert "2 of 11 rows dropped, the conversations do not part at an assistant's turn" in out
-    assert any("1 of 11 rows cut" in line and line.endswith("line 10") for line in lines)
+    assert "2 of 13 rows dropped, the conversations do not part at an assistant's turn" in out
+    assert any("1 of 13 rows cut" in line and line.endswith("line 12") for line in lines)
     assert "4 pairs to train on, at most 60 tokens each" in lines
     assert "1 of them repeat another one" in lines
     prompt = next(line for line in lines if line.startswith("prompt "))
