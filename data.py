@@ -580,7 +580,7 @@ def _normalizer(steps: list[dict], pre_tokenizer: list[dict], bytewise: bool):
     form, prepends, replaces = None, False, False
     for step in steps:
         kind = step["type"]
-        if kind in ("NFC", "NFD", "NFKC", "NFKD") and step is steps[0]:
+        if kind == "NFC" and step is steps[0]:
             form = kind
         elif kind == "Prepend" and step["prepend"] == SPACE and not bytewise:
             prepends = True
@@ -597,8 +597,7 @@ def _normalizer(steps: list[dict], pre_tokenizer: list[dict], bytewise: bool):
     (step,) = pre_tokenizer if len(pre_tokenizer) == 1 else [{}]
     if step.get("type") != "Metaspace" or step["replacement"] != SPACE or prepends or replaces:
         raise ValueError("with byte_fallback the only pre-tokenizer supported is one Metaspace")
-    older = "always" if step.get("add_prefix_space", True) else "never"
-    return form, step.get("prepend_scheme", older)
+    return form, step.get("prepend_scheme", "always")  # older files have no scheme
 
 
 def _llama_metaspace(settings: dict) -> dict | None:

@@ -610,6 +610,13 @@ def describe(job: Job) -> str:
     )
 
 
+def warn_of_slow_bfloat16(options: Options) -> None:
+    slow = options.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if options.dtype == "bfloat16" and slow:
+        print("--dtype bfloat16: this CPU has no instructions for it, float32 will be much faster",
+              file=sys.stderr)  # fmt: skip
+
+
 def provenance() -> dict:
     """What else a run depends on, for train_config.json."""
     git, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
@@ -647,6 +654,7 @@ def main(argv: list[str] | None = None) -> Path:
         parser.error(error)
     options = job.options
     print(describe(job), flush=True)
+    warn_of_slow_bfloat16(options)
     write_json(folder / "train_config.json", {**dataclasses.asdict(options), **provenance()})
     try:
         ref_logps = reference_logps(job) if LOSSES[options.loss].needs_reference else None

@@ -236,11 +236,14 @@ def test_every_flag_does_what_it_says(checkpoint, pairs_file, tmp_path):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-5), flag
 
 
-def test_checkpointing_flag_reaches_the_model(checkpoint, pairs_file):
-    for value in ("on", "off"):
-        flags = ["--init", str(checkpoint), "--data", str(pairs_file), "--checkpointing", value]
-        options, _ = train.parse_options(flags)
-        assert train.load_job(options).model.checkpointing == (value == "on")
+def test_checkpointing_and_compile_reach_the_model(checkpoint, pairs_file):
+    for flag, attribute in (("--checkpointing", "checkpointing"), ("--compile", "compiled")):
+        for value in ("on", "off"):
+            flags = ["--init", str(checkpoint), "--data", str(pairs_file), flag, value]
+            options, _ = train.parse_options(flags)
+            model = train.load_job(options).model
+            assert getattr(model, attribute) == (value == "on")
+    assert train.Options().compile == "auto" and not model.compiled  # which is off on a CPU
 
 
 def test_every_loss_trains_something_else_and_without_need_no_reference(
