@@ -557,7 +557,7 @@ def test_the_demonstration_from_end_to_end_in_small(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(train, "make_pair", pair)
     monkeypatch.setattr(train.evaluation, "sample_answers", answers)
     monkeypatch.setattr(train.evaluation, "TEST_PROBLEMS", 20)
-    base = {"batch_size": 8, "check_every": 2, "problems": 10, "target": 0.5}
+    base = {"batch_size": 8, "check_every": 2, "problems": 10, "target": 0.5, "most": 1.0}
     monkeypatch.setattr(train, "BASE", train.BASE | base)
     monkeypatch.setattr(
         train, "PAIRS", {"prompts": 40, "held_out": 9, "samples": 3, "per_prompt": 2}
