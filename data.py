@@ -683,8 +683,6 @@ def _parse_object(content: bytes | str, where) -> dict:
 # --- Chat templates: programs of strangers -------------------------------------------------------
 
 RENDER_SECONDS = 5
-
-
 # What templates need; more is only of use to do harm.
 FILTERS = """abs capitalize count d default dictsort e escape first float int items join last
 length list lower map max min reject rejectattr replace reverse safe select selectattr sort string
@@ -797,7 +795,7 @@ class Pair(NamedTuple):
     """Ids of one prompt and two answers, of which one may be missing: its list is empty."""
 
     prompt: list[int]  # begins with the BOS, where the tokenizer has one
-    chosen: list[int]  # ends with the end token
+    chosen: list[int]  # ends with the end token, or as a chat template ends a turn
     rejected: list[int]
 
 
@@ -822,8 +820,9 @@ class Pairs(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.take(range(len(self))[index])
-        start, *ends = self.ends[3 * range(len(self))[index] :][:4]
-        return Pair(*(self.ids[a:b].tolist() for a, b in zip([start, *ends], ends)))
+        first = 3 * range(len(self))[index]  # which knows negative indices and IndexError
+        ends = self.ends[first : first + 4]
+        return Pair(*(self.ids[a:b].tolist() for a, b in zip(ends, ends[1:])))
 
     def take(self, index: Iterable[int]) -> "Pairs":
         taken = Pairs()
