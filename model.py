@@ -5,6 +5,7 @@ Sizes in comments: B rows, T tokens, S tokens seen so far, D width, H query head
 heads, E width of a head, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -471,10 +472,7 @@ class Llama(nn.Module):
         return model
 
     def save_pretrained(self, folder) -> None:
-        """Writes config.json and safetensors, in shards when above 5 GB, for transformers to load.
-
-        Each file is written aside and renamed, so that none is ever seen half written.
-        """
+        """Writes config.json and safetensors for transformers to load, shards when above 5 GB."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         shards: list[dict[str, Tensor]] = [{}]
@@ -499,10 +497,7 @@ class Llama(nn.Module):
         dtype = str(self.head_weight.dtype).removeprefix("torch.")
         write_json(folder / "config.json", self.config.to_hf() | {"dtype": dtype})
         for name, shard in zip(names, shards):
-            partial = folder / f"{name}.partial"
-            save_file(shard, partial, metadata={"format": "pt"})
-            shutil.copymode(folder / "config.json", partial)  # save_file lets the owner alone read
-            os.replace(partial, folder / name)
+            save_tensors(folder / name, shard, format="pt")
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, luck: Tensor) -> Tensor:
@@ -554,7 +549,46 @@ def read_json(path: Path) -> dict:
     return value
 
 
+@contextlib.contextmanager
+def written_whole(path: Path):
+    """Yields a name to write a file or a folder under. Afterwards that is flushed to the disk and
+    takes the name `path`: whoever looks, after a crash too, finds it whole or not at all.
+
+    Raises OSError that names `path`, a full disk's included.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        written = [*partial.rglob("*"), partial]
+        for file in written:
+            flush_to_disk(file)
+        os.replace(partial, path)
+        flush_to_disk(path.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(getattr(error, "errno", None), reason, str(path)) from None
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_json(path: Path, value: dict) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+    with written_whole(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(tensors, partial, metadata=metadata)
+        partial.chmod(mode)  # save_file lets the owner alone read

@@ -2,6 +2,7 @@
 
     python train.py --loss mio                                    the demonstration
     python train.py --loss mio --init FOLDER --data FILE.jsonl    your model and pairs
+    python train.py --resume --out out/mio                        goes on with a run
 
 Five stages: base model, pairs, reference log-probs, training, evaluation. The
 demonstration makes the first two itself, then runs as any other job does. What
@@ -11,11 +12,15 @@ a stage makes is kept under a hash of what went into it, for the next run to fin
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import hashlib
-import itertools
 import json
 import math
+import os
 import platform
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +30,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
@@ -33,6 +38,7 @@ from tqdm import tqdm
 import eval as evaluation
 from data import (
     OPERATIONS,
+    TOKENIZER_FILES,
     Batch,
     Pairs,
     Parser,
@@ -50,7 +56,16 @@ from data import (
     split_pairs,
 )
 from mio import LOSSES, fused_pair_loss, pair_loss
-from model import Llama, ModelConfig, read_json, weight_files, write_json
+from model import (
+    Llama,
+    ModelConfig,
+    flush_to_disk,
+    read_json,
+    save_tensors,
+    weight_files,
+    write_json,
+    written_whole,
+)
 
 # --- Options: a line each; the parser, its help and its checks are made from them -----------------
 
@@ -62,6 +77,9 @@ def option(default, text: str, **checks):
 
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16")
+# What may differ from the run that --resume goes on with. The files' contents may not.
+MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out")
+FILES = ("init", "data", "eval_data")
 
 
 # fmt: off
@@ -75,7 +93,7 @@ class Options:
     eval_fraction: float = option(0.1, "of pairs, held out without --eval_data", least=0, most=0.9)
     out: str | None = option(None, "run folder (default: out/LOSS)")
     epochs: int | None = option(None, "passes over the pairs", least=1)
-    max_steps: int | None = option(None, "steps after which to stop all the same", least=0)
+    max_steps: int | None = option(None, "stop there; the schedule is that of --epochs", least=0)
     batch_size: int | None = option(None, "pairs in an optimizer step", least=1)
     max_length: int | None = option(None, "tokens of a prompt and its longer answer", least=2)
     row_tokens: int = option(evaluation.ROW_TOKENS, "up to which pairs share a row", least=1)
@@ -91,6 +109,11 @@ class Options:
     checkpointing: str = option("off", "recompute blocks to save memory", choices=("off", "on"))
     eval_every: int | None = option(None, "steps from one evaluation to the next", least=1)
     log_every: int = option(1, "steps between rows of metrics.jsonl", least=1)
+    save_every: int | None = option(None, "steps from one checkpoint to the next", least=1)
+    keep: int = option(2, "newest checkpoints that are kept", least=1)
+    resume: bool = option(False, "go on from the newest checkpoint in --out. Of the run's flags "
+                          f"only these may change: --{', --'.join(MAY_CHANGE)}")
+    overwrite: bool = option(False, "replace the run that is in --out")
     device: str = option("auto", "cpu, cuda or cuda:N; auto is cuda where there is one")
     config: str | None = option(None, "JSON file of options, as train_config.json; flags win")
 
@@ -111,7 +134,11 @@ def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
         if name in CHECKPOINT:
             default = f" (default: {CHECKPOINT[name]}, demonstration: {DEMONSTRATION[name]})"
         metavar = "|".join(field.metadata.get("choices", [])) or _kind(field).__name__.upper()
-        parser.add_argument(f"--{name}", metavar=metavar, help=field.metadata["help"] + default)
+        if field.type is bool:
+            how = {"action": "store_true", "default": None}
+        else:
+            how = {"metavar": metavar}
+        parser.add_argument(f"--{name}", help=field.metadata["help"] + default, **how)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     try:
         if "config" in given:
@@ -119,8 +146,10 @@ def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
             for name in file.keys() - fields.keys() - provenance().keys():
                 raise ValueError(f"{given['config']}: there is no option {name!r}")
             given = {name: file[name] for name in fields.keys() & file.keys()} | given
-        options = Options(**{name: _checked(fields[name], value) for name, value in given.items()})
-        return _resolved(options), parser
+        given = {name: _checked(fields[name], value) for name, value in given.items()}
+        if given.get("resume"):
+            given = _resumed(given)
+        return _resolved(Options(**given)), parser
     except (OSError, ValueError) as error:
         parser.error(error)
 
@@ -137,13 +166,13 @@ def _checked(field: dataclasses.Field, value):
     given = value
     try:
         value = kind(given)
-        if isinstance(given, bool) or (kind is int and value != float(given)):
+        if isinstance(given, bool) != (kind is bool) or (kind is int and value != float(given)):
             raise ValueError
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"--{field.name} {given}: expected {kind.__name__}") from None
     if "choices" in checks and value not in checks["choices"]:
         raise ValueError(f"--{field.name} {value}: choose from {', '.join(checks['choices'])}")
-    if kind is not str:
+    if kind in (int, float):
         least, above = checks.get("least", -math.inf), checks.get("above", -math.inf)
         most = checks.get("most", 2**31 if kind is int else math.inf)
         if not math.isfinite(value) or not (value > above and least <= value <= most):
@@ -153,12 +182,39 @@ def _checked(field: dataclasses.Field, value):
     return value
 
 
+def _resumed(given: dict) -> dict:
+    """The options of the run that --resume goes on with, and those given that may differ."""
+    folder = Path(given.get("out") or f"out/{given.get('loss', Options.loss)}")
+    checkpoint = newest_checkpoint(folder)
+    record = checkpoint / "training.json" if checkpoint else folder / "train_config.json"
+    if not record.is_file():
+        raise ValueError(f"--resume: there is no run in {folder}; leave out --resume to start one, "
+                         "or name its folder with --out")  # fmt: skip
+    found = read_json(record)
+    found = found.get("options") if checkpoint else found
+    if not isinstance(found, dict):
+        raise ValueError(f"{record}: holds no options of a run")
+    stored = {}
+    for field in dataclasses.fields(Options):
+        stored[field.name] = _checked(field, found.get(field.name, field.default))
+    if "device" in given:
+        given["device"] = evaluation.pick_device(given["device"])
+    for name, value in given.items():
+        free = name in (*MAY_CHANGE, *FILES, "resume", "overwrite", "config")
+        if value != stored[name] and not free:
+            raise ValueError(f"--{name} {value}: the run in {folder} has {stored[name]}; with "
+                             f"--resume leave out --{name}")  # fmt: skip
+    return stored | given | {"out": str(folder)}
+
+
 def _resolved(options: Options) -> Options:
     """Fills in the defaults that depend on other options."""
     if bool(options.init) != bool(options.data):
         absent = "--data FILE.jsonl" if options.init else "--init FOLDER"
         raise ValueError(f"{absent} is missing: --init and --data go together, or leave out both "
                          "for the built-in demonstration")  # fmt: skip
+    if options.resume and options.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite replaces it: choose one")
     if options.eval_data and not options.data:
         raise ValueError("--eval_data needs --init and --data")
     if not options.init:
@@ -187,17 +243,21 @@ def stage(title: str):
 
 
 def digest(*parts) -> str:
-    """SHA-256 over JSON values, bytes, arrays and files (as Path), in order."""
+    """SHA-256 over JSON values, bytes and files (as Path), in order."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            with open(part, "rb") as file:
-                one = hashlib.file_digest(file, "sha256").digest()
+            one = digest_file(part)
         else:
-            raw = part if isinstance(part, (bytes, np.ndarray)) else json.dumps(part).encode()
-            one = hashlib.sha256(raw).digest()
-        total.update(one)
+            raw = part if isinstance(part, bytes) else json.dumps(part).encode()
+            one = hashlib.sha256(raw).hexdigest()
+        total.update(one.encode())
     return total.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def kept(record: Path, key: str, *files: Path) -> dict | None:
@@ -265,8 +325,7 @@ def make_base(folder: Path, seed: int, device: str) -> dict:
                     accuracy, pace = 0.0, pace / 2
                 last = copy.deepcopy(model.state_dict())
             assert bar.n < BASE["max_steps"], "the base model does not learn"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "base.json").write_text("{}")  # ours from here on, though not finished
+        write_json(folder / "base.json", {})  # ours from here on, though not finished
         model.save_pretrained(folder)
         tokenizer.save(folder)
         record = {"key": key, "steps": bar.n, "validation_accuracy": accuracy, "seed": seed}
@@ -301,8 +360,9 @@ def make_pairs(folder: Path, seed: int, device: str) -> None:
                 wrong = [a for a in drawn if not is_correct(question, a)]
                 for chosen, rejected in list(zip(right, wrong))[: PAIRS["per_prompt"]]:
                     rows.append({"prompt": question, "chosen": chosen, "rejected": rejected})
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            file.write_text(text, encoding="utf-8")
+            with written_whole(file) as partial:
+                text = "".join(json.dumps(row) + "\n" for row in rows)
+                partial.write_text(text, encoding="utf-8")
             counts[file.name] = len(rows)
             notes.append(f"{len(rows)} in {file}")
         write_json(folder / "pairs.json", {"key": key, **counts})
@@ -316,8 +376,9 @@ def base_folder(options: Options) -> Path:
 def demonstration(options: Options) -> Options:
     """Makes base model and pairs, and names them as any user would name theirs."""
     folder = base_folder(options)
-    make_base(folder, options.seed, options.device)
-    make_pairs(folder, options.seed, options.device)
+    with claimed(folder, "waiting for the run that makes it"):
+        make_base(folder, options.seed, options.device)
+        make_pairs(folder, options.seed, options.device)
     data, held_out = (str(folder / name) for name in ("pairs.jsonl", "heldout_pairs.jsonl"))
     return dataclasses.replace(options, init=str(folder), data=data, eval_data=held_out)
 
@@ -331,11 +392,22 @@ class Job(NamedTuple):
     tokenizer: Tokenizer
     pairs: Pairs  # to train on
     held_out: Pairs
-    steps: int
+    steps: int  # of all epochs: what the schedule spans
+    inputs: dict[str, str]  # hashes of what options.init, data and eval_data held at step 0
+    checkpoint: Path | None  # that the run goes on from, and its record
+    record: dict
+
+    @property
+    def stop(self) -> int:
+        """The last step of this run: its steps are the first ones of a run without --max_steps."""
+        most = self.options.max_steps
+        return self.steps if most is None else min(self.steps, most)
 
 
 def load_job(options: Options) -> Job:
-    model, tokenizer = evaluation.load_checkpoint(options.init, options.device)
+    checkpoint = newest_checkpoint(Path(options.out)) if options.resume else None
+    record = read_checkpoint(checkpoint) if checkpoint else {}
+    model, tokenizer = evaluation.load_checkpoint(checkpoint or options.init, options.device)
     model.checkpointing = options.checkpointing == "on"
     if options.compile == "on" or (options.compile == "auto" and options.device != "cpu"):
         model.compile_blocks()
@@ -351,8 +423,25 @@ def load_job(options: Options) -> Job:
         raise ValueError(f"a prompt with its answer has {context} tokens, the model reads "
                          f"{model.config.max_position_embeddings}; lower --max_length")  # fmt: skip
     steps = options.epochs * math.ceil(len(pairs) / options.batch_size)
-    steps = steps if options.max_steps is None else min(steps, options.max_steps)
-    return Job(options, model, tokenizer, pairs, held_out, steps)
+    options = dataclasses.replace(
+        options, eval_every=options.eval_every or max(1, math.ceil(steps / 10))
+    )
+    inputs = record.get("inputs", {}) | {
+        "data": digest(pairs.ids.tobytes(), pairs.ends.tobytes()),
+        "eval_data": digest(held_out.ids.tobytes(), held_out.ends.tobytes()),
+    }
+    if not record or options.init != record["options"]["init"]:
+        weights = sorted(weight_files(Path(options.init)))
+        inputs["init"] = digest(*weights, Path(options.init) / "config.json")
+    job = Job(options, model, tokenizer, pairs, held_out, steps, inputs, checkpoint, record)
+    for name, found in inputs.items():
+        if record and found != record["inputs"][name]:
+            what = getattr(options, name) or options.data
+            raise ValueError(f"--{name} {what}: not what the run in {options.out} began with")
+    if record and record["step"] > job.stop:
+        raise ValueError(f"{checkpoint}: is beyond the {job.stop} steps of --epochs "
+                         f"{options.epochs} and --max_steps {options.max_steps}")  # fmt: skip
+    return job
 
 
 def check_answers(options: Options, pairs: Pairs, held_out: Pairs) -> None:
@@ -368,35 +457,179 @@ def check_answers(options: Options, pairs: Pairs, held_out: Pairs) -> None:
 
 
 def check_out(options: Options) -> None:
-    """Refuses an --out that holds anything but an earlier run, or what this run starts from."""
+    """Refuses an --out that holds anything but a run, or what this run starts from."""
     folder = Path(options.out)
     for source in (options.init or base_folder(options), options.data, options.eval_data):
         if source and Path(source).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"--out {folder}: {source} lies there; choose another folder")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder}: is a file; choose another name")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "train_config.json").is_file():
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / "train_config.json").is_file():
         raise ValueError(f"--out {folder}: holds other files; choose an empty folder")
+    with claimed(folder):
+        check_free(options)
 
 
-def fresh_folder(folder: Path) -> Path:
-    """Makes the run folder; an earlier run in it is kept, as OUT.1, OUT.2, ..."""
-    if folder.exists() and any(folder.iterdir()):
-        names = (folder.with_name(f"{folder.name}.{i}") for i in itertools.count(1))
-        old = next(name for name in names if not name.exists())
-        folder.rename(old)
-        print(f"the earlier run in {folder} is now {old}")
+def check_free(options: Options) -> None:
+    """Refuses a folder with a run in it, without --resume or --overwrite."""
+    folder = Path(options.out)
+    if (folder / "train_config.json").is_file() and not (options.resume or options.overwrite):
+        state, remedy = "a finished run", ""
+        if not (folder / "summary.json").is_file():
+            state, remedy = "an unfinished run", "--resume goes on with it, "
+        raise ValueError(f"--out {folder}: holds {state}; {remedy}--overwrite replaces it, another "
+                         "--out keeps it")  # fmt: skip
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, wait: str = ""):
+    """Holds a folder for this process alone: a lock of the system's, so that a dead process holds
+    none. Where another one has it, waits with a word, or raises ValueError."""
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise ValueError(f"--out {folder}: another run is at work there") from None
+            print(f"{folder}: {wait}", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def clear(folder: Path, checkpoints: bool) -> None:
+    """Takes a run's results out of its folder, with its checkpoints or without."""
+    names = ("summary.json", "eval.json", "config.json", "model*.safetensors*", "*.partial")
+    names += ("metrics.jsonl", "checkpoints") if checkpoints else ("checkpoints/*.partial",)
+    for path in [path for name in (*names, *TOKENIZER_FILES) for path in folder.glob(name)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+class Progress(NamedTuple):
+    """What a run has beside its weights; a checkpoint holds all of it. The order of pairs follows
+    from seed and step."""
+
+    step: int
+    num_tokens: int
+    ref_logps: Tensor | None  # (pairs, 2) under the weights of step 0
+    start: Tensor  # (held-out pairs, 2) under the weights of step 0
+    moments: dict[str, Tensor]  # AdamW's, "exp_avg.NAME" and so on; {} at step 0
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    return max(checkpoints(folder), key=step_of, default=None)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", p.name)]
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def save_checkpoint(job: Job, progress: Progress) -> None:
+    """checkpoints/step-NNNNNN/: a model folder as any other, and what training needs to go on."""
+    folder = Path(job.options.out)
+    tensors = {f"moments.{name}": moment for name, moment in progress.moments.items()}
+    tensors |= {"start": progress.start, "random.cpu": torch.get_rng_state()}
+    if progress.ref_logps is not None:
+        tensors["ref_logps"] = progress.ref_logps
+    if job.options.device != "cpu":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(job.options.device)
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    record = {
+        "step": progress.step,
+        "num_tokens": progress.num_tokens,
+        "inputs": job.inputs,
+        "metrics": {"bytes": len(metrics), "sha256": hashlib.sha256(metrics).hexdigest()},
+        "options": recorded(job.options),
+    }
+    target = folder / "checkpoints" / f"step-{progress.step:06}"
+    target.parent.mkdir(exist_ok=True)
+    with written_whole(target) as partial:
+        job.model.save_pretrained(partial)
+        job.tokenizer.save(partial)
+        save_tensors(partial / "training.safetensors", tensors)
+        write_json(partial / "training.json", record)
+        (partial / "SHA256SUMS").write_text(checksums(partial))
+    for old in sorted(checkpoints(folder), key=step_of)[: -job.options.keep]:
+        aside = old.with_name(f"{old.name}.partial")  # never seen half removed
+        shutil.rmtree(old.rename(aside))
+
+
+def checksums(folder: Path) -> str:
+    """A line for each file, as sha256sum writes and checks them."""
+    files = sorted(file for file in folder.iterdir() if file.name != "SHA256SUMS")
+    return "".join(f"{digest_file(file)}  {file.name}\n" for file in files)
+
+
+def read_checkpoint(folder: Path) -> dict:
+    """The record of a checkpoint. Raises ValueError unless every file, and the metrics up to its
+    step, are to the bit what was written."""
+    found = checksums(folder).encode()
+    stored = (folder / "SHA256SUMS").read_bytes() if (folder / "SHA256SUMS").is_file() else b""
+    if stored != found:
+        lines = sorted(set(stored.split(b"\n")) ^ set(found.split(b"\n")), key=lambda x: x[64:])
+        name = lines[0][66:].decode(errors="replace") if len(lines) < 3 else "SHA256SUMS"
+        raise ValueError(f"{folder / name}: is not what was saved, by SHA256SUMS; remove {folder} "
+                         "to go on from the checkpoint before it")  # fmt: skip
+    record, file = read_json(folder / "training.json"), folder.parent.parent / "metrics.jsonl"
+    metrics = file.read_bytes()[: record["metrics"]["bytes"]] if file.is_file() else b""
+    if hashlib.sha256(metrics).hexdigest() != record["metrics"]["sha256"]:
+        raise ValueError(f"{file}: is not what was written up to step {record['step']}; restore "
+                         "it, or start again with --overwrite")  # fmt: skip
+    return record
+
+
+def load_progress(job: Job) -> Progress:
+    """Where the run stands: at step 0, or as job.checkpoint says. The model has its weights."""
+    if job.checkpoint is None:
+        needed = LOSSES[job.options.loss].needs_reference
+        ref_logps = reference_logps(job) if needed else None
+        return Progress(0, 0, ref_logps, logps_of(job, job.held_out), {})
+    tensors = load_file(job.checkpoint / "training.safetensors")
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], job.options.device)
+    moments = {k.removeprefix("moments."): v for k, v in tensors.items() if k.startswith("moments")}
+    record = job.record
+    found = record["step"], record["num_tokens"], tensors.get("ref_logps"), tensors["start"]
+    return Progress(*found, moments)
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """Yields a list that SIGINT and SIGTERM are added to; a second one ends the process at once."""
+    noted: list[int] = []
+
+    def note(number, _frame):
+        if noted:
+            os._exit(128 + number)
+        noted.append(number)
+        os.write(2, b"\nfinishing this step; once more to stop at once\n")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def reference_logps(job: Job) -> Tensor:
     """Log-probs of the training pairs under the initial weights (pairs, 2), from the cache if
     weights, ids and dtype are the same. Nothing else of the reference stays in memory."""
     options = job.options
-    weights = sorted(weight_files(Path(options.init)))
-    ids = (job.pairs.ids.tobytes(), job.pairs.ends.tobytes())
-    key = digest(*weights, Path(options.init) / "config.json", *ids, options.dtype)
+    key = digest(job.inputs["init"], job.inputs["data"], options.dtype)
     file = Path(options.out).parent / "cache" / f"reference-{key[:16]}.safetensors"
     if file.is_file():
         try:
@@ -413,8 +646,7 @@ def reference_logps(job: Job) -> Tensor:
         if not logps.isfinite().all():
             raise FloatingPointError(f"{options.init}: its log-probs are not finite")
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"logps": logps}, f"{file}.partial", metadata={"key": key})
-        Path(f"{file}.partial").replace(file)
+        save_tensors(file, {"logps": logps}, key=key)
         notes.append(f"in {file}")
     return logps
 
@@ -433,6 +665,19 @@ def make_optimizer(model: Llama, options: Options) -> torch.optim.AdamW:
     norms = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, options.lr, weight_decay=options.weight_decay, fused=True)
+
+
+def get_moments(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state under the parameters' names: "exp_avg.NAME", "exp_avg_sq.NAME", "step.NAME"."""
+    named = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+    return {f"{key}.{name}": value for name, of in named.items() for key, value in of.items()}
+
+
+def put_moments(model: Llama, optimizer: torch.optim.Optimizer, moments: dict) -> None:
+    for name, moment in moments.items():
+        key, _, parameter = name.partition(".")
+        parameter = model.get_parameter(parameter)
+        optimizer.state[parameter][key] = moment.to(parameter.device)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
@@ -516,33 +761,46 @@ def check_finite(job: Job, step: int, index: list[int], losses: Tensor, grad_nor
                                  f"{job.options.data}; try a lower --lr")  # fmt: skip
 
 
-def train(job: Job, folder: Path, ref_logps: Tensor | None) -> tuple[Tensor, Tensor, dict]:
-    """Trains job.model in place and writes metrics.jsonl. Returns the held-out pairs' log-probs
-    before and after, and the last row of metrics."""
-    options, count, steps = job.options, len(job.pairs), job.steps
+def train(job: Job, progress: Progress, noted: list[int]) -> tuple[Tensor, dict]:
+    """Trains job.model in place from `progress` on, writes metrics.jsonl and checkpoints, and ends
+    early once a signal is noted. Returns the held-out pairs' log-probs and a row of metrics, both
+    of the last step."""
+    options, count, steps, model = job.options, len(job.pairs), job.steps, job.model
+    ref_logps, start, tokens = progress.ref_logps, progress.start, progress.num_tokens
     per_epoch = math.ceil(count / options.batch_size)  # the last step of an epoch may be short
-    eval_every = options.eval_every or max(1, math.ceil(steps / 10))
-    optimizer, tokens = make_optimizer(job.model, options), 0
+    optimizer = make_optimizer(model, options)
+    put_moments(model, optimizer, progress.moments)
     present = torch.from_numpy(job.pairs.lengths()[:, 1:] > 0)
-    start = end = logps_of(job, job.held_out)
-    row = {"step": 0, "epoch": 0.0, **held_out_metrics(job, start, start)}
-    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics:
-        print(strict_json(row), file=metrics, flush=True)
-        began, read, tokens_read, unread = time.perf_counter(), 0, 0, []
-        for step in tqdm(range(1, steps + 1), desc=options.loss, unit="step", leave=False):
+    remaining = range(progress.step + 1, job.stop + 1)
+    with open(Path(options.out) / "metrics.jsonl", "a+", encoding="utf-8") as metrics:
+        metrics.seek(0)
+        row, end = json.loads(([*metrics] or ["{}"])[-1]), start
+        if progress.step == 0 or not remaining:
+            end = logps_of(job, job.held_out) if progress.step else start
+            row |= {"step": progress.step, "epoch": progress.step / per_epoch}
+            row |= held_out_metrics(job, end, start)
+        if progress.step == 0:
+            print(strict_json(row), file=metrics, flush=True)
+        began, read, tokens_read, unread = time.perf_counter(), progress.step, tokens, []
+        bar = {"desc": options.loss, "unit": "step", "leave": False}
+        for step in tqdm(remaining, initial=progress.step, total=job.stop, **bar):
             epoch, place = divmod(step - 1, per_epoch)
             order = epoch_order(count, options.seed, epoch).tolist()
             index = order[place * options.batch_size : (place + 1) * options.batch_size]
-            layout = options.row_tokens, options.micro_tokens, evaluation.fixed_length(job.model)
+            layout = options.row_tokens, options.micro_tokens, evaluation.fixed_length(model)
             batches = make_batches(job.pairs, index, *layout)
             index = [i for batch in batches for i in batch.index]  # as they come back
             lr = set_lr(optimizer, learning_rate(options, step, steps))
-            losses, logps, grad_norm = train_step(job.model, optimizer, batches, options, ref_logps)
+            losses, logps, grad_norm = train_step(model, optimizer, batches, options, ref_logps)
             tokens += sum(row_length(job.pairs[i]) for i in index)
             unread.append((step, index, losses, grad_norm))
-            evaluate = step % eval_every == 0 or step == steps
-            wanted = evaluate or step % options.log_every == 0
-            if not wanted and step > 1:
+            # What is written at a step depends on the step alone, not on where this run stops.
+            evaluate = step % options.eval_every == 0 or step == steps
+            log = evaluate or step % options.log_every == 0
+            last, stopped = step == job.stop, bool(noted)
+            every = options.save_every
+            save = stopped if every is None else stopped or last or step % every == 0
+            if not (log or save or last or step == 1):
                 continue
             for one in unread:
                 check_finite(job, *one)
@@ -559,15 +817,26 @@ def train(job: Job, folder: Path, ref_logps: Tensor | None) -> tuple[Tensor, Ten
             logps = torch.where(present[index], logps, torch.nan)
             values = evaluation.preference_values(logps, ref, options.beta)
             row |= {name: mean(value) for name, value in values.items()}
-            if evaluate:
+            if evaluate or last:
                 end = logps_of(job, job.held_out)
                 row |= held_out_metrics(job, end, start)
-            if wanted:
+            if log:
                 print(strict_json(row), file=metrics, flush=True)
+            if save:
+                check_weights(job, step)
+                flush_to_disk(Path(metrics.name))
+                moments = get_moments(model, optimizer)
+                save_checkpoint(job, Progress(step, tokens, ref_logps, start, moments))
             began, read, tokens_read = time.perf_counter(), step, tokens
-    if not all(p.isfinite().all() for p in job.model.parameters()) or not end.isfinite().all():
-        raise FloatingPointError(f"step {steps}: weights not finite; try a lower --lr")
-    return start, end, row
+            if stopped:
+                break
+    check_weights(job, row["step"])
+    return end, row
+
+
+def check_weights(job: Job, step: int) -> None:
+    if not all(p.isfinite().all() for p in job.model.parameters()):
+        raise FloatingPointError(f"step {step}: weights not finite; try a lower --lr")
 
 
 def held_out_metrics(job: Job, logps: Tensor, start: Tensor) -> dict[str, float]:
@@ -610,8 +879,9 @@ def describe(job: Job) -> str:
             f"{'with' if loss.needs_reference else 'without'} a reference",
             f"  {options.init}: {parameters:,} parameters, {options.dtype} products on "
             f"{options.device}",
-            f"  {len(job.pairs)} pairs, {len(job.held_out)} held out; {job.steps} steps of "
-            f"{options.batch_size}; lr {options.lr:g}, {options.schedule}, seed {options.seed}",
+            f"  {len(job.pairs)} pairs, {len(job.held_out)} held out; steps "
+            f"{job.record.get('step', 0) + 1} to {job.stop} of {job.steps}, {options.batch_size} "
+            f"pairs each; lr {options.lr:g}, {options.schedule}, seed {options.seed}",
         ]
     )
 
@@ -621,6 +891,11 @@ def warn_of_slow_bfloat16(options: Options) -> None:
     if options.dtype == "bfloat16" and slow:
         print("--dtype bfloat16: this CPU has no instructions for it, float32 will be much faster",
               file=sys.stderr)  # fmt: skip
+
+
+def recorded(options: Options) -> dict:
+    """The options as train_config.json and checkpoints hold them, for --config and --resume."""
+    return dataclasses.asdict(options) | {"resume": False, "overwrite": False, "config": None}
 
 
 def provenance() -> dict:
@@ -648,31 +923,24 @@ def base_values(folder: Path, device: str) -> dict[str, list]:
     return {name: values for name, values in found.items() if name != "key"}
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Runs the command line `argv` and returns the run folder."""
-    options, parser = parse_options(argv)
-    demo, began = options.init is None, time.perf_counter()
-    try:
-        check_out(options)
-        job = load_job(demonstration(options) if demo else options)
-        folder = fresh_folder(Path(options.out))
-    except (OSError, ValueError) as error:
-        parser.error(error)
-    options = job.options
-    print(describe(job), flush=True)
-    warn_of_slow_bfloat16(options)
-    write_json(folder / "train_config.json", {**dataclasses.asdict(options), **provenance()})
-    try:
-        ref_logps = reference_logps(job) if LOSSES[options.loss].needs_reference else None
-        with stage(f"training: {options.loss}") as notes:
-            start, end, last = train(job, folder, ref_logps)
-            job.model.save_pretrained(folder)
-            job.tokenizer.save(folder)
-            notes.append(f"checkpoint and metrics.jsonl in {folder}")
-    except FloatingPointError as error:
-        parser.error(error)
+def begin(job: Job, progress: Progress) -> None:
+    """Makes the run folder what it was at the step from which the run goes on."""
+    folder = Path(job.options.out)
+    clear(folder, checkpoints=job.checkpoint is None)
+    write_json(folder / "train_config.json", {**recorded(job.options), **provenance()})
+    metrics = folder / "metrics.jsonl"
+    kept = metrics.read_bytes()[: job.record["metrics"]["bytes"]] if job.checkpoint else b""
+    with written_whole(metrics) as partial:
+        partial.write_bytes(kept)
+
+
+def finish(job: Job, start: Tensor, end: Tensor, last: dict, began: float) -> None:
+    """Writes the checkpoint and summary.json, and prints the table."""
+    options, folder = job.options, Path(job.options.out)
+    job.model.save_pretrained(folder)
+    job.tokenizer.save(folder)
     rows = {options.loss: evaluation.preference_row(end, start, job.held_out)}
-    if demo:
+    if (Path(options.init) / "base.json").is_file():  # the demonstration's
         before = base_values(Path(options.init), options.device)
         with stage("evaluation: the trained model on the held-out problems") as notes:
             after = evaluation.task_values(job.model, job.tokenizer)
@@ -686,9 +954,44 @@ def main(argv: list[str] | None = None) -> Path:
     write_json(folder / "summary.json", {**figures, "table": table})
     if job.held_out:
         print(evaluation.table(rows))
-    return folder
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Runs the command line `argv` and returns the run folder."""
+    options, parser = parse_options(argv)
+    folder, began = Path(options.out), time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        try:
+            check_out(options)
+            job = load_job(options if options.init else demonstration(options))
+            stack.enter_context(claimed(folder))
+            check_free(options)
+        except (OSError, ValueError) as error:
+            parser.error(error)
+        print(describe(job), flush=True)
+        warn_of_slow_bfloat16(options)
+        try:
+            progress = load_progress(job)
+            begin(job, progress)
+            noted = stack.enter_context(noted_signals())
+            with stage(f"training: {options.loss}") as notes:
+                end, last = train(job, progress, noted)
+                notes.append(f"metrics.jsonl in {folder}")
+            if last["step"] == job.stop:
+                finish(job, progress.start, end, last, began)
+                return folder
+        except OSError as error:
+            whole = "; what was saved before is whole, --resume goes on from there"
+            parser.error(f"{error.filename or folder}: {error.strerror}{whole}")
+        except FloatingPointError as error:
+            parser.error(error)
+    goes_on = f"python train.py --resume --out {folder}"
+    parser.exit(128 + noted[0], f"train.py: step {last['step']} is saved; {goes_on} goes on\n")
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a console without "±" is no reason to stop
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -213,6 +213,8 @@ NO_CHANGE = {
     "--checkpointing": "on",
     "--compile": "on",
     "--device": "cpu",
+    "--save_every": "2",
+    "--keep": "1",
 }
 
 
@@ -221,11 +223,12 @@ def test_every_flag_does_what_it_says(checkpoint, pairs_file, tmp_path):
 
     def trained(flags):
         argv = [x for flag in flags.items() for x in flag]
-        return metrics(run(checkpoint, pairs_file, tmp_path / "out", *argv))
+        return metrics(run(checkpoint, pairs_file, tmp_path / "out", "--overwrite", *argv))
 
     plain = trained(BASE_FLAGS)
     named = {f"--{field.name}" for field in dataclasses.fields(Options)}
-    assert named == set(CHANGES) | set(NO_CHANGE) | {"--init", "--data", "--out", "--config"}
+    others = {"--init", "--data", "--out", "--config", "--resume", "--overwrite"}
+    assert named == set(CHANGES) | set(NO_CHANGE) | others
     for flag, value in CHANGES.items():
         changed = trained(BASE_FLAGS | {flag: str(other) if value == "other" else value})
         assert changed != plain, flag
@@ -264,22 +267,22 @@ def test_every_loss_trains_something_else_and_without_need_no_reference(
 def test_reference_is_computed_once_and_never_taken_from_other_weights_or_pairs(
     checkpoint, pairs_file, tmp_path, monkeypatch, capsys
 ):
-    rows = metrics(run(checkpoint, pairs_file, tmp_path / "one"))
+    rows = metrics(run(checkpoint, pairs_file, tmp_path / "one", "--overwrite"))
     run(checkpoint, pairs_file, tmp_path / "two", "--loss", "dpo")
     assert "reference log-probs: found" in capsys.readouterr().out
     (file,) = (tmp_path / "cache").iterdir()
     truth = file.read_bytes()
     for damage in (b"", truth[:-8], truth[:-4] + b"\x00\x00\xc0\x7f"):  # empty, cut, a NaN
         file.write_bytes(damage)
-        assert metrics(run(checkpoint, pairs_file, tmp_path / "one")) == rows
+        assert metrics(run(checkpoint, pairs_file, tmp_path / "one", "--overwrite")) == rows
         assert file.read_bytes() == truth
     save_file({"logps": torch.zeros(20, 2)}, file, metadata={"key": "of something else"})
-    assert metrics(run(checkpoint, pairs_file, tmp_path / "one")) == rows
-    run(checkpoint, pairs_file, tmp_path / "one", "--dtype", "bfloat16")
+    assert metrics(run(checkpoint, pairs_file, tmp_path / "one", "--overwrite")) == rows
+    run(checkpoint, pairs_file, tmp_path / "one", "--overwrite", "--dtype", "bfloat16")
     write_rows(pairs_file, PAIR_ROWS[:-1])
-    run(checkpoint, pairs_file, tmp_path / "one")
+    run(checkpoint, pairs_file, tmp_path / "one", "--overwrite")
     tiny_model(seed=7).save_pretrained(checkpoint)
-    run(checkpoint, pairs_file, tmp_path / "one")
+    run(checkpoint, pairs_file, tmp_path / "one", "--overwrite")
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
@@ -294,16 +297,20 @@ def test_a_wrong_reference_or_loss_is_noticed_before_the_first_update(
     wrong = dataclasses.replace(LOSSES["dpo"], function=LOSSES["mio"].function)
     monkeypatch.setitem(LOSSES, "dpo", wrong)
     with pytest.raises(AssertionError, match="step 0: loss 1.386294, not 0.693147"):
-        run(checkpoint, pairs_file, tmp_path / "out", "--loss", "dpo")
+        run(checkpoint, pairs_file, tmp_path / "out", "--overwrite", "--loss", "dpo")
 
 
-def test_earlier_runs_are_kept_and_other_files_are_left_alone(checkpoint, pairs_file, tmp_path):
-    out, runs = tmp_path / "out", []
-    for loss in ("mio", "dpo", "sft"):
-        runs.append((run(checkpoint, pairs_file, out, "--loss", loss), loss))
-    for folder, loss in ((out.with_name("out.1"), "mio"), (out.with_name("out.2"), "dpo")):
-        assert json.loads((folder / "train_config.json").read_text())["loss"] == loss
-        assert (folder / "model.safetensors").is_file()
+def test_no_run_or_file_is_lost_without_a_word(checkpoint, pairs_file, tmp_path, capsys):
+    out = run(checkpoint, pairs_file, tmp_path / "out", "--save_every", "1")
+    (out / "notes.txt").write_text("dear")
+    with pytest.raises(SystemExit) as stop:
+        run(checkpoint, pairs_file, out, "--loss", "dpo")
+    assert stop.value.code == 2
+    error = "--out {}: holds a finished run; --overwrite replaces it, another --out keeps it"
+    assert error.format(out) in capsys.readouterr().err
+    run(checkpoint, pairs_file, out, "--loss", "dpo", "--overwrite")
+    assert json.loads((out / "train_config.json").read_text())["loss"] == "dpo"
+    assert not (out / "checkpoints").exists() and (out / "notes.txt").read_text() == "dear"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     for place in (tmp_path / "mine", checkpoint, tmp_path, pairs_file):
@@ -364,7 +371,15 @@ def test_config_file_is_read_and_flags_win(checkpoint, pairs_file, tmp_path):
     )
     assert metrics(first) == metrics(again)
     other = train.main(
-        ["--config", str(first / "train_config.json"), "--out", str(again), "--beta", "0.1"]
+        [
+            "--config",
+            str(first / "train_config.json"),
+            "--out",
+            str(again),
+            "--beta",
+            "0.1",
+            "--overwrite",
+        ]
     )
     assert json.loads((other / "train_config.json").read_text())["beta"] == 0.1
     assert json.loads((other / "train_config.json").read_text())["loss"] == "bce"
@@ -403,7 +418,7 @@ def test_every_shard_of_the_initial_weights_counts_for_the_reference(
         with torch.no_grad():
             model.get_parameter(name).mul_(1.01)
         model.save_pretrained(checkpoint)
-        run(checkpoint, pairs_file, tmp_path / "out", "--max_steps", "1")
+        run(checkpoint, pairs_file, tmp_path / "out", "--max_steps", "1", "--overwrite")
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -584,7 +599,7 @@ def test_the_demonstration_from_end_to_end_in_small(tmp_path, monkeypatch, capsy
     said = capsys.readouterr().out
     assert "pairs: drawn" in said and "base model: found" in said and "beta 0.5," in said
     monkeypatch.setattr(train, "BASE", train.BASE | {"batch_size": 4})  # another base, other pairs
-    train.main(["--loss", "dpo", "--out", str(tmp_path / "dpo"), "--max_steps", "1"])
+    train.main(["--loss", "dpo", "--out", str(tmp_path / "two"), "--max_steps", "1"])
     said = capsys.readouterr().out
     assert "base model: supervised" in said and "pairs: drawn" in said
     assert "the base model on the held-out" in said
