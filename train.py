@@ -187,7 +187,7 @@ def _resumed(given: dict) -> dict:
     folder = Path(given.get("out") or f"out/{given.get('loss', Options.loss)}")
     checkpoint = newest_checkpoint(folder)
     record = checkpoint / "training.json" if checkpoint else folder / "train_config.json"
-    if not record.is_file():
+    if not (checkpoint or record.is_file()):
         raise ValueError(f"--resume: there is no run in {folder}; leave out --resume to start one, "
                          "or name its folder with --out")  # fmt: skip
     found = read_json(record)
