@@ -5,12 +5,14 @@
     prompts      shared prompts against a prompt for each answer
     tokenizers   encoding: ours against the tokenizers library
     loading      rows of JSONL a second
+    saving       a checkpoint against a training step, and against the disk alone
 
 Peers that are not installed are left out. Figures are the best of rounds in which the contenders
 take turns, or, for training, medians of steps.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -30,6 +32,7 @@ import train
 from data import (
     Pair,
     Pairs,
+    byte_tokenizer,
     load_pairs,
     load_tokenizer,
     make_batches,
@@ -224,6 +227,40 @@ def bench_prompts() -> None:
 
         seconds = best_of({"shared": (step, shared), "alone": (step, alone)})
         print(f"{prompt:6}{answer:6}: {seconds['alone'] / seconds['shared']:.2f}")
+
+
+def bench_saving(sizes=("W1", "W2")) -> None:
+    """save_checkpoint against train_step, and against bytes of its size written and flushed."""
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            prepare(folder, SIZES[size])
+            content = json.loads((folder / "pairs.json").read_text())
+            pairs, ref = Pairs(Pair(*p) for p in content["pairs"]), torch.tensor(content["ref"])
+            options = train.Options(lr=LR, beta=BETA, out=place, init=place, device="cpu", keep=1)
+            model, parts = Llama.from_pretrained(folder), (byte_tokenizer(), pairs, pairs)
+            job = train.Job(options, model, *parts, STEPS, {}, None, {})
+            optimizer = train.make_optimizer(model, options)
+            (folder / "metrics.jsonl").touch()
+            batches = make_batches(pairs, list(range(BATCH)), 128, 4096)
+            step = train.train_step, model, optimizer, batches, options, ref
+            step[0](*step[1:])
+            moments, number = train.get_moments(model, optimizer), itertools.count(1)
+
+            def save(job=job, number=number, rest=(0, ref, ref.clone(), moments)):
+                train.save_checkpoint(job, train.Progress(next(number), *rest))
+
+            count = 12 * sum(p.numel() for p in model.parameters())
+            seconds = best_of({"step": step, "save": (save,), "disk": (to_disk, folder, count)})
+        print(f"{size}: {count / 1e6:,.0f} MB saved in {seconds['save']:.2f} s, "
+              f"{seconds['save'] / seconds['step']:.2f} steps of {BATCH} pairs, "
+              f"{seconds['save'] / seconds['disk']:.1f} times the disk alone")  # fmt: skip
+
+
+def to_disk(folder: Path, count: int) -> None:
+    with open(folder / "bytes", "wb") as file:
+        file.write(bytes(count))
+        os.fsync(file.fileno())
 
 
 def prepare(folder: Path, config: ModelConfig) -> None:
@@ -426,6 +463,7 @@ if __name__ == "__main__":
         "prompts": bench_prompts,
         "tokenizers": bench_tokenizers,
         "loading": bench_loading,
+        "saving": bench_saving,
     }
     for name in sys.argv[1:] or known:
         known[name]()

@@ -219,6 +219,8 @@ def test_one_run_to_a_folder_and_a_dead_one_holds_no_lock(checkpoint, pairs_file
         assert "another run is at work there" in refused(capsys, *command, "--out", out, flag)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    with train.claimed(out), pytest.raises(ValueError), train.claimed(out):
+        pass
     train.main(["--resume", "--out", str(out), "--max_steps", "4"])
     assert steps(out) == [2, 4]
 
