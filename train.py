@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import fcntl
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -78,7 +79,10 @@ def option(default, text: str, **checks):
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16")
 # What may differ from the run that --resume goes on with. The files' contents may not.
-MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out")
+# fmt: off
+MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out",
+              "tensorboard")
+# fmt: on
 FILES = ("init", "data", "eval_data")
 
 
@@ -114,6 +118,7 @@ class Options:
     resume: bool = option(False, "go on from the newest checkpoint in --out. Of the run's flags "
                           f"only these may change: --{', --'.join(MAY_CHANGE)}")
     overwrite: bool = option(False, "replace the run that is in --out")
+    tensorboard: bool = option(False, "write event files beside metrics.jsonl")
     device: str = option("auto", "cpu, cuda or cuda:N; auto is cuda where there is one")
     config: str | None = option(None, "JSON file of options, as train_config.json; flags win")
 
@@ -215,6 +220,8 @@ def _resolved(options: Options) -> Options:
                          "for the built-in demonstration")  # fmt: skip
     if options.resume and options.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite replaces it: choose one")
+    if options.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--tensorboard needs a package: pip install tensorboard")
     if options.eval_data and not options.data:
         raise ValueError("--eval_data needs --init and --data")
     if not options.init:
@@ -398,6 +405,10 @@ class Job(NamedTuple):
     record: dict
 
     @property
+    def per_epoch(self) -> int:
+        return math.ceil(len(self.pairs) / self.options.batch_size)
+
+    @property
     def stop(self) -> int:
         """The last step of this run: its steps are the first ones of a run without --max_steps."""
         most = self.options.max_steps
@@ -423,9 +434,8 @@ def load_job(options: Options) -> Job:
         raise ValueError(f"a prompt with its answer has {context} tokens, the model reads "
                          f"{model.config.max_position_embeddings}; lower --max_length")  # fmt: skip
     steps = options.epochs * math.ceil(len(pairs) / options.batch_size)
-    options = dataclasses.replace(
-        options, eval_every=options.eval_every or max(1, math.ceil(steps / 10))
-    )
+    eval_every = options.eval_every or max(1, math.ceil(steps / 10))
+    options = dataclasses.replace(options, eval_every=eval_every)
     inputs = record.get("inputs", {}) | {
         "data": digest(pairs.ids.tobytes(), pairs.ends.tobytes()),
         "eval_data": digest(held_out.ids.tobytes(), held_out.ends.tobytes()),
@@ -505,7 +515,8 @@ def claimed(folder: Path, wait: str = ""):
 def clear(folder: Path, checkpoints: bool) -> None:
     """Takes a run's results out of its folder, with its checkpoints or without."""
     names = ("summary.json", "eval.json", "config.json", "model*.safetensors*", "*.partial")
-    names += ("metrics.jsonl", "checkpoints") if checkpoints else ("checkpoints/*.partial",)
+    everything = ("metrics.jsonl", "checkpoints", "tensorboard")
+    names += everything if checkpoints else ("checkpoints/*.partial",)
     for path in [path for name in (*names, *TOKENIZER_FILES) for path in folder.glob(name)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -545,6 +556,7 @@ def save_checkpoint(job: Job, progress: Progress) -> None:
         tensors["ref_logps"] = progress.ref_logps
     if job.options.device != "cpu":
         tensors["random.cuda"] = torch.cuda.get_rng_state(job.options.device)
+    flush_to_disk(folder / "metrics.jsonl")
     metrics = (folder / "metrics.jsonl").read_bytes()
     record = {
         "step": progress.step,
@@ -765,73 +777,101 @@ def train(job: Job, progress: Progress, noted: list[int]) -> tuple[Tensor, dict]
     """Trains job.model in place from `progress` on, writes metrics.jsonl and checkpoints, and ends
     early once a signal is noted. Returns the held-out pairs' log-probs and a row of metrics, both
     of the last step."""
-    options, count, steps, model = job.options, len(job.pairs), job.steps, job.model
+    options, steps, model = job.options, job.steps, job.model
     ref_logps, start, tokens = progress.ref_logps, progress.start, progress.num_tokens
-    per_epoch = math.ceil(count / options.batch_size)  # the last step of an epoch may be short
     optimizer = make_optimizer(model, options)
     put_moments(model, optimizer, progress.moments)
-    present = torch.from_numpy(job.pairs.lengths()[:, 1:] > 0)
     remaining = range(progress.step + 1, job.stop + 1)
-    with open(Path(options.out) / "metrics.jsonl", "a+", encoding="utf-8") as metrics:
-        metrics.seek(0)
-        row, end = json.loads(([*metrics] or ["{}"])[-1]), start
+    with metrics_log(job) as (row, log):
+        end = start
         if progress.step == 0 or not remaining:
             end = logps_of(job, job.held_out) if progress.step else start
-            row |= {"step": progress.step, "epoch": progress.step / per_epoch}
+            row |= {"step": progress.step, "epoch": progress.step / job.per_epoch}
             row |= held_out_metrics(job, end, start)
         if progress.step == 0:
-            print(strict_json(row), file=metrics, flush=True)
+            log(row)
         began, read, tokens_read, unread = time.perf_counter(), progress.step, tokens, []
         bar = {"desc": options.loss, "unit": "step", "leave": False}
         for step in tqdm(remaining, initial=progress.step, total=job.stop, **bar):
-            epoch, place = divmod(step - 1, per_epoch)
-            order = epoch_order(count, options.seed, epoch).tolist()
-            index = order[place * options.batch_size : (place + 1) * options.batch_size]
-            layout = options.row_tokens, options.micro_tokens, evaluation.fixed_length(model)
-            batches = make_batches(job.pairs, index, *layout)
-            index = [i for batch in batches for i in batch.index]  # as they come back
+            batches = step_batches(job, step)
+            index = [i for batch in batches for i in batch.index]
             lr = set_lr(optimizer, learning_rate(options, step, steps))
             losses, logps, grad_norm = train_step(model, optimizer, batches, options, ref_logps)
             tokens += sum(row_length(job.pairs[i]) for i in index)
             unread.append((step, index, losses, grad_norm))
             # What is written at a step depends on the step alone, not on where this run stops.
             evaluate = step % options.eval_every == 0 or step == steps
-            log = evaluate or step % options.log_every == 0
+            wanted = evaluate or step % options.log_every == 0
             last, stopped = step == job.stop, bool(noted)
             every = options.save_every
             save = stopped if every is None else stopped or last or step % every == 0
-            if not (log or save or last or step == 1):
+            if not (wanted or save or last or step == 1):
                 continue
             for one in unread:
                 check_finite(job, *one)
             unread.clear()
-            losses, logps = losses.cpu(), logps.cpu()
             ref = None if ref_logps is None else ref_logps[index]
             if step == 1 and ref is not None:
-                check_start(options, losses, logps, ref)
-            seconds = (time.perf_counter() - began) / (step - read)  # a step since the last row
-            row = {"step": step, "epoch": step / per_epoch, "loss": mean(losses)}
+                check_start(options, losses.cpu(), logps.cpu(), ref)
+            seconds = time.perf_counter() - began
+            row = {"step": step, "epoch": step / job.per_epoch, "loss": mean(losses)}
             row |= {"learning_rate": lr, "grad_norm": float(grad_norm), "num_tokens": tokens}
-            row |= {"step_seconds": seconds}
-            row |= {"tokens_per_second": (tokens - tokens_read) / (time.perf_counter() - began)}
-            logps = torch.where(present[index], logps, torch.nan)
-            values = evaluation.preference_values(logps, ref, options.beta)
-            row |= {name: mean(value) for name, value in values.items()}
+            row |= {"step_seconds": seconds / (step - read)}  # means since the last row
+            row |= {"tokens_per_second": (tokens - tokens_read) / seconds}
+            row |= training_metrics(job, index, logps.cpu(), ref)
             if evaluate or last:
                 end = logps_of(job, job.held_out)
                 row |= held_out_metrics(job, end, start)
-            if log:
-                print(strict_json(row), file=metrics, flush=True)
+            if wanted:
+                log(row)
             if save:
                 check_weights(job, step)
-                flush_to_disk(Path(metrics.name))
                 moments = get_moments(model, optimizer)
                 save_checkpoint(job, Progress(step, tokens, ref_logps, start, moments))
-            began, read, tokens_read = time.perf_counter(), step, tokens
             if stopped:
                 break
+            began, read, tokens_read = time.perf_counter(), step, tokens
     check_weights(job, row["step"])
     return end, row
+
+
+def step_batches(job: Job, step: int) -> list[Batch]:
+    """The pairs of step 1, 2, ..., packed; the last step of an epoch may be short."""
+    options, (epoch, place) = job.options, divmod(step - 1, job.per_epoch)
+    order = epoch_order(len(job.pairs), options.seed, epoch).tolist()
+    index = order[place * options.batch_size : (place + 1) * options.batch_size]
+    layout = options.row_tokens, options.micro_tokens, evaluation.fixed_length(job.model)
+    return make_batches(job.pairs, index, *layout)
+
+
+@contextlib.contextmanager
+def metrics_log(job: Job):
+    """Yields the last row of metrics.jsonl, or {}, and a function that adds one; with --tensorboard
+    to event files too."""
+    folder, board = Path(job.options.out), None
+    if job.options.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(folder / "tensorboard", purge_step=job.record.get("step", -1) + 1)
+
+    def log(row: dict) -> None:
+        print(strict_json(row), file=file, flush=True)
+        for name, value in row.items() if board else ():
+            board.add_scalar(name, value, row["step"])
+
+    with open(folder / "metrics.jsonl", "a+", encoding="utf-8") as file:
+        file.seek(0)
+        yield json.loads(([*file] or ["{}"])[-1]), log
+    if board:
+        board.close()
+
+
+def training_metrics(job: Job, index: list[int], logps: Tensor, ref: Tensor | None) -> dict:
+    """Means over the pairs of a step; missing answers count in none."""
+    present = torch.from_numpy(job.pairs.lengths()[index, 1:] > 0)
+    logps = torch.where(present, logps, torch.nan)
+    values = evaluation.preference_values(logps, ref, job.options.beta)
+    return {name: mean(value) for name, value in values.items()}
 
 
 def check_weights(job: Job, step: int) -> None:

@@ -245,9 +245,13 @@ def bench_saving(sizes=("W1", "W2")) -> None:
             batches = make_batches(pairs, list(range(BATCH)), 128, 4096)
             step = train.train_step, model, optimizer, batches, options, ref
             step[0](*step[1:])
-            moments, number = train.get_moments(model, optimizer), itertools.count(1)
+            moments, number, start = (
+                train.get_moments(model, optimizer),
+                itertools.count(1),
+                ref + 0,
+            )
 
-            def save(job=job, number=number, rest=(0, ref, ref.clone(), moments)):
+            def save(job=job, number=number, rest=(0, ref, start, moments)):
                 train.save_checkpoint(job, train.Progress(next(number), *rest))
 
             count = 12 * sum(p.numel() for p in model.parameters())

@@ -227,7 +227,7 @@ def test_every_flag_does_what_it_says(checkpoint, pairs_file, tmp_path):
 
     plain = trained(BASE_FLAGS)
     named = {f"--{field.name}" for field in dataclasses.fields(Options)}
-    others = {"--init", "--data", "--out", "--config", "--resume", "--overwrite"}
+    others = {"--init", "--data", "--out", "--config", "--resume", "--overwrite", "--tensorboard"}
     assert named == set(CHANGES) | set(NO_CHANGE) | others
     for flag, value in CHANGES.items():
         changed = trained(BASE_FLAGS | {flag: str(other) if value == "other" else value})
@@ -237,6 +237,19 @@ def test_every_flag_does_what_it_says(checkpoint, pairs_file, tmp_path):
             if a["step"] == 1:  # rewards are rounding errors, of either sign
                 a["rewards/accuracies"] = b["rewards/accuracies"]
             assert a == pytest.approx(b, rel=1e-3, abs=1e-5), flag
+
+
+def test_event_files_hold_the_rows_of_metrics(checkpoint, pairs_file, tmp_path):
+    pytest.importorskip("tensorboard", reason="for those who want event files")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ("--tensorboard", "--save_every", "2")
+    run(checkpoint, pairs_file, tmp_path / "out", *flags, "--max_steps", "2")
+    train.main(["--resume", "--out", str(tmp_path / "out"), "--max_steps", "3"])
+    found = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    for name in ("loss", "eval_logps/chosen"):
+        rows = {r["step"]: r[name] for r in metrics(tmp_path / "out") if name in r}
+        assert {e.step: e.value for e in found.Scalars(name)} == pytest.approx(rows)
 
 
 def test_checkpointing_and_compile_reach_the_model(checkpoint, pairs_file):
