@@ -9,6 +9,7 @@ One rule each, with one home here: where the BOS goes (`Tokenizer.prompt_ids`) a
 import argparse
 import base64
 import binascii
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -39,6 +40,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 from torch import Tensor
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Unix alone has it
+    resource = None
 
 # --- The built-in task: chains of additions and subtractions, with the steps written out ---------
 
@@ -90,6 +96,8 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Whatever the text, these end soon, in tiktoken as here; each leaves nothing between its matches.
+KNOWN_PATTERNS = (GPT2_PATTERN, LLAMA3_PATTERN, LLAMA3_PATTERN.replace("{1,3}", ""))  # Qwen's
 LLAMA3_SPECIALS = [
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -119,6 +127,9 @@ BYTE_OF_CHAR = {chr(byte): byte for byte in VISIBLE} | {
 }
 CHAR_OF_BYTE = {byte: char for char, byte in BYTE_OF_CHAR.items()}
 SPACE = "▁"  # SentencePiece's way to write a space
+CUT_SECONDS = 2  # of work on a text by a stranger's pattern; ours take far less
+LARGEST_VOCABULARY = 2**26  # bytes of its file; the largest there are take half of it
+LARGEST_BESIDE = 2**24  # and of each file beside it
 LONG_TEXT = 50_000  # characters from which on tiktoken's regular expressions may run out of stack
 
 
@@ -230,6 +241,20 @@ def _on_tiktoken(pattern: str, priorities: dict[bytes, int]):
     return regex.compile(pattern), tiktoken.Encoding("mio", pat_str=pattern, **tokens)
 
 
+def cut(pattern: regex.Pattern, text: str) -> list[str]:
+    """The matches of a stranger's pattern and what lies between them. Raises ValueError where that
+    takes as long as only a catastrophic pattern does."""
+    pieces, place = [], 0
+    try:
+        for match in pattern.finditer(text, timeout=CUT_SECONDS + len(text) / 1e5):
+            pieces += [text[place : match.start()], match[0]]
+            place = match.end()
+    except (TimeoutError, MemoryError):
+        raise ValueError(f"tokenizer.json: its Split by {pattern.pattern!r:.60} takes more than "
+                         f"{CUT_SECONDS} s for a text like {text!r:.20}") from None  # fmt: skip
+    return [piece for piece in (*pieces, text[place:]) if piece]
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """Text to ids and back. Adds no special token and reads none out of text."""
@@ -292,8 +317,8 @@ class Tokenizer:
         if not self.cuts:
             return self.bpe.encode(text)
         pieces = [text]
-        for cut in self.cuts:
-            pieces = [match[0] for piece in pieces for match in cut.finditer(piece)]
+        for pattern in self.cuts:
+            pieces = [part for piece in pieces for part in cut(pattern, piece)]
         return [id for piece in pieces for id in self.bpe.encode(piece)]
 
     def decode(self, ids) -> str:
@@ -376,10 +401,10 @@ def load_tokenizer(path) -> Tokenizer:
         if not found:
             raise FileNotFoundError(f"{path}: no tokenizer.json and no tokenizer.model in it")
         path = found[0]
-    content = path.read_bytes()
+    content = _read(path, LARGEST_VOCABULARY)
     kind = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
     beside = {name: path.parent / name for name in (*TOKENIZER_FILES[2:], "config.json")}
-    files = {name: file.read_bytes() for name, file in beside.items() if file.is_file()}
+    files = {name: _read(file, LARGEST_BESIDE) for name, file in beside.items() if file.is_file()}
     settings = {
         name: _parse_object(files[name], beside[name]) for name in files if name.endswith(".json")
     }
@@ -389,8 +414,14 @@ def load_tokenizer(path) -> Tokenizer:
         return read(content, settings, files)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path}: not laid out as a {kind} is ({error!r})") from None
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(f"{path}: not laid out as a {kind} is ({error!r:.200})") from None
+
+
+def _read(path: Path, most: int) -> bytes:
+    if path.stat().st_size > most:
+        raise ValueError(f"{path}: has more than {most >> 20} MiB")
+    return path.read_bytes()
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -506,7 +537,8 @@ def _tokenizer(bpe, token_bytes, added_tokens, settings, files, *, vocab, bos, *
     """What both kinds of file have in common: added tokens, and what lies beside the file."""
     added = {token["content"]: token["id"] for token in added_tokens}
     ids = [*token_bytes, *(i for text, i in added.items() if vocab.get(text) != i)]
-    if len(set(ids)) < max(len(ids), len(vocab)) or not all(_is_id(i) for i in ids):
+    repeat = len(set(ids)) < len(ids) or len(token_bytes) < len(vocab)
+    if repeat or not all(_is_id(i) for i in ids):
         raise ValueError("ids of tokens must be different whole numbers from 0 on")
     config = settings.get("special_tokens_map.json", {})
     config = config | settings.get("tokenizer_config.json", {})
@@ -515,6 +547,9 @@ def _tokenizer(bpe, token_bytes, added_tokens, settings, files, *, vocab, bos, *
         for name, value in config.items()
         if name.endswith("_token") and isinstance(value, (str, dict))
     }
+    for name, text in names.items():
+        if not isinstance(text, str):
+            raise ValueError(f"the content of {name} in tokenizer_config.json must be a string")
     end = names.get("eos_token")
     for text, name in ((bos, "bos_token"), (end, "eos_token")):
         if text not in added and not (name == "bos_token" and text is None):
@@ -529,7 +564,12 @@ def _tokenizer(bpe, token_bytes, added_tokens, settings, files, *, vocab, bos, *
         stop_ids |= set(eos) - {None}
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = {one["name"]: one["template"] for one in template}.get("default")
+        try:
+            template = {one["name"]: one["template"] for one in template}.get("default")
+        except (KeyError, TypeError):
+            raise ValueError(
+                "a chat_template in tokenizer_config.json is {name, template}"
+            ) from None
     if "chat_template.jinja" in files:
         template = files["chat_template.jinja"].decode(errors="replace")
     return Tokenizer(
@@ -626,7 +666,8 @@ def _words(pre_tokenizer: list[dict], merges: list[tuple[str, str]], whole: bool
 
 
 def _cuts(steps: list[dict]) -> list[str]:
-    """Regular expressions that cut text one after the other; merges happen within the pieces."""
+    """Regular expressions that cut text one after the other, the last of them one of ours, for
+    tiktoken cannot stop; merges happen within the pieces."""
     *before, byte_level = steps
     if byte_level["type"] != "ByteLevel" or byte_level.get("add_prefix_space"):
         raise ValueError("its pre-tokenizer does not end in ByteLevel without a prefix space")
@@ -634,32 +675,40 @@ def _cuts(steps: list[dict]) -> list[str]:
     for step in before:
         kind, pattern = step["type"], step.get("pattern", {})
         if kind == "Digits":
-            cuts.append(r"\p{N}|\P{N}+" if step.get("individual_digits") else r"\p{N}+|\P{N}+")
+            cuts.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
         elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
             one = pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
             _check_regex(one)
-            cuts.append(rf"(?:{one})|(?:(?!{one})[\s\S])+")  # what lies between matches, too
+            cuts.append(one)
         else:
             raise ValueError(f"pre-tokenizer {kind} {step.get('behavior', '')} is not supported")
     if byte_level.get("use_regex", True) and [step["type"] for step in before] == ["Digits"]:
         # The two cuts in one, for speed: spaces before a digit are at the end of their piece.
         within = GPT2_PATTERN.replace(r"| ?\p{N}+", "").replace(r"(?!\S)", r"(?![^\s\p{N}])")
-        return [f"{cuts[0].split('|')[0]}|{within}"]
+        return [f"{cuts[0]}|{within}"]
     if byte_level.get("use_regex", True):
         cuts.append(GPT2_PATTERN)
-    return cuts or [r"[\s\S]+"]
+    return cuts if cuts and cuts[-1] in KNOWN_PATTERNS else [*cuts, r"[\s\S]+"]
 
 
 def _check_regex(pattern: str) -> None:
-    """Refuses what the regular expressions of tokenizers and ours read differently."""
-    bare = re.sub(r"\\\D|\[(?!\[:)\^?(?:\\.|[^\]\\])*\]", "", pattern)  # no escapes, no classes
+    """Refuses what the regular expressions of tokenizers and ours read differently, and what is
+    long or repeats so often that compiling it alone takes for ever."""
+    if len(pattern) > 10_000:
+        raise ValueError(f"its Split has a regular expression of {len(pattern)} characters")
+    no_names = re.sub(r"\\[pP]\{\^?[\w=]+\}", "", pattern)
+    bare = re.sub(r"\\\D|\[(?!\[:)\^?(?:\\.|[^\]\\])*\]", "", no_names)  # no escapes, no classes
+    times = math.prod(int(number) or 1 for number in re.findall(r"\d+", bare))
+    other = r"[.^$]|\{[\d,]+\}\+|\{(?!\d+,?\d*\})|\\\d|\(\?(?!:|>|i:|<?[=!])|\(\*"
     try:
-        empty = regex.compile(pattern).fullmatch("")
-    except regex.error as error:
+        if "[[:" in pattern or re.search(other, bare) or times > 10**5 or (
+            regex.compile(pattern).fullmatch("", timeout=CUT_SECONDS)
+        ):  # fmt: skip
+            raise ValueError(f"its Split by {pattern!r:.60} is not supported: libraries differ on "
+                             "empty matches and on . ^ $ }+ [[:classes:]] and references, and "
+                             "repetitions may be too many")  # fmt: skip
+    except (regex.error, RecursionError, TimeoutError) as error:
         raise ValueError(f"its Split has a regular expression that fails: {error}") from None
-    if empty or "[[:" in pattern or re.search(r"[.^$]|\{[\d,]+\}\+|\\\d", bare):
-        raise ValueError(f"its Split by {pattern!r:.60} is not supported: libraries differ on "
-                         "empty matches and on . ^ $ }+ [[:classes:]] and references")  # fmt: skip
 
 
 def _template_bos(post_processor: dict | None) -> str | None:
@@ -672,7 +721,7 @@ def _template_bos(post_processor: dict | None) -> str | None:
 
 def _parse_object(content: bytes | str, where) -> dict:
     try:
-        value = json.loads(content)
+        value = json.loads(content, parse_constant=_refuse_constant, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
@@ -680,9 +729,20 @@ def _parse_object(content: bytes | str, where) -> dict:
     return value
 
 
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is no number")
+
+
+def _once(items: list[tuple[str, object]]) -> dict:
+    if len(value := dict(items)) < len(items):
+        raise ValueError(f"an object has a key twice, of {', '.join(value):.60}")
+    return value
+
+
 # --- Chat templates: programs of strangers -------------------------------------------------------
 
 RENDER_SECONDS = 5
+RENDER_BYTES = 2**28
 # What templates need; more is only of use to do harm.
 FILTERS = """abs capitalize count d default dictsort e escape first float int items join last
 length list lower map max min reject rejectattr replace reverse safe select selectattr sort string
@@ -705,7 +765,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context, operator, left, right):
         sizes = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
         text = sizes != [left, right]
-        if operator == "**" or (operator == "%" and text) or (text and math.prod(sizes) > 10**7):
+        most = 10**7 if text else 10**100  # characters or items; or the number itself
+        if operator == "**" or (operator == "%" and text) or abs(math.prod(sizes)) > most:
             raise SecurityError(f"it computes too much by {operator!r}")
         return super().call_binop(context, operator, left, right)
 
@@ -769,6 +830,23 @@ def _compiled(source: str):
     return sandbox.from_string(tree.set_environment(sandbox))
 
 
+@contextlib.contextmanager
+def _little_memory():
+    """Within it RENDER_BYTES more than now are a MemoryError, where the system can bound them."""
+    try:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (OSError, AttributeError):  # neither is everywhere
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [n for n in (used + RENDER_BYTES, *before) if n != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def render_template(
     source: str, messages: list[dict], add_generation_prompt: bool, names: dict[str, str]
 ) -> str:
@@ -776,12 +854,13 @@ def render_template(
     UnusableError where it refuses the messages, ValueError where it fails, reaches out of its
     sandbox or does not end."""
     try:
-        template = _compiled(source)
-        template.environment.deadline = time.monotonic() + RENDER_SECONDS
-        return template.render(
-            messages=messages, tools=None, documents=None,
-            add_generation_prompt=add_generation_prompt, **names,
-        )  # fmt: skip
+        with _little_memory():
+            template = _compiled(source)
+            template.environment.deadline = time.monotonic() + RENDER_SECONDS
+            return template.render(
+                messages=messages, tools=None, documents=None,
+                add_generation_prompt=add_generation_prompt, **names,
+            )  # fmt: skip
     except UnusableError:
         raise
     except Exception as error:  # a template is a program: it may fail in any way
@@ -873,7 +952,7 @@ ROW_FORMS = (
 )
 COLUMNS = {"prompt", "chosen", "rejected", "completion", "label", "messages"}
 TURN = "\n\nAssistant:"
-LONGEST_LINE = 2**24  # bytes
+LONGEST_LINE = 2**23  # bytes
 
 
 def row_to_pair(row: dict, tokenizer: Tokenizer) -> tuple[str, Pair]:
@@ -1235,7 +1314,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str | Exception):
         if isinstance(message, OSError) and message.filename:
             message = f"{message.filename}: {message.strerror}"
-        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+        line = " ".join(str(message).split())[:1000]
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        self.exit(2, f"{self.prog}: error: {line}\n")
 
 
 def describe_file(path, tokenizer: Tokenizer, max_length: int) -> str:

@@ -279,10 +279,21 @@ def load_checkpoint(folder, device: str) -> tuple[Llama, Tokenizer]:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: there is no such checkpoint folder")
     tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, device=device)
-    if max(tokenizer.vocab_size - 1, *tokenizer.stop_ids) >= model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model "
-                         f"{model.config.vocab_size}; they do not belong together")  # fmt: skip
+    largest = max(tokenizer.vocab_size - 1, *tokenizer.stop_ids)
+    if largest >= model.config.vocab_size:
+        raise ValueError(f"{folder}: tokenizer or eos_token_id have ids up to {largest}, the model "
+                         f"has {model.config.vocab_size}; they do not belong together")  # fmt: skip
     return model, tokenizer
+
+
+def trained_with(file: Path) -> dict:
+    """What evaluation needs of a train_config.json, and defaults where there is none."""
+    config = {"eval_data": None, "init": None, "max_length": 1024}
+    config |= read_json(file) if file.is_file() else {}
+    for name, kind in (("eval_data", str | None), ("init", str | None), ("max_length", int)):
+        if not isinstance(config[name], kind):
+            raise ValueError(f"{file}: {name} is {config[name]!r:.60}")
+    return config
 
 
 def evaluate_pairs(
@@ -299,6 +310,9 @@ def evaluate_pairs(
         sides = zip(("chosen", "rejected"), logps_of(model).T, present.T)
         return {name: Figure.of(logps[here]) for name, logps, here in sides if here.any()}
     reference = Llama.from_pretrained(init, device=model.head_weight.device)
+    if reference.config.vocab_size != model.config.vocab_size:
+        raise ValueError(f"{init}: has {reference.config.vocab_size} ids, the model to compare has "
+                         f"{model.config.vocab_size}; they do not belong together")  # fmt: skip
     return preference_row(logps_of(model), logps_of(reference), pairs)
 
 
@@ -317,15 +331,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         for name, run in runs.items():
             folder, row = Path(run), {}
             model, tokenizer = load_checkpoint(folder, device)
-            trained = (folder / "train_config.json").is_file()
-            config = read_json(folder / "train_config.json") if trained else {}
+            config = trained_with(folder / "train_config.json")
+            data = options.data or config["eval_data"]
+            if data is not None:  # first, for its input may be bad
+                init, max_length = config["init"], config["max_length"]
+                row = evaluate_pairs(model, tokenizer, Path(data), init, max_length)
             if options.data is None:
-                row = task_row(task_values(model, tokenizer))
-            data = options.data or config.get("eval_data")
-            if data is not None:
-                max_length = config.get("max_length", 1024)
-                init = config.get("init")
-                row |= evaluate_pairs(model, tokenizer, Path(data), init, max_length)
+                row = task_row(task_values(model, tokenizer)) | row
             rows[name] = row
     except (OSError, ValueError) as error:
         parser.error(error)

@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 MAX_SHARD_BYTES = 5_000_000_000
+LARGEST_JSON = 2**24  # bytes of a config.json or an index
 
 # model_type -> architecture, and the features that its name decides whatever config.json says.
 FAMILIES = {
@@ -102,11 +103,14 @@ class ModelConfig:
                 _check_number(field.name, values.get(field.name), field.type)
             if field.type is bool and not isinstance(values.get(field.name, False), bool):
                 raise ValueError(f"config.json: {field.name} must be true or false")
-        if not isinstance(values.get("bos_token_id", 0), int):
-            raise ValueError("config.json: bos_token_id must be a whole number")
+        bos = values.get("bos_token_id", 0)
+        if type(bos) is not int or bos < 0:
+            raise ValueError(f"config.json: bos_token_id must be an id, not {bos!r:.60}")
         if values["num_attention_heads"] % values["num_key_value_heads"]:
             raise ValueError("config.json: num_attention_heads must be a multiple of "
                              "num_key_value_heads")  # fmt: skip
+        width = values["num_attention_heads"] * values["head_dim"]
+        _check_number("num_attention_heads times head_dim", width, int)
         if values["head_dim"] % 2:
             raise ValueError("config.json: head_dim must be even, rotary embedding turns pairs")
         return cls(**values)
@@ -128,7 +132,7 @@ def _known_features(hf: dict, fields: set[str]) -> dict:
     if not isinstance(hf, dict) or not isinstance(hf.get("model_type"), str):
         raise ValueError("config.json: not a JSON object with a model_type")
     if hf["model_type"] not in FAMILIES:
-        raise ValueError(f"config.json: model_type {hf['model_type']!r} is not supported, only "
+        raise ValueError(f"config.json: model_type {hf['model_type']!r:.60} is not supported, only "
                          f"{', '.join(FAMILIES)}")  # fmt: skip
     off = {key for key, value in hf.items() if value is None or value is False}
     kinds = hf.get("layer_types")
@@ -141,10 +145,10 @@ def _known_features(hf: dict, fields: set[str]) -> dict:
     for key, value in hf.items():
         only = ONLY_VALUE.get(key, implied.get(key, value))
         if value != only:
-            raise ValueError(f"config.json: {key} = {value!r} is not implemented for "
+            raise ValueError(f"config.json: {key} = {value!r:.60} is not implemented for "
                              f"{hf['model_type']}, only {only!r}")  # fmt: skip
         if key not in fields | INERT_KEYS | ONLY_VALUE.keys():
-            raise ValueError(f"config.json: {key} = {value!r} is not known here; "
+            raise ValueError(f"config.json: {key} = {value!r:.60} is not known here; "
                              "remove the key if it does not change the model")  # fmt: skip
     return hf
 
@@ -153,23 +157,25 @@ def _check_number(name: str, value: object, kind: type) -> None:
     number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     most = 4096 if name == "num_hidden_layers" else 2**24 if kind is int else 2**40
     if not number or not 0 < value < most:
-        raise ValueError(f"config.json: {name} must be a positive {kind.__name__}, not {value!r}")
+        raise ValueError(
+            f"config.json: {name} must be a positive {kind.__name__}, not {value!r:.60}"
+        )
 
 
 def _read_rope(hf: dict) -> dict:
     """rope_theta and rope_scaling, from transformers 5's `rope_parameters` or the older keys."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"config.json: rope_scaling must be an object, not {rope!r}")
+        raise ValueError(f"config.json: rope_scaling must be an object, not {rope!r:.60}")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", hf.get("rope_theta") or ModelConfig.rope_theta)
+    theta = rope.get("rope_theta", hf.get("rope_theta", ModelConfig.rope_theta))
     _check_number("rope_theta", theta, float)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json: partial_rotary_factor is not implemented")
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
-    if kind not in ROPE_SCALINGS:
-        raise ValueError(f"config.json: rope type {kind!r} is not implemented, only default, "
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
+        raise ValueError(f"config.json: rope type {kind!r:.60} is not implemented, only default, "
                          f"{', '.join(ROPE_SCALINGS)}")  # fmt: skip
     for key in ROPE_SCALINGS[kind]:
         _check_number(f"rope_scaling.{key}", rope.get(key), float)
@@ -442,30 +448,34 @@ class Llama(nn.Module):
         that names the file and what is wrong with it.
         """
         config = ModelConfig.from_hf(read_json(Path(folder) / "config.json"))
+        shards = _shards(Path(folder))
+        held = sum(len(_tensor_names(file, listed)) for file, listed in shards.items())
+        if config.num_hidden_layers > held:
+            file, layers = Path(folder) / "config.json", config.num_hidden_layers
+            raise ValueError(f"{file}: num_hidden_layers is {layers}, but there are {held} tensors")
         with torch.device("meta"):  # shapes without memory
             model = cls(config)
         missing = {name: tuple(p.shape) for name, p in model.named_parameters()}
         state = {}
-        for file in weight_files(Path(folder)):
-            try:
-                with safe_open(file, framework="pt", device=str(device)) as tensors:
-                    for name in sorted(tensors.keys()):
-                        if name.endswith("rotary_emb.inv_freq"):
-                            continue  # older files carry it; it follows from the configuration
-                        shape = tuple(tensors.get_slice(name).get_shape())
-                        if name not in missing:
-                            raise ValueError(f"{file}: unexpected tensor {name}")
-                        if shape != missing.pop(name):
-                            raise ValueError(
-                                f"{file}: {name} has shape {shape}, config.json asks for "
-                                f"{tuple(model.get_parameter(name).shape)}"
-                            )
-                        tensor = tensors.get_tensor(name)
-                        if not tensor.is_floating_point() or tensor.element_size() < 2:
-                            raise ValueError(f"{file}: {name} has unsupported type {tensor.dtype}")
-                        state[name] = tensor.to(dtype)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+        for file in shards:
+            with _opened(file, str(device)) as tensors:
+                for name in sorted(tensors.keys()):
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue  # older files carry it; it follows from the configuration
+                    shape = tuple(tensors.get_slice(name).get_shape())
+                    if name not in missing:
+                        raise ValueError(f"{file}: unexpected tensor {name}")
+                    if shape != missing.pop(name):
+                        raise ValueError(
+                            f"{file}: {name} has shape {shape}, config.json asks for "
+                            f"{tuple(model.get_parameter(name).shape)}"
+                        )
+                    tensor = tensors.get_tensor(name)
+                    if not tensor.is_floating_point() or tensor.element_size() < 2:
+                        raise ValueError(f"{file}: {name} has unsupported type {tensor.dtype}")
+                    if not all(end.isfinite() for end in tensor.aminmax()):
+                        raise ValueError(f"{file}: {name} has values that are not finite")
+                    state[name] = tensor.to(dtype)
         if missing:
             raise ValueError(f"{folder}: tensor {min(missing)} is missing, {len(missing)} in all")
         model.load_state_dict(state, strict=True, assign=True)
@@ -522,26 +532,65 @@ def sample(logits: Tensor, temperature: float, top_p: float, luck: Tensor) -> Te
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: one, or the shards that its index names."""
+    return list(_shards(folder))
+
+
+def _shards(folder: Path) -> dict[Path, set[str] | None]:
+    """The weight files, each with the tensors that the index puts there; None without an index."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         single = folder / "model.safetensors"
         if not single.is_file():
             raise FileNotFoundError(f"{folder}: no model.safetensors and no index of shards in it")
-        return [single]
+        return {single: None}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{index}: weight_map must map tensor names to file names")
-    files = sorted(set(weight_map.values()))
-    for name in files:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{index}: shard {name!r} is not a file of this folder")
-    return [folder / name for name in files]
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or len(name) > 255 or not (folder / name).is_file():
+            raise ValueError(f"{index}: shard {name!r:.60} is not a file of this folder")
+    shards: dict[Path, set[str]] = {folder / name: set() for name in sorted(weight_map.values())}
+    for tensor, name in weight_map.items():
+        shards[folder / name].add(tensor)
+    return shards
+
+
+@contextlib.contextmanager
+def _opened(file: Path, device: str = "cpu"):
+    """A safetensors file; the errors name it."""
+    try:
+        with safe_open(file, framework="pt", device=device) as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def _tensor_names(file: Path, listed: set[str] | None) -> set[str]:
+    """Names from a file's header; those that the index lists, where there is one."""
+    with _opened(file) as tensors:
+        names = set(tensors.keys())
+    if listed is not None and names != listed:
+        raise ValueError(f"{file}: {min(names ^ listed)} is in one of file and "
+                         "model.safetensors.index.json, not in the other")  # fmt: skip
+    return names
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file; the errors name the file."""
+
+    def refuse(name):
+        raise ValueError(f"{name} is no number")
+
+    def once(items):
+        if len(value := dict(items)) < len(items):
+            raise ValueError(f"an object has a key twice, of {', '.join(value):.60}")
+        return value
+
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path}: has more than {LARGEST_JSON >> 20} MiB")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=refuse, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):

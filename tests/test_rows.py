@@ -15,7 +15,6 @@ from data import (
     load_pairs,
     load_tokenizer,
     read_pairs,
-    render_template,
     row_to_pair,
 )
 
@@ -189,51 +188,6 @@ def test_what_reads_like_a_special_token_in_a_message_stays_text(chat):
         assert token in ours.decode(ids) and "\ufdd0" in ours.decode(ids)
 
 
-HOSTILE = {
-    "{{ ''.__class__ }}": "reaches for '__class__'",
-    "{{ messages.__class__.__mro__ }}": "reaches for '__class__'",
-    "{{ cycler.__init__.__globals__ }}": "reaches for '__init__'",
-    "{{ messages.append(1) }}": "",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "not end in",
-    "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}": "",
-    "{{ 'x' * 10 ** 10 }}": "computes too much",
-    "{{ 'x' * 9999999999 }}": "computes too much",
-    "{% for a in range(10 ** 12) %}{% endfor %}": "computes too much",
-    "{% for a in range(999999999) %}{% endfor %}": "Range too big",
-    "{% if %}": "Expected an expression",
-    "{{ lipsum(n=99999999) }}": "'lipsum' is undefined",
-    "{{ 1.5 | round(1000000000, 'ceil') }}": "No filter named 'round'",
-    "{{ 'x'.ljust(3000000000) }}": "reaches for 'ljust'",
-    "{{ '%999999999d' % 1 }}": "computes too much",
-    (
-        "{% set n = namespace(s='xx') %}"
-        "{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
-    ): "writes too much",
-    (
-        "{% set tick = 1 %}"
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    ): "not end in",
-    "{{ messages | tojson(indent=2000000000) | length / 0 }}": "division by zero",
-    "{{ nothing.at.all }}": "undefined",
-    "{% include '/etc/passwd' %}": "no loader",
-}
-
-
-@pytest.mark.parametrize("source", HOSTILE)
-def test_a_template_can_neither_reach_out_nor_run_for_ever(source, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(data, "RENDER_SECONDS", 0.2)
-    with pytest.raises(ValueError, match="the chat template fails: .*" + HOSTILE[source]):
-        render_template(source, CHAT, False, {})
-    byte_tokenizer().save(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(source)
-    rows = write_rows(tmp_path / "x.jsonl", [{"messages": [*CHAT, ANSWERS[0]]}])
-    with pytest.raises(SystemExit) as stop:
-        data.main([str(rows), "--tokenizer", str(tmp_path)])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert error.startswith("data.py: error: ") and "x.jsonl:1: the chat template fails" in error
-
-
 # --- Forms ----------------------------------------------------------------------------------------
 
 
@@ -369,7 +323,7 @@ MALFORMED = {
     '{"messages": "hello"}': "'messages' must be a list of messages",
     '{"prompt": "a\x00b", "completion": "c"}': "not valid JSON",
     "\x00\x00\x00": "not valid JSON",
-    '{"prompt": NaN, "completion": "c"}': "'prompt' must be a string, not float",
+    '{"prompt": NaN, "completion": "c"}': "NaN is no number",
 }
 
 
@@ -390,7 +344,7 @@ def test_messages_need_a_template(tmp_path):
 def test_a_huge_line_and_a_broken_archive_are_refused(tokenizer, tmp_path):
     huge = tmp_path / "huge.jsonl"
     huge.write_bytes(b'{"prompt": "' + b"a" * 50_000_000 + b'"}')
-    with pytest.raises(ValueError, match=r"huge.jsonl:1: a row of more than 16 MiB"):
+    with pytest.raises(ValueError, match=r"huge.jsonl:1: a row of more than 8 MiB"):
         load_pairs(huge, tokenizer)
     broken = tmp_path / "x.jsonl.gz"
     for content in (b"no gzip", gzip.compress(b'{"prompt": "p", "completion": "c"}\n' * 99)[:-9]):
