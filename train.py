@@ -48,8 +48,9 @@ from data import (
     row_length,
     solution,
     split_pairs,
+    truncate,
 )
-from mio import LOSSES, fused_pair_loss, pair_loss
+from mio import LOSSES, Answers, chunked_logps, fused_pair_loss, loss_table, pair_loss
 from model import Llama, ModelConfig, read_json, weight_files, write_json
 
 # --- Options: a line each; the parser, its help and its checks are made from them -----------------
@@ -67,8 +68,13 @@ DTYPES = ("float32", "bfloat16")
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Options:
-    loss: str = option("mio", "the objective", choices=tuple(LOSSES))
+    loss: str = option("mio", "the objective; help lists them", choices=tuple(LOSSES))
     beta: float | None = option(None, "of the rewards (default: the loss's own)", above=0, most=1e6)
+    label_smoothing: float | None = option(None, "of cdpo and robust", least=0, most=0.49)
+    epsilon: float | None = option(None, "of exo, its label smoothing", above=0, most=0.49)
+    gamma: float | None = option(None, "of simpo, its target margin", least=0, most=1e6)
+    alpha: float | None = option(None, "of rpo and cpo, weight of the sft term", least=0, most=1e6)
+    dpop_lambda: float | None = option(None, "of dpop, weight of the penalty", least=0, most=1e6)
     init: str | None = option(None, "checkpoint folder; its weights are also the reference")
     data: str | None = option(None, "JSONL file of preference pairs to train on")
     eval_data: str | None = option(None, "JSONL file of held-out preference pairs")
@@ -98,9 +104,16 @@ class Options:
 # Where the two kinds of run differ. The demonstration's model is tiny: large steps, small batches.
 DEMONSTRATION = {"epochs": 3, "batch_size": 64, "max_length": 96, "lr": 1e-4}
 CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6}  # 1B to 8B parameters
-# The demonstration's answers are short, so its log-ratios are too: every default beta times this.
+# The demonstration's answers are short, so its summed log-ratios are too: their beta times this.
 DEMONSTRATION_BETA = 5
 # fmt: on
+LOSS_OPTIONS = {name for loss in LOSSES.values() for name in loss.options}  # fields of Options
+
+
+def loss_options(options: Options) -> dict[str, float]:
+    """Beta, and what was given of the loss's own options: for pair_loss and fused_pair_loss."""
+    own = {name: getattr(options, name) for name in LOSS_OPTIONS}
+    return {"beta": options.beta} | {name: own[name] for name in own if own[name] is not None}
 
 
 def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
@@ -113,6 +126,9 @@ def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
         metavar = "|".join(field.metadata.get("choices", [])) or _kind(field).__name__.upper()
         parser.add_argument(f"--{name}", metavar=metavar, help=field.metadata["help"] + default)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    if given.get("loss") == "help":
+        print(loss_table())
+        parser.exit()
     try:
         if "config" in given:
             file = read_json(Path(given["config"]))
@@ -167,9 +183,14 @@ def _resolved(options: Options) -> Options:
         if (options.max_length or prompt + answer) < prompt + answer:
             raise ValueError(f"--max_length {options.max_length}: the demonstration's pairs need "
                              f"{prompt + answer}")  # fmt: skip
+    loss = LOSSES[options.loss]
+    for name in LOSS_OPTIONS - loss.options.keys():
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name}: --loss {options.loss} does not use it; see --loss help")
     own = CHECKPOINT if options.init else DEMONSTRATION
-    scale = 1 if options.init else DEMONSTRATION_BETA
-    own = own | {"beta": scale * LOSSES[options.loss].beta, "out": f"out/{options.loss}"}
+    sums = loss.needs_reference and loss.uses != "means"
+    scale = DEMONSTRATION_BETA if sums and not options.init else 1
+    own = own | {"beta": scale * loss.beta, "out": f"out/{options.loss}"}
     own = {name: value for name, value in own.items() if getattr(options, name) is None}
     return dataclasses.replace(options, **own, device=evaluation.pick_device(options.device))
 
@@ -332,6 +353,7 @@ class Job(NamedTuple):
     pairs: Pairs  # to train on
     held_out: Pairs
     steps: int
+    mismatched: Pairs | None = None  # prompts of `pairs` with other rows' answers, for kto
 
 
 def load_job(options: Options) -> Job:
@@ -352,11 +374,27 @@ def load_job(options: Options) -> Job:
                          f"{model.config.max_position_embeddings}; lower --max_length")  # fmt: skip
     steps = options.epochs * math.ceil(len(pairs) / options.batch_size)
     steps = steps if options.max_steps is None else min(steps, options.max_steps)
-    return Job(options, model, tokenizer, pairs, held_out, steps)
+    mismatched = None
+    if LOSSES[options.loss].mismatched:
+        mismatched = mismatch(pairs, context, tokenizer.bos_id)
+    return Job(options, model, tokenizer, pairs, held_out, steps, mismatched)
+
+
+def mismatch(pairs: Pairs, max_length: int, bos_id: int | None) -> Pairs:
+    """Each prompt with the answers of the next row of another prompt; after the last, the first."""
+    mismatched = Pairs()
+    for i, row in enumerate(pairs):
+        others = (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs)))
+        other = next((other for other in others if other.prompt != row.prompt), row)
+        pair = truncate(other._replace(prompt=row.prompt), max_length, bos_id)
+        mismatched.append(pair, pairs.lines[i])
+    return mismatched
 
 
 def check_answers(options: Options, pairs: Pairs, held_out: Pairs) -> None:
     """Refuses rows that lack an answer which the loss contrasts."""
+    if LOSSES[options.loss].answers == "any":
+        return
     both = LOSSES[options.loss].answers == "both"
     for file, part in ((options.data, pairs), (options.eval_data or options.data, held_out)):
         present = part.lengths()[:, 1:] > 0
@@ -451,14 +489,35 @@ def learning_rate(options: Options, step: int, steps: int) -> float:
     return options.lr * falling[options.schedule]
 
 
+@torch.no_grad()
+def shared_term(model: Llama, batches: list[Batch], ref_logps: Tensor, options: Options) -> Tensor:
+    """What all pairs of a step share in a loss of the whole batch, from a pass of its own: ()."""
+    device, dtype = model.head_weight.device, getattr(torch, options.dtype)
+    logps = []
+    for batch in (batch.to(device) for batch in batches):
+        with evaluation.autocast(device, dtype):
+            hidden, head = evaluation.answer_states(model, batch), model.head_weight
+            compiled = model.compiled
+            logps.append(
+                chunked_logps(hidden, head, batch.targets, batch.lengths, compiled=compiled)
+            )
+    ref = torch.cat([ref_logps[batch.index].flatten() for batch in batches])
+    lengths = torch.cat([batch.lengths for batch in batches])
+    terms = [torch.cat(logps), ref.to(device), lengths.to(device)]  # (2B,) each
+    sides = (Answers(*(x[side::2] for x in terms), options.beta) for side in (0, 1))
+    return LOSSES[options.loss].shared(*sides)
+
+
 def train_step(
     model: Llama,
     optimizer: torch.optim.Optimizer,
     batches: list[Batch],
     options: Options,
     ref_logps: Tensor | None,
+    mismatched: tuple[list[Batch], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimizer step on the pairs of `batches`; ref_logps (all pairs, 2) or None.
+    """One optimizer step on the pairs of `batches`; ref_logps (all pairs, 2) or None; mismatched:
+    the same of their prompts with other rows' answers, for a loss that asks for them.
 
     Returns the loss of each pair (B,), log-probs (B, 2), both in the order of the batches' index,
     and the gradient's norm before clipping, all on the model's device: nothing here waits for it.
@@ -466,7 +525,10 @@ def train_step(
     """
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     pairs = sum(len(batch.index) for batch in batches)
-    losses, logps = [], []
+    losses, logps, own = [], [], loss_options(options)
+    if not LOSSES[options.loss].pairwise:
+        assert LOSSES[options.loss].mismatched == (mismatched is not None)
+        own["shared"] = shared_term(model, *(mismatched or (batches, ref_logps)), options)
     for batch in batches:
         ref = None if ref_logps is None else ref_logps[batch.index].flatten().to(device)  # (2B,)
         batch = batch.to(device)
@@ -474,7 +536,7 @@ def train_step(
             hidden = evaluation.answer_states(model, batch)  # (N, D)
             loss, logp = fused_pair_loss(
                 hidden, model.head_weight, batch.targets, batch.lengths, ref,
-                options.loss, beta=options.beta, compiled=model.compiled,
+                options.loss, compiled=model.compiled, **own,
             )  # fmt: skip
         loss.sum().backward()
         losses.append(loss.detach())
@@ -497,11 +559,13 @@ def check_start(options: Options, losses: Tensor, logps: Tensor, ref_logps: Tens
     drift = (logps - ref_logps).abs().max().item()
     # Float rounding differs between packings; the bound grows with the length of a sum.
     allowed = (1e-4 if options.dtype == "float32" else 5e-3) * (1 + ref_logps.abs().max())
-    start, loss = LOSSES[options.loss].start, losses.mean().item()
+    start, loss = LOSSES[options.loss].start, mean(losses)
+    start = start(options.beta) if callable(start) else start
     assert drift <= allowed, f"step 0: policy and reference differ by {drift:.2g} nats"
-    if start is not None:
-        off = abs(loss - start)
-        assert off <= 1e-5 + 2 * options.beta * allowed, f"step 0: loss {loss:.6f}, not {start:.6f}"
+    if start is not None and loss_options(options).keys() == {"beta"}:
+        off, slope = abs(loss - start), 10 * max(options.beta, 1 / options.beta)
+        close = off <= 1e-5 * (1 + abs(start)) + slope * drift
+        assert close, f"step 0: loss {loss:.6f}, not {start:.6f}"
     print(f"  step 0: rewards 0 within {drift * options.beta:.1e}, loss {loss:.6f}")
 
 
@@ -516,7 +580,9 @@ def check_finite(job: Job, step: int, index: list[int], losses: Tensor, grad_nor
                                  f"{job.options.data}; try a lower --lr")  # fmt: skip
 
 
-def train(job: Job, folder: Path, ref_logps: Tensor | None) -> tuple[Tensor, Tensor, dict]:
+def train(
+    job: Job, folder: Path, ref_logps: Tensor | None, ref_mismatched: Tensor | None = None
+) -> tuple[Tensor, Tensor, dict]:
     """Trains job.model in place and writes metrics.jsonl. Returns the held-out pairs' log-probs
     before and after, and the last row of metrics."""
     options, count, steps = job.options, len(job.pairs), job.steps
@@ -537,7 +603,11 @@ def train(job: Job, folder: Path, ref_logps: Tensor | None) -> tuple[Tensor, Ten
             batches = make_batches(job.pairs, index, *layout)
             index = [i for batch in batches for i in batch.index]  # as they come back
             lr = set_lr(optimizer, learning_rate(options, step, steps))
-            losses, logps, grad_norm = train_step(job.model, optimizer, batches, options, ref_logps)
+            state = job.model, optimizer, batches, options, ref_logps
+            if job.mismatched:
+                mismatched = make_batches(job.mismatched, index, *layout), ref_mismatched
+                state = *state, mismatched
+            losses, logps, grad_norm = train_step(*state)
             tokens += sum(row_length(job.pairs[i]) for i in index)
             unread.append((step, index, losses, grad_norm))
             evaluate = step % eval_every == 0 or step == steps
@@ -558,7 +628,7 @@ def train(job: Job, folder: Path, ref_logps: Tensor | None) -> tuple[Tensor, Ten
             row |= {"tokens_per_second": (tokens - tokens_read) / (time.perf_counter() - began)}
             logps = torch.where(present[index], logps, torch.nan)
             values = evaluation.preference_values(logps, ref, options.beta)
-            row |= {name: mean(value) for name, value in values.items()}
+            row |= {name: mean(value[~value.isnan()]) for name, value in values.items()}
             if evaluate:
                 end = logps_of(job, job.held_out)
                 row |= held_out_metrics(job, end, start)
@@ -576,9 +646,12 @@ def held_out_metrics(job: Job, logps: Tensor, start: Tensor) -> dict[str, float]
         return {}
     options = job.options
     n_w, n_l = torch.from_numpy(job.held_out.lengths()[:, 1:]).unbind(dim=1)
+    own = loss_options(options)
+    if job.mismatched:
+        own["shared"] = torch.nan  # no held-out prompt is run with other rows' answers: no loss
     losses = pair_loss(
         options.loss, *logps.unbind(dim=1), *start.unbind(dim=1),
-        beta=options.beta, chosen_lengths=n_w, rejected_lengths=n_l,
+        chosen_lengths=n_w, rejected_lengths=n_l, **own,
     )  # fmt: skip
     logps = torch.where(torch.stack((n_w, n_l), dim=1) > 0, logps, torch.nan)
     metrics = {"loss": mean(losses)} | evaluation.preference_metrics(logps, start, options.beta)
@@ -664,8 +737,9 @@ def main(argv: list[str] | None = None) -> Path:
     write_json(folder / "train_config.json", {**dataclasses.asdict(options), **provenance()})
     try:
         ref_logps = reference_logps(job) if LOSSES[options.loss].needs_reference else None
+        other = job.mismatched and reference_logps(job._replace(pairs=job.mismatched))
         with stage(f"training: {options.loss}") as notes:
-            start, end, last = train(job, folder, ref_logps)
+            start, end, last = train(job, folder, ref_logps, other)
             job.model.save_pretrained(folder)
             job.tokenizer.save(folder)
             notes.append(f"checkpoint and metrics.jsonl in {folder}")
