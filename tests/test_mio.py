@@ -350,6 +350,11 @@ def completions(lengths, dtype=torch.float64, D=6, V=11, seed=0):
     return hidden.requires_grad_(), head.requires_grad_(), targets, lengths, ref.to(dtype)
 
 
+def given(name) -> dict:
+    """What a loss of the whole batch must be told within the head."""
+    return {} if LOSSES[name].pairwise else {"shared": torch.tensor(0.3, dtype=torch.float64)}
+
+
 def naive_pair_loss(hidden, head, targets, lengths, ref, name, beta):
     """The oracle of fused_pair_loss: the published formulas over naive_logps, by autograd."""
     logps = naive_logps(hidden, head, targets, lengths)
@@ -358,6 +363,7 @@ def naive_pair_loss(hidden, head, targets, lengths, ref, name, beta):
         beta=beta,
         chosen_lengths=lengths[0::2],
         rejected_lengths=lengths[1::2],
+        **given(name),
     )
     return losses, logps
 
@@ -365,33 +371,63 @@ def naive_pair_loss(hidden, head, targets, lengths, ref, name, beta):
 LENGTH_CASES = [[3, 2, 1, 4, 5, 1], [1, 1], [4, 0, 2, 0]]
 
 
-@pytest.mark.parametrize("name", PAIRWISE)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("lengths", LENGTH_CASES)
 @pytest.mark.parametrize("chunk_tokens", [1, 6, 1000])
-@pytest.mark.parametrize("reduce", ["mean", "sum"])
-def test_fused_head_equals_its_oracle(name, lengths, chunk_tokens, reduce):
+def test_fused_head_equals_its_oracle(name, lengths, chunk_tokens):
     *inputs, ref = completions(lengths)
     losses, logps = naive_pair_loss(*inputs, ref, name, 0.7)
-    expected = torch.autograd.grad(getattr(losses, reduce)(), inputs[:2])
     fused_losses, fused_logps = fused_pair_loss(
-        *inputs, ref, name, beta=0.7, chunk_tokens=chunk_tokens
+        *inputs, ref, name, beta=0.7, chunk_tokens=chunk_tokens, **given(name)
     )
-    got = torch.autograd.grad(getattr(fused_losses, reduce)(), inputs[:2])
     torch.testing.assert_close(fused_losses, losses, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(fused_logps, logps, rtol=1e-12, atol=1e-12)
-    for a, b in zip(got, expected):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    for reduce in (torch.mean, torch.sum):
+        expected, got = (
+            torch.autograd.grad(reduce(x), inputs[:2], retain_graph=True)
+            for x in (losses, fused_losses)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", PAIRWISE)
+@pytest.mark.parametrize("name", LOSSES)
 def test_fused_head_passes_gradcheck(name):
     hidden, head, targets, lengths, ref = completions([3, 2, 1, 2])
 
     def mean_loss(hidden, head):
-        options = {"beta": 0.7, "chunk_tokens": 4}
+        options = {"beta": 0.7, "chunk_tokens": 4, **given(name)}
         return fused_pair_loss(hidden, head, targets, lengths, ref, name, **options)[0].mean()
 
     assert torch.autograd.gradcheck(mean_loss, (hidden, head))
+
+
+def test_the_head_takes_no_loss_of_the_whole_batch_in_parts():
+    with pytest.raises(AssertionError, match="dv needs the batch's shared term"):
+        fused_pair_loss(*completions([1, 1]), "dv", beta=1.0)
+
+
+def test_a_loss_is_added_in_ten_lines(monkeypatch):
+    """The README's example: the mixture of mio weighted by how much of the marginal is chosen."""
+
+    def tilted(chosen, rejected, alpha=0.25):
+        # sp(-T_w) + alpha sp(T_w) + (1 - alpha) sp(T_l)
+        sp = torch.nn.functional.softplus
+        marginal = alpha * sp(chosen.rewards) + (1 - alpha) * sp(rejected.rewards)
+        return sp(-chosen.rewards) + marginal
+
+    row = mio.Loss(
+        tilted, True, "sums", "both", 0.2, math.log(4),
+        "sp(-T_w) + alpha sp(T_w) + (1-alpha) sp(T_l)", "between bce and mio",
+    )  # fmt: skip
+    monkeypatch.setitem(LOSSES, "tilted", row)
+    test_declared_start_is_the_loss_at_the_reference("tilted", 0.1)
+    test_fused_head_equals_its_oracle("tilted", [3, 2, 1, 4, 5, 1], 6)
+    test_fused_head_passes_gradcheck("tilted")
+    test_extreme_log_ratios_overflow_no_loss_that_is_finite("tilted", torch.float32)
+    test_the_printed_table_is_true("tilted")
+    batch = batch_of_pairs()
+    for alpha, name in ((0.0, "bce"), (0.5, "mio")):
+        torch.testing.assert_close(loss_of("tilted", *batch, alpha=alpha), loss_of(name, *batch))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
