@@ -265,7 +265,7 @@ class Loss:
 # fmt: off
 LOSSES: dict[str, Loss] = {
     "dpo": Loss(dpo, True, "sums", "both", 0.1, math.log(2),
-        "sp(-D)", "arXiv 2305.18290, eq. 7"),
+        "sp(T_l - T_w)", "arXiv 2305.18290, eq. 7"),
     "mio": Loss(mio, True, "sums", "both", 0.2, math.log(4),
         "sp(-T_w) + sp(T_w)/2 + sp(T_l)/2",
         "arXiv 2506.22578; NCA's pair, 2402.05369"),
@@ -357,6 +357,8 @@ def pair_loss(
     Raises KeyError for an unknown name, TypeError for an option that the loss does not take.
     """
     loss = LOSSES[name]
+    assert not loss.needs_reference or ref_chosen_logps is not None, f"{name} needs a reference"
+    assert "means" not in loss.uses or chosen_lengths is not None, f"{name} needs lengths"
     chosen = Answers(chosen_logps, ref_chosen_logps, chosen_lengths, beta)
     rejected = Answers(rejected_logps, ref_rejected_logps, rejected_lengths, beta)
     if not loss.pairwise and "shared" not in options:

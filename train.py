@@ -497,10 +497,10 @@ def shared_term(model: Llama, batches: list[Batch], ref_logps: Tensor, options: 
     for batch in (batch.to(device) for batch in batches):
         with evaluation.autocast(device, dtype):
             hidden, head = evaluation.answer_states(model, batch), model.head_weight
-            compiled = model.compiled
-            logps.append(
-                chunked_logps(hidden, head, batch.targets, batch.lengths, compiled=compiled)
+            sums = chunked_logps(
+                hidden, head, batch.targets, batch.lengths, compiled=model.compiled
             )
+        logps.append(sums)
     ref = torch.cat([ref_logps[batch.index].flatten() for batch in batches])
     lengths = torch.cat([batch.lengths for batch in batches])
     terms = [torch.cat(logps), ref.to(device), lengths.to(device)]  # (2B,) each
@@ -563,8 +563,9 @@ def check_start(options: Options, losses: Tensor, logps: Tensor, ref_logps: Tens
     start = start(options.beta) if callable(start) else start
     assert drift <= allowed, f"step 0: policy and reference differ by {drift:.2g} nats"
     if start is not None and loss_options(options).keys() == {"beta"}:
-        off, slope = abs(loss - start), 10 * max(options.beta, 1 / options.beta)
-        close = off <= 1e-5 * (1 + abs(start)) + slope * drift
+        # By its slope in a log-ratio: about beta, or 1 / beta where it aims at 1 / (2 beta).
+        slope = 10 * max(options.beta, 1 / options.beta)
+        close = abs(loss - start) <= 1e-5 * (1 + abs(start)) + slope * drift
         assert close, f"step 0: loss {loss:.6f}, not {start:.6f}"
     print(f"  step 0: rewards 0 within {drift * options.beta:.1e}, loss {loss:.6f}")
 
@@ -603,11 +604,12 @@ def train(
             batches = make_batches(job.pairs, index, *layout)
             index = [i for batch in batches for i in batch.index]  # as they come back
             lr = set_lr(optimizer, learning_rate(options, step, steps))
-            state = job.model, optimizer, batches, options, ref_logps
+            others = []
             if job.mismatched:
-                mismatched = make_batches(job.mismatched, index, *layout), ref_mismatched
-                state = *state, mismatched
-            losses, logps, grad_norm = train_step(*state)
+                others = [(make_batches(job.mismatched, index, *layout), ref_mismatched)]
+            losses, logps, grad_norm = train_step(
+                job.model, optimizer, batches, options, ref_logps, *others
+            )
             tokens += sum(row_length(job.pairs[i]) for i in index)
             unread.append((step, index, losses, grad_norm))
             evaluate = step % eval_every == 0 or step == steps

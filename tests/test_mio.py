@@ -1,8 +1,10 @@
 """The objective: published values, the theorems behind them, the fused head against its oracle."""
 
 import math
+import re
 from collections import defaultdict
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -406,20 +408,17 @@ def test_the_head_takes_no_loss_of_the_whole_batch_in_parts():
         fused_pair_loss(*completions([1, 1]), "dv", beta=1.0)
 
 
-def test_a_loss_is_added_in_ten_lines(monkeypatch):
-    """The README's example: the mixture of mio weighted by how much of the marginal is chosen."""
-
-    def tilted(chosen, rejected, alpha=0.25):
-        # sp(-T_w) + alpha sp(T_w) + (1 - alpha) sp(T_l)
-        sp = torch.nn.functional.softplus
-        marginal = alpha * sp(chosen.rewards) + (1 - alpha) * sp(rejected.rewards)
-        return sp(-chosen.rewards) + marginal
-
-    row = mio.Loss(
-        tilted, True, "sums", "both", 0.2, math.log(4),
-        "sp(-T_w) + alpha sp(T_w) + (1-alpha) sp(T_l)", "between bce and mio",
-    )  # fmt: skip
-    monkeypatch.setitem(LOSSES, "tilted", row)
+def test_the_readme_adds_a_loss_in_ten_lines(monkeypatch):
+    text = (Path(mio.__file__).parent / "README.md").read_text(encoding="utf-8")
+    function, row = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert function.count("\n") + row.count("\n") + 1 <= 10
+    names = dict(vars(mio))
+    exec(f"{function}\nrow = {{{row}}}", names)
+    monkeypatch.setitem(LOSSES, "tilted", names["row"]["tilted"])
+    (line,) = re.findall(r"^tilted +(.*)$", text, re.MULTILINE)
+    monkeypatch.setitem(VALUES, "tilted", [float(x) for x in line.split()])
+    for column in range(3):
+        test_losses_have_their_published_values_and_gradients("tilted", column)
     test_declared_start_is_the_loss_at_the_reference("tilted", 0.1)
     test_fused_head_equals_its_oracle("tilted", [3, 2, 1, 4, 5, 1], 6)
     test_fused_head_passes_gradcheck("tilted")
@@ -428,6 +427,14 @@ def test_a_loss_is_added_in_ten_lines(monkeypatch):
     batch = batch_of_pairs()
     for alpha, name in ((0.0, "bce"), (0.5, "mio")):
         torch.testing.assert_close(loss_of("tilted", *batch, alpha=alpha), loss_of(name, *batch))
+
+
+def test_the_readme_lists_every_loss_with_its_beta():
+    text = (Path(mio.__file__).parent / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d.]*) \| .* \|$", text, re.MULTILINE)
+    without = {"lsif", "ukl", "sft"}
+    betas = {name: "" if name in without else f"{x.beta:g}" for name, x in LOSSES.items()}
+    assert dict(rows) == betas
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
