@@ -677,11 +677,13 @@ def strict_json(row: dict) -> str:
 def describe(job: Job) -> str:
     """What is about to be trained, so that a wrong flag is seen before it costs anything."""
     options, loss = job.options, LOSSES[job.options.loss]
+    own = {"beta": options.beta} | loss.options | loss_options(options)
     parameters = sum(p.numel() for p in job.model.parameters())
     return "\n".join(
         [
             f"{options.loss}: {loss.formula}   [{loss.source}]",
-            f"  log-probs as {loss.uses} over an answer's tokens, beta {options.beta:g}, "
+            f"  log-probs as {loss.uses} over an answer's tokens, "
+            f"{', '.join(f'{name} {value:g}' for name, value in own.items())}, "
             f"{'with' if loss.needs_reference else 'without'} a reference",
             f"  {options.init}: {parameters:,} parameters, {options.dtype} products on "
             f"{options.device}",

@@ -332,6 +332,17 @@ def test_loss_help_prints_the_table_and_stops(capsys):
     assert stop.value.code == 0 and capsys.readouterr().out == loss_table() + "\n"
 
 
+def test_a_run_says_with_what_it_trains(checkpoint, pairs_file, tmp_path, capsys):
+    flags = ("--loss", "simpo", "--max_steps", "0")
+    run(checkpoint, pairs_file, tmp_path / "out", *flags)
+    assert "means over an answer's tokens, beta 2, gamma 0.5, without" in capsys.readouterr().out
+    run(checkpoint, pairs_file, tmp_path / "out", *flags, "--gamma", "3", "--beta", "4")
+    assert "beta 4, gamma 3, without" in capsys.readouterr().out
+
+
+SUMMED_LOG_RATIOS = "dpo mio bce nwj dv cdpo robust hinge apo_zero apo_down exo sppo dpop rpo kto"
+
+
 def test_default_betas_and_the_demonstrations(checkpoint, pairs_file):
     for name, loss in LOSSES.items():
         demo, _ = train.parse_options(["--loss", name])
@@ -339,11 +350,7 @@ def test_default_betas_and_the_demonstrations(checkpoint, pairs_file):
             ["--loss", name, "--init", str(checkpoint), "--data", str(pairs_file)]
         )
         assert own.beta == loss.beta
-        assert demo.beta == loss.beta * (5 if name in SUMMED_LOG_RATIOS else 1)
-
-
-SUMMED_LOG_RATIOS = "dpo mio bce nwj dv cdpo robust hinge apo_zero apo_down exo sppo dpop rpo kto"
-SUMMED_LOG_RATIOS = SUMMED_LOG_RATIOS.split()
+        assert demo.beta == loss.beta * (5 if name in SUMMED_LOG_RATIOS.split() else 1)
 
 
 def test_reference_is_computed_once_and_never_taken_from_other_weights_or_pairs(
