@@ -19,83 +19,321 @@ pairwise NCA loss (arXiv 2402.05369); the reading as mutual information is what 
 """
 
 import dataclasses
+import inspect
 import math
+import re
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# --- Losses: (B,) in, (B,) out -----------------------------------------------------------------
+# --- Losses: the two sides of B pairs in, (B,) out -----------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class PairTerms:
-    """What a loss may be made of; every tensor is (B,)."""
+class Answers:
+    """One side of B pairs, the chosen or the rejected answers; every tensor is (B,)."""
 
-    chosen_logps: Tensor  # sums over the answer's tokens, its end token included
-    rejected_logps: Tensor
-    chosen_mean_logps: Tensor | None  # by token; None where no lengths were given
-    rejected_mean_logps: Tensor | None
-    chosen_rewards: Tensor | None  # beta * log-ratio; None where there is no reference
-    rejected_rewards: Tensor | None
+    logps: Tensor  # s, a sum over the answer's tokens, its end token included
+    ref_logps: Tensor | None  # the same under the reference; None for losses without
+    lengths: Tensor | None  # n, tokens; 0 where there is no answer, None where no loss asks
     beta: float
 
+    @property
+    def logratios(self) -> Tensor:  # z = s - ref
+        return self.logps - self.ref_logps
 
-def dpo(pair: PairTerms) -> Tensor:
-    # -log sigma(T_w - T_l)
-    return F.softplus(pair.rejected_rewards - pair.chosen_rewards)
+    @property
+    def rewards(self) -> Tensor:  # T = beta z
+        return self.beta * self.logratios
+
+    @property
+    def mean_logps(self) -> Tensor:  # m = s / n
+        return self.logps / self.lengths.clamp(min=1)
+
+    @property
+    def mean_logratios(self) -> Tensor:  # z / n
+        return self.logratios / self.lengths.clamp(min=1)
+
+    @property
+    def present(self) -> Tensor:
+        return torch.ones_like(self.logps) if self.lengths is None else self.lengths > 0
 
 
-def mio(pair: PairTerms) -> Tensor:
+def margins(chosen: Answers, rejected: Answers) -> Tensor:
+    # D = T_w - T_l
+    return chosen.rewards - rejected.rewards
+
+
+# Mutual information: positives are the chosen, the marginal is the half-and-half mixture.
+
+
+def dpo(chosen: Answers, rejected: Answers) -> Tensor:
+    # -log sigma(D) = sp(-D)
+    return F.softplus(-margins(chosen, rejected))
+
+
+def mio(chosen: Answers, rejected: Answers) -> Tensor:
     # sp(-T_w) + sp(T_w) / 2 + sp(T_l) / 2: positives against the half-and-half mixture
-    positive = F.softplus(-pair.chosen_rewards)
-    return positive + (F.softplus(pair.chosen_rewards) + F.softplus(pair.rejected_rewards)) / 2
+    positive = F.softplus(-chosen.rewards)
+    return positive + (F.softplus(chosen.rewards) + F.softplus(rejected.rewards)) / 2
 
 
-def bce(pair: PairTerms) -> Tensor:
+def bce(chosen: Answers, rejected: Answers) -> Tensor:
     # sp(-T_w) + sp(T_l): positives against the rejected alone, the other reading of the paper
-    return F.softplus(-pair.chosen_rewards) + F.softplus(pair.rejected_rewards)
+    return F.softplus(-chosen.rewards) + F.softplus(rejected.rewards)
 
 
-def sft(pair: PairTerms) -> Tensor:
-    # -s_w / n_w: supervised fine-tuning on the chosen answer
-    return -pair.chosen_mean_logps
+def nwj(chosen: Answers, rejected: Answers) -> Tensor:
+    # -(1 + T_w) + (e^T_w + e^T_l) / 2
+    return (chosen.rewards.exp() + rejected.rewards.exp()) / 2 - 1 - chosen.rewards
+
+
+def log_mean_exp(chosen: Answers, rejected: Answers) -> Tensor:
+    # c = log mean e^T over the 2B critics of a batch: ()
+    critics = torch.cat((chosen.rewards, rejected.rewards))
+    return critics.logsumexp(dim=0) - math.log(len(critics))
+
+
+def dv(chosen: Answers, rejected: Answers, shared: Tensor) -> Tensor:
+    # -mean T_w + c is the least over c of the mean of nwj(T - c), reached at this c: so with c held
+    # fixed nwj(T - c) has both its mean and its gradient
+    mixture = ((chosen.rewards - shared).exp() + (rejected.rewards - shared).exp()) / 2
+    return mixture - 1 - (chosen.rewards - shared)
+
+
+# The sigmoid of the margin, and what others made of it.
+
+
+def cdpo(chosen: Answers, rejected: Answers, label_smoothing: float = 0.1) -> Tensor:
+    # (1 - eps) sp(-D) + eps sp(D)
+    d = margins(chosen, rejected)
+    return (1 - label_smoothing) * F.softplus(-d) + label_smoothing * F.softplus(d)
+
+
+def robust(chosen: Answers, rejected: Answers, label_smoothing: float = 0.1) -> Tensor:
+    # ((1 - eps) sp(-D) - eps sp(D)) / (1 - 2 eps): unbiased where a share eps of labels is flipped
+    d = margins(chosen, rejected)
+    clean, flipped = (1 - label_smoothing) * F.softplus(-d), label_smoothing * F.softplus(d)
+    return (clean - flipped) / (1 - 2 * label_smoothing)
+
+
+def exo(chosen: Answers, rejected: Answers, epsilon: float = 1e-3) -> Tensor:
+    # KL of (q, 1 - q), q = sigma(D), from (1 - eps, eps)
+    d = margins(chosen, rejected)
+    right = d.sigmoid() * (F.logsigmoid(d) - math.log1p(-epsilon))
+    return right + (-d).sigmoid() * (F.logsigmoid(-d) - math.log(epsilon))
+
+
+def dpop(chosen: Answers, rejected: Answers, dpop_lambda: float = 50.0) -> Tensor:
+    # sp(-(D - beta lambda max(0, -z_w))): the chosen may not fall below the reference
+    fall = dpop_lambda * F.relu(-chosen.rewards)
+    return F.softplus(fall - margins(chosen, rejected))
+
+
+def rpo(chosen: Answers, rejected: Answers, alpha: float = 1.0) -> Tensor:
+    # sp(-D) - alpha m_w
+    return dpo(chosen, rejected) - alpha * chosen.mean_logps
+
+
+def hinge(chosen: Answers, rejected: Answers) -> Tensor:
+    # max(0, 1 - D)
+    return F.relu(1 - margins(chosen, rejected))
+
+
+def dpo_norm(chosen: Answers, rejected: Answers) -> Tensor:
+    # sp(-beta (z_w / n_w - z_l / n_l))
+    return F.softplus(-chosen.beta * (chosen.mean_logratios - rejected.mean_logratios))
+
+
+# A distance from, or a step towards, a target of each answer.
+
+
+def ipo(chosen: Answers, rejected: Answers) -> Tensor:
+    # (z_w / n_w - z_l / n_l - 1 / (2 beta))^2
+    return (chosen.mean_logratios - rejected.mean_logratios - 1 / (2 * chosen.beta)) ** 2
+
+
+def sppo(chosen: Answers, rejected: Answers) -> Tensor:
+    # (z_w - 1 / (2 beta))^2 + (z_l + 1 / (2 beta))^2
+    target = 1 / (2 * chosen.beta)
+    return (chosen.logratios - target) ** 2 + (rejected.logratios + target) ** 2
+
+
+def apo_zero(chosen: Answers, rejected: Answers) -> Tensor:
+    # 1 - sigma(T_w) + sigma(T_l)
+    return (-chosen.rewards).sigmoid() + rejected.rewards.sigmoid()
+
+
+def apo_down(chosen: Answers, rejected: Answers) -> Tensor:
+    # sigma(T_w) + 1 - sigma(D)
+    return chosen.rewards.sigmoid() + (-margins(chosen, rejected)).sigmoid()
+
+
+def mismatch(chosen: Answers, rejected: Answers) -> Tensor:
+    # K = max(0, mean of T over prompts with other rows' answers): ()
+    rewards = torch.cat((chosen.rewards, rejected.rewards))
+    present = torch.cat((chosen.present, rejected.present))
+    return ((rewards * present).sum() / present.sum()).clamp(min=0)
+
+
+def kto(chosen: Answers, rejected: Answers, shared: Tensor) -> Tensor:
+    # 1 - sigma(T_w - K) and 1 - sigma(K - T_l): their mean, or the one whose answer is there
+    terms = torch.stack(
+        ((shared - chosen.rewards).sigmoid(), (rejected.rewards - shared).sigmoid())
+    )
+    present = torch.stack((chosen.present, rejected.present))
+    return (terms * present).sum(dim=0) / present.sum(dim=0)
+
+
+# Density ratios by the token.
+
+
+def lsif(chosen: Answers, rejected: Answers) -> Tensor:
+    # -e^(z_w / n_w) + e^(2 z_l / n_l) / 2
+    return (2 * rejected.mean_logratios).exp() / 2 - chosen.mean_logratios.exp()
+
+
+def ukl(chosen: Answers, rejected: Answers) -> Tensor:
+    # -m_w + e^(z_l / n_l)
+    return rejected.mean_logratios.exp() - chosen.mean_logps
+
+
+# Without a reference.
+
+
+def simpo(chosen: Answers, rejected: Answers, gamma: float = 0.5) -> Tensor:
+    # sp(-(beta (m_w - m_l) - gamma)): gamma itself, not gamma / beta
+    return F.softplus(gamma - chosen.beta * (chosen.mean_logps - rejected.mean_logps))
+
+
+def orpo(chosen: Answers, rejected: Answers) -> Tensor:
+    # -m_w + beta sp(-(o_w - o_l)), o = m - log(1 - e^m)
+    def log_odds(m):
+        m = m.clamp(max=-torch.finfo(m.dtype).tiny)  # certain answers: log 0 has no gradient
+        return m - torch.log(-torch.expm1(m))
+
+    ratio = log_odds(chosen.mean_logps) - log_odds(rejected.mean_logps)
+    return -chosen.mean_logps + chosen.beta * F.softplus(-ratio)
+
+
+def cpo(chosen: Answers, rejected: Answers, alpha: float = 1.0) -> Tensor:
+    # sp(-beta (s_w - s_l)) - alpha m_w
+    return F.softplus(chosen.beta * (rejected.logps - chosen.logps)) - alpha * chosen.mean_logps
+
+
+def slic(chosen: Answers, rejected: Answers) -> Tensor:
+    # max(0, 1 - s_w + s_l) - beta m_w
+    return F.relu(1 - chosen.logps + rejected.logps) - chosen.beta * chosen.mean_logps
+
+
+def sft(chosen: Answers, rejected: Answers) -> Tensor:
+    # -m_w: supervised fine-tuning on the chosen answer
+    return -chosen.mean_logps
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
     """The declaration of a loss."""
 
-    function: Callable[[PairTerms], Tensor]
+    function: Callable[..., Tensor]  # of chosen, rejected and its options, which have defaults
     needs_reference: bool
-    uses: str  # "sums" or "means" over an answer's tokens
-    pairwise: bool  # False: a loss of the whole batch that does not split into pairs
-    answers: str  # "both" or only the "chosen" must be there
+    uses: str  # "sums" or "means" over an answer's tokens, or both
+    answers: str  # "both", only the "chosen", or "any" of them must be there
     beta: float  # the default; dpo's is half of mio's, which gives equal gradients at step 0
-    start: float | None  # its value while policy and reference agree; None where it depends
+    # Its value while policy and reference agree, with its own options; a function of beta, or
+    # None where it depends on the answers.
+    start: float | Callable[[float], float] | None
     formula: str
     source: str
+    # A loss of the whole batch splits into pairs once a number that they share is known, without
+    # gradient: of the batch itself or, `mismatched`, of its prompts with other rows' answers.
+    shared: Callable[[Answers, Answers], Tensor] | None = None
+    mismatched: bool = False
+
+    @property
+    def pairwise(self) -> bool:
+        return self.shared is None
+
+    @property
+    def options(self) -> dict[str, float]:
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
+# fmt: off
 LOSSES: dict[str, Loss] = {
-    "dpo": Loss(
-        dpo, True, "sums", True, "both", 0.1, math.log(2), "sp(T_l - T_w)",
-        "arXiv 2305.18290, eq. 7",
-    ),
-    "mio": Loss(
-        mio, True, "sums", True, "both", 0.2, math.log(4), "sp(-T_w) + sp(T_w)/2 + sp(T_l)/2",
-        "arXiv 2506.22578; as a function NCA's pair loss, 2402.05369",
-    ),
-    "bce": Loss(
-        bce, True, "sums", True, "both", 0.1, math.log(4), "sp(-T_w) + sp(T_l)",
-        "the Jensen-Shannon bound with the rejected alone as marginal",
-    ),
-    "sft": Loss(
-        sft, False, "means", True, "chosen", 0.1, None, "-s_w / n_w",
-        "maximum likelihood of the chosen",
-    ),
-}  # fmt: skip
+    "dpo": Loss(dpo, True, "sums", "both", 0.1, math.log(2),
+        "sp(T_l - T_w)", "arXiv 2305.18290, eq. 7"),
+    "mio": Loss(mio, True, "sums", "both", 0.2, math.log(4),
+        "sp(-T_w) + sp(T_w)/2 + sp(T_l)/2",
+        "arXiv 2506.22578; NCA's pair, 2402.05369"),
+    "bce": Loss(bce, True, "sums", "both", 0.1, math.log(4),
+        "sp(-T_w) + sp(T_l)", "the rejected as marginal; BCO, 2404.04656"),
+    "nwj": Loss(nwj, True, "sums", "both", 0.1, 0.0,
+        "-(1 + T_w) + (e^T_w + e^T_l)/2", "Nguyen-Wainwright-Jordan / f-GAN bound"),
+    "dv": Loss(dv, True, "sums", "both", 0.1, 0.0,
+        "-mean T_w + log mean e^T, over the batch", "Donsker-Varadhan; MINE, arXiv 1801.04062",
+        shared=log_mean_exp),
+    "cdpo": Loss(cdpo, True, "sums", "both", 0.1, math.log(2),
+        "(1-eps) sp(-D) + eps sp(D)", "Mitchell's cDPO note"),
+    "robust": Loss(robust, True, "sums", "both", 0.1, math.log(2),
+        "((1-eps) sp(-D) - eps sp(D)) / (1-2eps)", "arXiv 2403.00409"),
+    "hinge": Loss(hinge, True, "sums", "both", 0.05, 1.0,
+        "max(0, 1 - D)", "SLiC, RSO; arXiv 2309.06657"),
+    "ipo": Loss(ipo, True, "means", "both", 0.1, lambda beta: (1 / (2 * beta)) ** 2,
+        "(z_w/n_w - z_l/n_l - 1/(2 beta))^2", "arXiv 2310.12036"),
+    "dpo_norm": Loss(dpo_norm, True, "means", "both", 5.0, math.log(2),
+        "sp(-beta (z_w/n_w - z_l/n_l))", "Tulu 3, arXiv 2411.15124"),
+    "apo_zero": Loss(apo_zero, True, "sums", "both", 0.1, 1.0,
+        "1 - sigma(T_w) + sigma(T_l)", "arXiv 2408.06266"),
+    "apo_down": Loss(apo_down, True, "sums", "both", 0.1, 1.0,
+        "sigma(T_w) + 1 - sigma(D)", "arXiv 2408.06266"),
+    "exo": Loss(exo, True, "sums", "both", 0.1, -math.log(2) - math.log(1e-3 * (1 - 1e-3)) / 2,
+        "q log(q/(1-eps)) + (1-q) log((1-q)/eps), q = sigma(D)", "arXiv 2402.00856"),
+    "sppo": Loss(sppo, True, "sums", "both", 1e-3, lambda beta: 2 * (1 / (2 * beta)) ** 2,
+        "(z_w - 1/(2 beta))^2 + (z_l + 1/(2 beta))^2", "arXiv 2405.00675, hard labels"),
+    "dpop": Loss(dpop, True, "sums", "both", 0.1, math.log(2),
+        "sp(-(D - beta lambda max(0, -z_w)))", "arXiv 2402.13228"),
+    "rpo": Loss(rpo, True, "sums and means", "both", 0.1, None,
+        "sp(-D) - alpha m_w", "arXiv 2404.19733"),
+    "lsif": Loss(lsif, True, "means", "both", 1.0, -0.5,
+        "-e^(z_w/n_w) + e^(2 z_l/n_l)/2", "DIL, arXiv 2503.05079"),
+    "ukl": Loss(ukl, True, "means", "both", 1.0, None,
+        "-m_w + e^(z_l/n_l)", "DIL, arXiv 2503.05079"),
+    "simpo": Loss(simpo, False, "means", "both", 2.0, None,
+        "sp(-(beta (m_w - m_l) - gamma))", "arXiv 2405.14734"),
+    "orpo": Loss(orpo, False, "means", "both", 0.1, None,
+        "-m_w + beta sp(o_l - o_w), o = m - log(1 - e^m)", "arXiv 2403.07691"),
+    "cpo": Loss(cpo, False, "sums and means", "both", 0.1, None,
+        "sp(-beta (s_w - s_l)) - alpha m_w", "arXiv 2401.08417"),
+    "slic": Loss(slic, False, "sums and means", "both", 0.1, None,
+        "max(0, 1 - s_w + s_l) - beta m_w", "arXiv 2305.10425"),
+    "kto": Loss(kto, True, "sums", "any", 0.1, 0.5,
+        "mean of 1 - sigma(T_w - K), 1 - sigma(K - T_l)", "arXiv 2402.01306",
+        shared=mismatch, mismatched=True),
+    "sft": Loss(sft, False, "means", "chosen", 0.1, None,
+        "-m_w", "maximum likelihood of the chosen"),
+}
+# fmt: on
+
+SYMBOLS = """\
+s_w, s_l: summed log-prob of the chosen, the rejected answer; n: its tokens;
+m = s/n; z: s minus the reference's; T = beta z; D = T_w - T_l; sp(x) =
+log(1 + e^x); K = max(0, mean T of prompts with other rows' answers)."""
+
+
+def loss_table() -> str:
+    """Every row of LOSSES in two lines of at most 80 columns, below their symbols."""
+    lines = [SYMBOLS, ""]
+    for name, loss in LOSSES.items():
+        facts = [loss.uses, "reference" if loss.needs_reference else "no reference"]
+        if re.search("T|D|beta", loss.formula):
+            facts.append(f"beta {loss.beta:g}")
+        facts += [f"{option} {default:g}" for option, default in loss.options.items()]
+        lines += [f"{name:10}{loss.formula}", f"{'':10}{', '.join(facts)}; {loss.source}"]
+    return "\n".join(lines)
 
 
 def pair_loss(
@@ -114,26 +352,19 @@ def pair_loss(
 
     Log-probs are sums in nats, (B,); lengths are tokens, (B,), needed by losses that use means;
     reference log-probs may be None for losses without a reference; `options` go to the loss's own
-    function. Returns (B,). Raises KeyError for an unknown name.
+    function. Returns (B,), whose mean is the loss of the batch. A loss of the whole batch takes
+    what its pairs share as `shared`; without it these pairs are the batch, and kto's K is of their
+    own answers, as training's is not.
+    Raises KeyError for an unknown name, TypeError for an option that the loss does not take.
     """
     loss = LOSSES[name]
-    chosen_rewards = rejected_rewards = chosen_mean_logps = rejected_mean_logps = None
-    if loss.needs_reference:
-        chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
-        rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
-    if chosen_lengths is not None and rejected_lengths is not None:
-        chosen_mean_logps = chosen_logps / chosen_lengths.clamp(min=1)
-        rejected_mean_logps = rejected_logps / rejected_lengths.clamp(min=1)
-    terms = PairTerms(
-        chosen_logps=chosen_logps,
-        rejected_logps=rejected_logps,
-        chosen_mean_logps=chosen_mean_logps,
-        rejected_mean_logps=rejected_mean_logps,
-        chosen_rewards=chosen_rewards,
-        rejected_rewards=rejected_rewards,
-        beta=beta,
-    )
-    return loss.function(terms, **options)
+    assert not loss.needs_reference or ref_chosen_logps is not None, f"{name} needs a reference"
+    assert "means" not in loss.uses or chosen_lengths is not None, f"{name} needs lengths"
+    chosen = Answers(chosen_logps, ref_chosen_logps, chosen_lengths, beta)
+    rejected = Answers(rejected_logps, ref_rejected_logps, rejected_lengths, beta)
+    if not loss.pairwise and "shared" not in options:
+        options["shared"] = loss.shared(chosen, rejected).detach()
+    return loss.function(chosen, rejected, **options)
 
 
 # --- The head: hidden states of the answers' tokens, laid end to end, to losses ------------------
@@ -180,7 +411,7 @@ def fused_pair_loss(
     Differentiable in hidden and head_weight through losses.mean() or losses.sum(), that is with
     one gradient for all losses; anything else gives NaN gradients. The log-probs are detached.
     """
-    assert LOSSES[name].pairwise, f"{name} is a loss of the whole batch"
+    assert LOSSES[name].pairwise or "shared" in options, f"{name} needs the batch's shared term"
     assert len(lengths) % 2 == 0, "completions come in pairs"
     return FusedPairLoss.apply(
         hidden,
@@ -204,7 +435,8 @@ class FusedPairLoss(torch.autograd.Function):
         d L / d z = -w (p - onehot(y))               with w = d L / d s,
         d L / d h = -w W^T (p - onehot(y)),
         d L / d W = sum over tokens of -(p - onehot(y)) (w h)^T.
-    A pairwise loss needs only the two sums of its own pair, so w is known as soon as a chunk of
+    A loss needs only the two sums of its own pair (one of the whole batch also what its pairs
+    share, which a pass without gradient has found), so w is known as soon as a chunk of
     whole pairs has been projected: its logits turn into p - onehot in place, w goes to the small
     side of both products, and the next chunk takes the same buffer. Three products a token, where
     a head that projects again in its backward needs four.

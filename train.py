@@ -55,8 +55,9 @@ from data import (
     row_length,
     solution,
     split_pairs,
+    truncate,
 )
-from mio import LOSSES, fused_pair_loss, pair_loss
+from mio import LOSSES, Answers, chunked_logps, fused_pair_loss, loss_table, pair_loss
 from model import (
     Llama,
     ModelConfig,
@@ -89,8 +90,13 @@ FILES = ("init", "data", "eval_data")
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Options:
-    loss: str = option("mio", "the objective", choices=tuple(LOSSES))
+    loss: str = option("mio", "the objective; help lists them", choices=tuple(LOSSES))
     beta: float | None = option(None, "of the rewards (default: the loss's own)", above=0, most=1e6)
+    label_smoothing: float | None = option(None, "of cdpo and robust", least=0, most=0.49)
+    epsilon: float | None = option(None, "of exo, its label smoothing", above=0, most=0.49)
+    gamma: float | None = option(None, "of simpo, its target margin", least=0, most=1e6)
+    alpha: float | None = option(None, "of rpo and cpo, weight of the sft term", least=0, most=1e6)
+    dpop_lambda: float | None = option(None, "of dpop, weight of the penalty", least=0, most=1e6)
     init: str | None = option(None, "checkpoint folder; its weights are also the reference")
     data: str | None = option(None, "JSONL file of preference pairs to train on")
     eval_data: str | None = option(None, "JSONL file of held-out preference pairs")
@@ -126,9 +132,16 @@ class Options:
 # Where the two kinds of run differ. The demonstration's model is tiny: large steps, small batches.
 DEMONSTRATION = {"epochs": 3, "batch_size": 64, "max_length": 96, "lr": 1e-4}
 CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6}  # 1B to 8B parameters
-# The demonstration's answers are short, so its log-ratios are too: every default beta times this.
+# The demonstration's answers are short, so its summed log-ratios are too: their beta times this.
 DEMONSTRATION_BETA = 5
 # fmt: on
+LOSS_OPTIONS = {name for loss in LOSSES.values() for name in loss.options}  # fields of Options
+
+
+def loss_options(options: Options) -> dict[str, float]:
+    """Beta, and what was given of the loss's own options: for pair_loss and fused_pair_loss."""
+    own = {name: getattr(options, name) for name in LOSS_OPTIONS}
+    return {"beta": options.beta} | {name: own[name] for name in own if own[name] is not None}
 
 
 def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
@@ -145,6 +158,9 @@ def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
             how = {"metavar": metavar}
         parser.add_argument(f"--{name}", help=field.metadata["help"] + default, **how)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    if given.get("loss") == "help":
+        print(loss_table())
+        parser.exit()
     try:
         if "config" in given:
             file = read_json(Path(given["config"]))
@@ -230,9 +246,14 @@ def _resolved(options: Options) -> Options:
         if (options.max_length or prompt + answer) < prompt + answer:
             raise ValueError(f"--max_length {options.max_length}: the demonstration's pairs need "
                              f"{prompt + answer}")  # fmt: skip
+    loss = LOSSES[options.loss]
+    for name in LOSS_OPTIONS - loss.options.keys():
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name}: --loss {options.loss} does not use it; see --loss help")
     own = CHECKPOINT if options.init else DEMONSTRATION
-    scale = 1 if options.init else DEMONSTRATION_BETA
-    own = own | {"beta": scale * LOSSES[options.loss].beta, "out": f"out/{options.loss}"}
+    sums = loss.needs_reference and loss.uses != "means"
+    scale = DEMONSTRATION_BETA if sums and not options.init else 1
+    own = own | {"beta": scale * loss.beta, "out": f"out/{options.loss}"}
     own = {name: value for name, value in own.items() if getattr(options, name) is None}
     return dataclasses.replace(options, **own, device=evaluation.pick_device(options.device))
 
@@ -265,6 +286,10 @@ def digest(*parts) -> str:
 def digest_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_pairs(pairs: Pairs) -> str:
+    return digest(pairs.ids.tobytes(), pairs.ends.tobytes())
 
 
 def kept(record: Path, key: str, *files: Path) -> dict | None:
@@ -403,6 +428,7 @@ class Job(NamedTuple):
     inputs: dict[str, str]  # hashes of what options.init, data and eval_data held at step 0
     checkpoint: Path | None  # that the run goes on from, and its record
     record: dict
+    mismatched: Pairs | None = None  # prompts of `pairs` with other rows' answers, for kto
 
     @property
     def per_epoch(self) -> int:
@@ -436,14 +462,14 @@ def load_job(options: Options) -> Job:
     steps = options.epochs * math.ceil(len(pairs) / options.batch_size)
     eval_every = options.eval_every or max(1, math.ceil(steps / 10))
     options = dataclasses.replace(options, eval_every=eval_every)
-    inputs = record.get("inputs", {}) | {
-        "data": digest(pairs.ids.tobytes(), pairs.ends.tobytes()),
-        "eval_data": digest(held_out.ids.tobytes(), held_out.ends.tobytes()),
-    }
+    found = {"data": digest_pairs(pairs), "eval_data": digest_pairs(held_out)}
+    inputs = record.get("inputs", {}) | found
     if not record or options.init != record["options"]["init"]:
         weights = sorted(weight_files(Path(options.init)))
         inputs["init"] = digest(*weights, Path(options.init) / "config.json")
     job = Job(options, model, tokenizer, pairs, held_out, steps, inputs, checkpoint, record)
+    if LOSSES[options.loss].mismatched:
+        job = job._replace(mismatched=mismatch(pairs, context, tokenizer.bos_id))
     for name, found in inputs.items():
         if record and found != record["inputs"][name]:
             what = getattr(options, name) or options.data
@@ -454,8 +480,21 @@ def load_job(options: Options) -> Job:
     return job
 
 
+def mismatch(pairs: Pairs, max_length: int, bos_id: int | None) -> Pairs:
+    """Each prompt with the answers of the next row of another prompt; after the last, the first."""
+    mismatched = Pairs()
+    for i, row in enumerate(pairs):
+        others = (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs)))
+        other = next((other for other in others if other.prompt != row.prompt), row)
+        pair = truncate(other._replace(prompt=row.prompt), max_length, bos_id)
+        mismatched.append(pair, pairs.lines[i])
+    return mismatched
+
+
 def check_answers(options: Options, pairs: Pairs, held_out: Pairs) -> None:
     """Refuses rows that lack an answer which the loss contrasts."""
+    if LOSSES[options.loss].answers == "any":
+        return
     both = LOSSES[options.loss].answers == "both"
     for file, part in ((options.data, pairs), (options.eval_data or options.data, held_out)):
         present = part.lengths()[:, 1:] > 0
@@ -531,6 +570,7 @@ class Progress(NamedTuple):
     step: int
     num_tokens: int
     ref_logps: Tensor | None  # (pairs, 2) under the weights of step 0
+    ref_mismatched: Tensor | None  # the same of job.mismatched
     start: Tensor  # (held-out pairs, 2) under the weights of step 0
     moments: dict[str, Tensor]  # AdamW's, "exp_avg.NAME" and so on; {} at step 0
 
@@ -552,8 +592,9 @@ def save_checkpoint(job: Job, progress: Progress) -> None:
     folder = Path(job.options.out)
     tensors = {f"moments.{name}": moment for name, moment in progress.moments.items()}
     tensors |= {"start": progress.start, "random.cpu": torch.get_rng_state()}
-    if progress.ref_logps is not None:
-        tensors["ref_logps"] = progress.ref_logps
+    for name in ("ref_logps", "ref_mismatched"):
+        if (values := getattr(progress, name)) is not None:
+            tensors[name] = values
     if job.options.device != "cpu":
         tensors["random.cuda"] = torch.cuda.get_rng_state(job.options.device)
     flush_to_disk(folder / "metrics.jsonl")
@@ -607,15 +648,16 @@ def load_progress(job: Job) -> Progress:
     if job.checkpoint is None:
         needed = LOSSES[job.options.loss].needs_reference
         ref_logps = reference_logps(job) if needed else None
-        return Progress(0, 0, ref_logps, logps_of(job, job.held_out), {})
+        other = job.mismatched and reference_logps(job._replace(pairs=job.mismatched))
+        return Progress(0, 0, ref_logps, other, logps_of(job, job.held_out), {})
     tensors = load_file(job.checkpoint / "training.safetensors")
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"], job.options.device)
     moments = {k.removeprefix("moments."): v for k, v in tensors.items() if k.startswith("moments")}
     record = job.record
-    found = record["step"], record["num_tokens"], tensors.get("ref_logps"), tensors["start"]
-    return Progress(*found, moments)
+    refs = tensors.get("ref_logps"), tensors.get("ref_mismatched")
+    return Progress(record["step"], record["num_tokens"], *refs, tensors["start"], moments)
 
 
 @contextlib.contextmanager
@@ -641,7 +683,7 @@ def reference_logps(job: Job) -> Tensor:
     """Log-probs of the training pairs under the initial weights (pairs, 2), from the cache if
     weights, ids and dtype are the same. Nothing else of the reference stays in memory."""
     options = job.options
-    key = digest(job.inputs["init"], job.inputs["data"], options.dtype)
+    key = digest(job.inputs["init"], digest_pairs(job.pairs), options.dtype)
     file = Path(options.out).parent / "cache" / f"reference-{key[:16]}.safetensors"
     if file.is_file():
         try:
@@ -708,14 +750,35 @@ def learning_rate(options: Options, step: int, steps: int) -> float:
     return options.lr * falling[options.schedule]
 
 
+@torch.no_grad()
+def shared_term(model: Llama, batches: list[Batch], ref_logps: Tensor, options: Options) -> Tensor:
+    """What all pairs of a step share in a loss of the whole batch, from a pass of its own: ()."""
+    device, dtype = model.head_weight.device, getattr(torch, options.dtype)
+    logps = []
+    for batch in (batch.to(device) for batch in batches):
+        with evaluation.autocast(device, dtype):
+            hidden, head = evaluation.answer_states(model, batch), model.head_weight
+            sums = chunked_logps(
+                hidden, head, batch.targets, batch.lengths, compiled=model.compiled
+            )
+        logps.append(sums)
+    ref = torch.cat([ref_logps[batch.index].flatten() for batch in batches])
+    lengths = torch.cat([batch.lengths for batch in batches])
+    terms = [torch.cat(logps), ref.to(device), lengths.to(device)]  # (2B,) each
+    sides = (Answers(*(x[side::2] for x in terms), options.beta) for side in (0, 1))
+    return LOSSES[options.loss].shared(*sides)
+
+
 def train_step(
     model: Llama,
     optimizer: torch.optim.Optimizer,
     batches: list[Batch],
     options: Options,
     ref_logps: Tensor | None,
+    mismatched: tuple[list[Batch], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimizer step on the pairs of `batches`; ref_logps (all pairs, 2) or None.
+    """One optimizer step on the pairs of `batches`; ref_logps (all pairs, 2) or None; mismatched:
+    the same of their prompts with other rows' answers, for a loss that asks for them.
 
     Returns the loss of each pair (B,), log-probs (B, 2), both in the order of the batches' index,
     and the gradient's norm before clipping, all on the model's device: nothing here waits for it.
@@ -723,7 +786,10 @@ def train_step(
     """
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     pairs = sum(len(batch.index) for batch in batches)
-    losses, logps = [], []
+    losses, logps, own = [], [], loss_options(options)
+    if not LOSSES[options.loss].pairwise:
+        assert LOSSES[options.loss].mismatched == (mismatched is not None)
+        own["shared"] = shared_term(model, *(mismatched or (batches, ref_logps)), options)
     for batch in batches:
         ref = None if ref_logps is None else ref_logps[batch.index].flatten().to(device)  # (2B,)
         batch = batch.to(device)
@@ -731,7 +797,7 @@ def train_step(
             hidden = evaluation.answer_states(model, batch)  # (N, D)
             loss, logp = fused_pair_loss(
                 hidden, model.head_weight, batch.targets, batch.lengths, ref,
-                options.loss, beta=options.beta, compiled=model.compiled,
+                options.loss, compiled=model.compiled, **own,
             )  # fmt: skip
         loss.sum().backward()
         losses.append(loss.detach())
@@ -754,11 +820,14 @@ def check_start(options: Options, losses: Tensor, logps: Tensor, ref_logps: Tens
     drift = (logps - ref_logps).abs().max().item()
     # Float rounding differs between packings; the bound grows with the length of a sum.
     allowed = (1e-4 if options.dtype == "float32" else 5e-3) * (1 + ref_logps.abs().max())
-    start, loss = LOSSES[options.loss].start, losses.mean().item()
+    start, loss = LOSSES[options.loss].start, mean(losses)
+    start = start(options.beta) if callable(start) else start
     assert drift <= allowed, f"step 0: policy and reference differ by {drift:.2g} nats"
-    if start is not None:
-        off = abs(loss - start)
-        assert off <= 1e-5 + 2 * options.beta * allowed, f"step 0: loss {loss:.6f}, not {start:.6f}"
+    if start is not None and loss_options(options).keys() == {"beta"}:
+        # By its slope in a log-ratio: about beta, or 1 / beta where it aims at 1 / (2 beta).
+        slope = 10 * max(options.beta, 1 / options.beta)
+        close = abs(loss - start) <= 1e-5 * (1 + abs(start)) + slope * drift
+        assert close, f"step 0: loss {loss:.6f}, not {start:.6f}"
     print(f"  step 0: rewards 0 within {drift * options.beta:.1e}, loss {loss:.6f}")
 
 
@@ -796,7 +865,11 @@ def train(job: Job, progress: Progress, noted: list[int]) -> tuple[Tensor, dict]
             batches = step_batches(job, step)
             index = [i for batch in batches for i in batch.index]
             lr = set_lr(optimizer, learning_rate(options, step, steps))
-            losses, logps, grad_norm = train_step(model, optimizer, batches, options, ref_logps)
+            others = job.mismatched and step_batches(job, step, job.mismatched)
+            losses, logps, grad_norm = train_step(
+                *(model, optimizer, batches, options, ref_logps),
+                others and (others, progress.ref_mismatched),
+            )
             tokens += sum(row_length(job.pairs[i]) for i in index)
             unread.append((step, index, losses, grad_norm))
             # What is written at a step depends on the step alone, not on where this run stops.
@@ -827,7 +900,8 @@ def train(job: Job, progress: Progress, noted: list[int]) -> tuple[Tensor, dict]
             if save:
                 check_weights(job, step)
                 moments = get_moments(model, optimizer)
-                save_checkpoint(job, Progress(step, tokens, ref_logps, start, moments))
+                now = progress._replace(step=step, num_tokens=tokens, moments=moments)
+                save_checkpoint(job, now)
             if stopped:
                 break
             began, read, tokens_read = time.perf_counter(), step, tokens
@@ -835,13 +909,14 @@ def train(job: Job, progress: Progress, noted: list[int]) -> tuple[Tensor, dict]
     return end, row
 
 
-def step_batches(job: Job, step: int) -> list[Batch]:
-    """The pairs of step 1, 2, ..., packed; the last step of an epoch may be short."""
+def step_batches(job: Job, step: int, pairs: Pairs | None = None) -> list[Batch]:
+    """The pairs of step 1, 2, ..., packed; the last step of an epoch may be short. Or the same rows
+    of other `pairs`."""
     options, (epoch, place) = job.options, divmod(step - 1, job.per_epoch)
     order = epoch_order(len(job.pairs), options.seed, epoch).tolist()
     index = order[place * options.batch_size : (place + 1) * options.batch_size]
     layout = options.row_tokens, options.micro_tokens, evaluation.fixed_length(job.model)
-    return make_batches(job.pairs, index, *layout)
+    return make_batches(pairs or job.pairs, index, *layout)
 
 
 @contextlib.contextmanager
@@ -871,7 +946,7 @@ def training_metrics(job: Job, index: list[int], logps: Tensor, ref: Tensor | No
     present = torch.from_numpy(job.pairs.lengths()[index, 1:] > 0)
     logps = torch.where(present, logps, torch.nan)
     values = evaluation.preference_values(logps, ref, job.options.beta)
-    return {name: mean(value) for name, value in values.items()}
+    return {name: mean(value[~value.isnan()]) for name, value in values.items()}
 
 
 def check_weights(job: Job, step: int) -> None:
@@ -885,9 +960,12 @@ def held_out_metrics(job: Job, logps: Tensor, start: Tensor) -> dict[str, float]
         return {}
     options = job.options
     n_w, n_l = torch.from_numpy(job.held_out.lengths()[:, 1:]).unbind(dim=1)
+    own = loss_options(options)
+    if job.mismatched:
+        own["shared"] = torch.nan  # no held-out prompt is run with other rows' answers: no loss
     losses = pair_loss(
         options.loss, *logps.unbind(dim=1), *start.unbind(dim=1),
-        beta=options.beta, chosen_lengths=n_w, rejected_lengths=n_l,
+        chosen_lengths=n_w, rejected_lengths=n_l, **own,
     )  # fmt: skip
     logps = torch.where(torch.stack((n_w, n_l), dim=1) > 0, logps, torch.nan)
     metrics = {"loss": mean(losses)} | evaluation.preference_metrics(logps, start, options.beta)
@@ -911,11 +989,13 @@ def strict_json(row: dict) -> str:
 def describe(job: Job) -> str:
     """What is about to be trained, so that a wrong flag is seen before it costs anything."""
     options, loss = job.options, LOSSES[job.options.loss]
+    own = {"beta": options.beta} | loss.options | loss_options(options)
     parameters = sum(p.numel() for p in job.model.parameters())
     return "\n".join(
         [
             f"{options.loss}: {loss.formula}   [{loss.source}]",
-            f"  log-probs as {loss.uses} over an answer's tokens, beta {options.beta:g}, "
+            f"  log-probs as {loss.uses} over an answer's tokens, "
+            f"{', '.join(f'{name} {value:g}' for name, value in own.items())}, "
             f"{'with' if loss.needs_reference else 'without'} a reference",
             f"  {options.init}: {parameters:,} parameters, {options.dtype} products on "
             f"{options.device}",

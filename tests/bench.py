@@ -251,7 +251,7 @@ def bench_saving(sizes=("W1", "W2")) -> None:
                 ref + 0,
             )
 
-            def save(job=job, number=number, rest=(0, ref, start, moments)):
+            def save(job=job, number=number, rest=(0, ref, None, start, moments)):
                 train.save_checkpoint(job, train.Progress(next(number), *rest))
 
             count = 12 * sum(p.numel() for p in model.parameters())

@@ -1,6 +1,11 @@
 """The objective: published values, the theorems behind them, the fused head against its oracle."""
 
 import math
+import re
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,25 +16,32 @@ from mio import LOSSES, chunked_logps, fused_pair_loss, naive_logps, pair_loss
 PAIRWISE = [name for name, loss in LOSSES.items() if loss.pairwise]
 REFERENCE = (-20.0, -30.0)
 LENGTHS = (10, 20)
-# beta 0.1; for each policy (s_w, s_l): loss, d loss / d s_w, d loss / d s_l, from the formulas.
-VALUES = {
-    "dpo": [
-        (0.693147, -0.05000, +0.05000),
-        (0.598139, -0.04502, +0.04502),
-        (0.313262, -0.02689, +0.02689),
-    ],
-    "mio": [
-        (1.386294, -0.02500, +0.02500),
-        (1.338793, -0.02125, +0.02375),
-        (1.311822, -0.04337, +0.00912),
-    ],
-    "bce": [
-        (1.386294, -0.05000, +0.05000),
-        (1.288793, -0.04750, +0.04750),
-        (1.175490, -0.06225, +0.01824),
-    ],
-    "sft": [(2.0, -0.10000, 0.0), (1.9, -0.10000, 0.0), (2.5, -0.10000, 0.0)],
-}
+# At beta 0.1 and the declared options, at each of POLICIES: loss, d loss / d s_w, d loss / d s_l.
+TABLE = """
+dpo       0.693147 -0.05000 +0.05000   0.598139 -0.04502 +0.04502   0.313262 -0.02689 +0.02689
+mio       1.386294 -0.02500 +0.02500   1.338793 -0.02125 +0.02375   1.311822 -0.04337 +0.00912
+bce       1.386294 -0.05000 +0.05000   1.288793 -0.04750 +0.04750   1.175490 -0.06225 +0.01824
+nwj       0.000000 -0.05000 +0.05000  -0.094996 -0.04474 +0.04524  -0.085170 -0.06967 +0.01116
+cdpo      0.693147 -0.04000 +0.04000   0.618139 -0.03502 +0.03502   0.413262 -0.01689 +0.01689
+robust    0.693147 -0.06250 +0.06250   0.573139 -0.05752 +0.05752   0.188262 -0.03939 +0.03939
+hinge     1.000000 -0.10000 +0.10000   0.800000 -0.10000 +0.10000   0.000000 +0.00000 +0.00000
+ipo      25.000000 -1.00000 +0.50000  23.522500 -0.97000 +0.48500  22.562500 -0.95000 +0.47500
+dpo_norm  0.693147 -0.00500 +0.00250   0.685675 -0.00496 +0.00248   0.680725 -0.00494 +0.00247
+apo_zero  1.000000 -0.02500 +0.02500   0.950042 -0.02494 +0.02494   0.804885 -0.02350 +0.01491
+apo_down  1.000000 +0.00000 +0.02500   0.975145 +0.00019 +0.02475   0.646482 +0.00384 +0.01966
+exo       2.761231 -0.17267 +0.17267   2.422015 -0.16600 +0.16600   1.276310 -0.11613 +0.11613
+sppo     50.000000 -10.00000 +10.00000  32.000000 -8.00000 +8.00000  200.000000 -20.00000 -20.00000
+dpop      0.693147 -0.05000 +0.05000   0.598139 -0.04502 +0.04502  24.000000 -5.10000 +0.10000
+rpo       2.693147 -0.15000 +0.05000   2.498139 -0.14502 +0.04502   2.813262 -0.12689 +0.02689
+lsif     -0.500000 -0.10000 +0.05000  -0.652752 -0.11052 +0.04524  -0.494966 -0.06065 +0.01116
+ukl       3.000000 -0.10000 +0.05000   2.851229 -0.10000 +0.04756   2.972367 -0.10000 +0.02362
+simpo     1.005492 -0.00634 +0.00317   0.996007 -0.00631 +0.00315   0.989712 -0.00628 +0.00314
+orpo      2.104206 -0.10749 +0.00417   1.992900 -0.10711 +0.00384   2.584048 -0.10619 +0.00318
+cpo       2.313262 -0.12689 +0.02689   2.163282 -0.12315 +0.02315   2.626928 -0.11192 +0.01192
+slic      0.200000 -0.01000 +0.00000   0.190000 -0.01000 +0.00000   0.250000 -0.01000 +0.00000
+sft       2.000000 -0.10000 +0.00000   1.900000 -0.10000 +0.00000   2.500000 -0.10000 +0.00000
+"""
+VALUES = {name: [float(x) for x in row] for name, *row in map(str.split, TABLE.split("\n")[1:-1])}
 POLICIES = [(-20.0, -30.0), (-19.0, -31.0), (-25.0, -45.0)]
 
 
@@ -37,32 +49,44 @@ def double(*values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def loss_and_gradient(name: str, policy, beta: float = 0.1):
+def loss_and_gradient(name: str, policy, beta: float = 0.1, reference=REFERENCE):
     s_w, s_l = (double(s).requires_grad_() for s in policy)
     loss = pair_loss(
-        *(name, s_w, s_l, double(REFERENCE[0]), double(REFERENCE[1])),
+        *(name, s_w, s_l, double(reference[0]), double(reference[1])),
         beta=beta,
         chosen_lengths=torch.tensor([LENGTHS[0]]),
         rejected_lengths=torch.tensor([LENGTHS[1]]),
+        **({"shared": 0.0} if LOSSES[name].mismatched else {}),
     )
     loss.sum().backward()
     gradients = [0.0 if s.grad is None else s.grad.item() for s in (s_w, s_l)]
     return loss.item(), *gradients
 
 
-@pytest.mark.parametrize("name", LOSSES)
+def test_every_pairwise_loss_has_a_row_of_values():
+    assert list(VALUES) == PAIRWISE
+
+
+@pytest.mark.parametrize("name", VALUES)
 @pytest.mark.parametrize("column", range(3))
 def test_losses_have_their_published_values_and_gradients(name, column):
     got = loss_and_gradient(name, POLICIES[column])
-    loss, *gradients = VALUES[name][column]
+    loss, *gradients = VALUES[name][3 * column : 3 * column + 3]
     assert got[0] == pytest.approx(loss, abs=1e-6)
     assert got[1:] == pytest.approx(gradients, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_declared_start_is_the_loss_at_the_reference(name):
-    if LOSSES[name].start is not None:
-        assert loss_and_gradient(name, REFERENCE)[0] == pytest.approx(LOSSES[name].start, abs=1e-12)
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_declared_start_is_the_loss_at_the_reference(name, beta):
+    start = LOSSES[name].start
+    start = start(beta) if callable(start) else start
+    if start is None:  # it depends on the answers
+        shifted = [s - 1 for s in REFERENCE]
+        others = loss_and_gradient(name, shifted, beta, shifted)
+        assert loss_and_gradient(name, REFERENCE, beta)[0] != others[0]
+    else:
+        assert loss_and_gradient(name, REFERENCE, beta)[0] == pytest.approx(start, rel=1e-12)
 
 
 def random_rewards(count: int = 200):
@@ -120,6 +144,201 @@ def test_mio_and_bce_start_alike_but_not_with_the_same_gradient():
     assert bce_start[1] == pytest.approx(2 * mio_start[1])
 
 
+def batch_of_pairs(B: int = 5, seed: int = 0, scale: float = 3.0):
+    """s_w, s_l, ref_w, ref_l, n_w, n_l of pairs whose answers differ in length: (B,) each."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 30, (2, B), generator=generator)
+    ref = -lengths * (0.5 + torch.rand(2, B, generator=generator, dtype=torch.float64))
+    logps = ref + scale * torch.randn(2, B, generator=generator, dtype=torch.float64)
+    logps = logps.clamp(max=-0.1)
+    return *logps.requires_grad_().unbind(), *ref, *lengths
+
+
+def loss_of(name, s_w, s_l, ref_w, ref_l, n_w, n_l, beta=0.7, **options):
+    lengths = {"chosen_lengths": n_w, "rejected_lengths": n_l}
+    return pair_loss(name, s_w, s_l, ref_w, ref_l, beta=beta, **lengths, **options)
+
+
+def test_dv_of_a_batch_has_the_log_outside_the_mean():
+    s_w, s_l, *rest = batch_of_pairs()
+    t_w, t_l = 0.7 * (s_w - rest[0]), 0.7 * (s_l - rest[1])
+    plain = -t_w.mean() + torch.cat((t_w, t_l)).exp().mean().log()
+    dv = loss_of("dv", s_w, s_l, *rest).mean()
+    torch.testing.assert_close(dv, plain, rtol=1e-12, atol=0)
+    got, expected = (torch.autograd.grad(x, (s_w, s_l), retain_graph=True) for x in (dv, plain))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    assert loss_of("nwj", s_w, s_l, *rest).mean() >= dv  # the tighter bound is the smaller loss
+
+
+def test_kto_counts_each_answer_once_from_a_point_without_gradient():
+    s_w, s_l, *rest = batch_of_pairs()
+    n_w, n_l = rest[2].clone(), rest[3].clone()
+    n_w[1], n_l[2] = 0, 0  # rows with one answer only
+    t_w, t_l = 0.7 * (s_w - rest[0]), 0.7 * (s_l - rest[1])
+    mean = torch.cat((t_w[n_w > 0], t_l[n_l > 0])).mean().item()
+    for shift in (2 * abs(mean), -2 * abs(mean)):
+        refs = [ref - shift / 0.7 for ref in rest[:2]]
+        sides = (mio.Answers(*side, 0.7) for side in zip((s_w, s_l), refs, (n_w, n_l)))
+        assert LOSSES["kto"].shared(*sides).item() == pytest.approx(max(0, mean + shift))
+    losses = loss_of("kto", s_w, s_l, *rest[:2], n_w, n_l, shared=0.3)
+    good, bad = 1 - torch.sigmoid(t_w - 0.3), 1 - torch.sigmoid(0.3 - t_l)
+    expected = (good + bad) / 2
+    expected = torch.where(n_w > 0, torch.where(n_l > 0, expected, good), bad)
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+    own = loss_of("kto", s_w, s_l, *rest)  # without another point: that of its own answers
+    point = max(0, 0.7 * torch.cat((s_w - rest[0], s_l - rest[1])).mean().item())
+    torch.testing.assert_close(own, loss_of("kto", s_w, s_l, *rest, shared=point))
+
+
+def test_robust_undoes_flipped_labels_on_average():
+    s_w, s_l, ref_w, ref_l, n_w, n_l = batch_of_pairs()
+    right = loss_of("robust", s_w, s_l, ref_w, ref_l, n_w, n_l, label_smoothing=0.2)
+    flipped = loss_of("robust", s_l, s_w, ref_l, ref_w, n_l, n_w, label_smoothing=0.2)
+    clean = loss_of("dpo", s_w, s_l, ref_w, ref_l, n_w, n_l)
+    torch.testing.assert_close(0.8 * right + 0.2 * flipped, clean, rtol=1e-12, atol=1e-12)
+
+
+# How large a log-ratio may be where the loss grows as its exponential.
+GROWS = {"nwj": ("w", "l"), "lsif": ("w", "l"), "ukl": ("l",)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_extreme_log_ratios_overflow_no_loss_that_is_finite(name, dtype):
+    extremes = (-1e4, 0.0, 1e4)
+    z_w, z_l = torch.cartesian_prod(*[torch.tensor(extremes, dtype=dtype)] * 2).unbind(dim=1)
+    z_w = z_w.clamp(max=0) if "w" in GROWS.get(name, ()) else z_w
+    z_l = z_l.clamp(max=0) if "l" in GROWS.get(name, ()) else z_l
+    ref = torch.full_like(z_w, -1e4)
+    s_w, s_l = ((ref + z).requires_grad_() for z in (z_w, z_l))  # at most 0: certain answers
+    shared = {"shared": torch.tensor(0.0, dtype=dtype)} if LOSSES[name].mismatched else {}
+    lengths = torch.full(z_w.shape, 3)
+    losses = loss_of(name, s_w, s_l, ref, ref, lengths, lengths, 1.0, **shared)
+    losses.sum().backward()
+    gradients = [s.grad for s in (s_w, s_l) if s.grad is not None]
+    assert losses.dtype == dtype and all(x.isfinite().all() for x in (losses, *gradients))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_printed_table_is_true(name):
+    loss, batch = LOSSES[name], batch_of_pairs(8)
+    shared = {"shared": torch.tensor(0.1)} if loss.mismatched else {}
+    lines = mio.loss_table().splitlines()
+    assert max(map(len, lines)) <= 80
+    row = next(i for i, line in enumerate(lines) if line.split(" ")[0] == name)
+    assert loss.formula in lines[row] and loss.source in lines[row + 1]
+    plain, facts = loss_of(name, *batch, **shared), lines[row + 1]
+    assert torch.equal(plain, loss_of(name, *batch, 0.3, **shared)) == ("beta" not in facts)
+    without = (*batch[:2], None, None, *batch[4:])
+    if "no reference" in facts:
+        assert torch.equal(plain, loss_of(name, *without))
+    longer = (*batch[:4], batch[4] + 1, batch[5] + 1)
+    assert torch.equal(plain, loss_of(name, *longer, **shared)) == ("means" not in facts)
+    for option, default in loss.options.items():
+        assert f"{option} {default:g}" in facts
+        assert not torch.equal(plain, loss_of(name, *batch, **{option: default / 2}))
+        assert torch.equal(plain, loss_of(name, *batch, **{option: default}))
+
+
+# --- TRL's own code -------------------------------------------------------------------------------
+
+NOT_IN_TRL = {"nwj", "dv", "dpop", "lsif", "ukl"}
+DPO_TRAINER = {
+    "dpo": "sigmoid", "mio": "nca_pair", "bce": "bco_pair", "cdpo": "aot", "robust": "robust",
+    "hinge": "hinge", "ipo": "ipo", "dpo_norm": "sigmoid_norm", "apo_zero": "apo_zero",
+    "apo_down": "apo_down", "exo": "exo_pair", "sppo": "sppo_hard", "rpo": "sigmoid sft",
+    "sft": "sft",
+}  # fmt: skip
+# rpo of two losses added; cdpo as the smoothed loss of aot, which for a single pair sorts nothing.
+CPO_TRAINER = {"simpo": "simpo", "cpo": "sigmoid", "slic": "hinge"}
+
+
+def trl_trainer(**settings):
+    """What TRL's loss methods read of a trainer."""
+    same = {"gather": lambda x: x, "gather_for_metrics": lambda x: x}
+    return SimpleNamespace(
+        accelerator=SimpleNamespace(device=torch.device("cpu"), **same),
+        model=SimpleNamespace(training=True),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        **{"aux_loss_enabled": False, "precompute_ref_logps": True, "ld_alpha": None},
+        **{"f_divergence_type": "reverse_kl", "use_weighting": False, "_tp_size": 1},
+        **{"_total_train_tokens": 0, "calculate_KL": True, "loss_weights": [1.0], **settings},
+    )
+
+
+def trl_inputs(logps, lengths, **inputs):
+    """A batch of sequences of a prompt token and an answer, and a model that says `logps` of it."""
+    T = 1 + int(lengths.max())
+    mask = ((torch.arange(T) > 0) & (torch.arange(T) <= lengths[:, None])).long()
+    nothing = torch.zeros(len(lengths), T - 1)
+    says = SimpleNamespace(
+        log_probs=mask[:, 1:] * (logps / lengths)[:, None],
+        entropy=nothing, mean_logits=nothing, is_top1=nothing.bool(),
+    )  # fmt: skip
+
+    inputs |= {"input_ids": 0 * mask, "attention_mask": mask, "completion_mask": mask}
+    return lambda **_: says, inputs
+
+
+def trl_loss(name, s_w, s_l, ref_w, ref_l, n_w, n_l, beta, epsilon, gamma, kl):
+    """The loss of one pair, (1,) each, by TRL 1.16."""
+    settings = {"beta": beta, "label_smoothing": epsilon}
+    if name in DPO_TRAINER:
+        from trl import DPOTrainer
+
+        types = DPO_TRAINER[name].split()
+        trainer = trl_trainer(loss_types=types, **settings | {"loss_weights": [1.0] * len(types)})
+        ref = {"ref_chosen_logps": ref_w, "ref_rejected_logps": ref_l}
+        inputs = trl_inputs(torch.cat((s_w, s_l)), torch.cat((n_w, n_l)), **ref)
+        return DPOTrainer._compute_loss(trainer, *inputs, False)
+    if name == "kto":
+        from trl import KTOTrainer
+
+        weights = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
+        trainer = trl_trainer(loss_type="kto", **settings, **weights)
+        trainer._compute_kl_logps = lambda model, batch: kl / beta + ref_w
+        ref = {"ref_logps": torch.cat((ref_w, ref_l)), "ref_KL_logps": ref_w}
+        ref["label"] = torch.tensor([True, False])
+        inputs = trl_inputs(torch.cat((s_w, s_l)), torch.cat((n_w, n_l)), **ref)
+        return KTOTrainer._compute_loss(trainer, *inputs, False)
+    means = [s / n for s, n in zip((s_w, s_l), (n_w, n_l))]
+    trainer = trl_trainer(loss_type=CPO_TRAINER.get(name), alpha=0.0, **settings)
+    if name == "orpo":
+        from trl.experimental.orpo import ORPOTrainer
+
+        trainer.odds_ratio_loss = partial(ORPOTrainer.odds_ratio_loss, trainer)
+        trainer.concatenated_forward = lambda *_: (*means, s_w, s_l, -means[0].mean())
+        return ORPOTrainer.get_batch_loss_metrics(trainer, None, None)[0]
+    from trl.experimental.cpo import CPOTrainer
+
+    trainer.beta = 1.0 if name == "slic" else beta
+    trainer.label_smoothing, trainer.simpo_gamma = 0.0, gamma
+    trainer.cpo_alpha = {"slic": beta, "cpo": 1.0, "simpo": 0.0}[name]
+    trainer.cpo_loss = partial(CPOTrainer.cpo_loss, trainer)
+    sums_or_means = means if name == "simpo" else (s_w, s_l)
+    trainer.concatenated_forward = lambda *_: (*sums_or_means, s_w, s_l, -means[0].mean())
+    return CPOTrainer.get_batch_loss_metrics(trainer, None, None)[0]
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in NOT_IN_TRL])
+def test_losses_and_gradients_are_those_of_trl(name):
+    pytest.importorskip("trl")
+    values = {"label_smoothing": 0.15, "epsilon": 0.15, "gamma": 0.4, "shared": torch.tensor(0.2)}
+    takes = LOSSES[name].options.keys() | ({"shared"} if name == "kto" else set())
+    worst = 0.0
+    for seed in range(5):
+        batch = batch_of_pairs(1, seed)
+        ours = loss_of(name, *batch, beta=0.3, **{k: v for k, v in values.items() if k in takes})
+        theirs = trl_loss(name, *batch, 0.3, 0.15, 0.4, 0.2)
+        for a, b in ((ours.mean(), theirs), *zip(*(
+            torch.autograd.grad(x, batch[:2], allow_unused=True, materialize_grads=True)
+            for x in (ours.mean(), theirs)
+        ))):  # fmt: skip
+            worst = max(worst, (a - b).abs().item())
+    print(f"{name}: {worst:.1e}")
+    assert worst <= (1e-6 if name in ("orpo", "exo", "kto") else 1e-12)  # those compute in float32
+
+
 # --- The head -------------------------------------------------------------------------------------
 
 
@@ -134,6 +353,11 @@ def completions(lengths, dtype=torch.float64, D=6, V=11, seed=0):
     return hidden.requires_grad_(), head.requires_grad_(), targets, lengths, ref.to(dtype)
 
 
+def given(name) -> dict:
+    """What a loss of the whole batch must be told within the head."""
+    return {} if LOSSES[name].pairwise else {"shared": torch.tensor(0.3, dtype=torch.float64)}
+
+
 def naive_pair_loss(hidden, head, targets, lengths, ref, name, beta):
     """The oracle of fused_pair_loss: the published formulas over naive_logps, by autograd."""
     logps = naive_logps(hidden, head, targets, lengths)
@@ -142,6 +366,7 @@ def naive_pair_loss(hidden, head, targets, lengths, ref, name, beta):
         beta=beta,
         chosen_lengths=lengths[0::2],
         rejected_lengths=lengths[1::2],
+        **given(name),
     )
     return losses, logps
 
@@ -149,33 +374,68 @@ def naive_pair_loss(hidden, head, targets, lengths, ref, name, beta):
 LENGTH_CASES = [[3, 2, 1, 4, 5, 1], [1, 1], [4, 0, 2, 0]]
 
 
-@pytest.mark.parametrize("name", PAIRWISE)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("lengths", LENGTH_CASES)
 @pytest.mark.parametrize("chunk_tokens", [1, 6, 1000])
-@pytest.mark.parametrize("reduce", ["mean", "sum"])
-def test_fused_head_equals_its_oracle(name, lengths, chunk_tokens, reduce):
+def test_fused_head_equals_its_oracle(name, lengths, chunk_tokens):
     *inputs, ref = completions(lengths)
     losses, logps = naive_pair_loss(*inputs, ref, name, 0.7)
-    expected = torch.autograd.grad(getattr(losses, reduce)(), inputs[:2])
     fused_losses, fused_logps = fused_pair_loss(
-        *inputs, ref, name, beta=0.7, chunk_tokens=chunk_tokens
+        *inputs, ref, name, beta=0.7, chunk_tokens=chunk_tokens, **given(name)
     )
-    got = torch.autograd.grad(getattr(fused_losses, reduce)(), inputs[:2])
     torch.testing.assert_close(fused_losses, losses, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(fused_logps, logps, rtol=1e-12, atol=1e-12)
-    for a, b in zip(got, expected):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    for reduce in (torch.mean, torch.sum):
+        expected, got = (
+            torch.autograd.grad(reduce(x), inputs[:2], retain_graph=True)
+            for x in (losses, fused_losses)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", PAIRWISE)
+@pytest.mark.parametrize("name", LOSSES)
 def test_fused_head_passes_gradcheck(name):
     hidden, head, targets, lengths, ref = completions([3, 2, 1, 2])
 
     def mean_loss(hidden, head):
-        options = {"beta": 0.7, "chunk_tokens": 4}
+        options = {"beta": 0.7, "chunk_tokens": 4, **given(name)}
         return fused_pair_loss(hidden, head, targets, lengths, ref, name, **options)[0].mean()
 
     assert torch.autograd.gradcheck(mean_loss, (hidden, head))
+
+
+def test_the_head_takes_no_loss_of_the_whole_batch_in_parts():
+    with pytest.raises(AssertionError, match="dv needs the batch's shared term"):
+        fused_pair_loss(*completions([1, 1]), "dv", beta=1.0)
+
+
+def test_the_readme_adds_a_loss_in_ten_lines(monkeypatch):
+    text = (Path(mio.__file__).parent / "README.md").read_text(encoding="utf-8")
+    function, row = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert function.count("\n") + row.count("\n") + 1 <= 10
+    names = dict(vars(mio))
+    exec(f"{function}\nrow = {{{row}}}", names)
+    monkeypatch.setitem(LOSSES, "tilted", names["row"]["tilted"])
+    (line,) = re.findall(r"^tilted +(.*)$", text, re.MULTILINE)
+    monkeypatch.setitem(VALUES, "tilted", [float(x) for x in line.split()])
+    for column in range(3):
+        test_losses_have_their_published_values_and_gradients("tilted", column)
+    test_declared_start_is_the_loss_at_the_reference("tilted", 0.1)
+    test_fused_head_equals_its_oracle("tilted", [3, 2, 1, 4, 5, 1], 6)
+    test_fused_head_passes_gradcheck("tilted")
+    test_extreme_log_ratios_overflow_no_loss_that_is_finite("tilted", torch.float32)
+    test_the_printed_table_is_true("tilted")
+    batch = batch_of_pairs()
+    for alpha, name in ((0.0, "bce"), (0.5, "mio")):
+        torch.testing.assert_close(loss_of("tilted", *batch, alpha=alpha), loss_of(name, *batch))
+
+
+def test_the_readme_lists_every_loss_with_its_beta():
+    text = (Path(mio.__file__).parent / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d.]*) \| .* \|$", text, re.MULTILINE)
+    without = {"lsif", "ukl", "sft"}
+    betas = {name: "" if name in without else f"{x.beta:g}" for name, x in LOSSES.items()}
+    assert dict(rows) == betas
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

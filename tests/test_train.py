@@ -15,7 +15,7 @@ import data
 import model as model_module
 import train
 from data import byte_tokenizer, epoch_order, load_pairs, make_batches, solution
-from mio import LOSSES, pair_loss
+from mio import LOSSES, loss_table, pair_loss
 from train import Options, learning_rate, make_optimizer, train_step
 
 TIMINGS = ("step_seconds", "tokens_per_second")
@@ -34,15 +34,28 @@ def metrics(folder: Path) -> list[dict]:
 # --- A step ---------------------------------------------------------------------------------------
 
 
-def naive_step(model, optimizer, pairs, ref_logps, name, beta, grad_clip=1.0):
-    """The oracle of train_step: every sequence alone, the published formula, autograd."""
-    logps = torch.stack([single_logp(model, p, side) for p in pairs for side in (1, 2)])
+def naive_logps(model, pairs):
+    """Every sequence alone: (pairs, 2)."""
+    return torch.stack([single_logp(model, p, side) for p in pairs for side in (1, 2)]).view(-1, 2)
+
+
+def naive_step(model, optimizer, pairs, ref_logps, name, beta, grad_clip=1.0, mismatched=None):
+    """The oracle of train_step: every sequence alone, the published formula, autograd.
+    mismatched: prompts with other rows' answers, and their log-probs under the reference."""
+    logps = naive_logps(model, pairs).flatten()
     lengths = torch.tensor([len(answer) for pair in pairs for answer in pair[1:]])
+    shared = {}
+    if mismatched:
+        with torch.no_grad():
+            logratios = naive_logps(model, mismatched[0]) - mismatched[1]
+        present = torch.tensor([[len(a) > 0 for a in pair[1:]] for pair in mismatched[0]])
+        shared["shared"] = max(0, beta * logratios[present].mean().item())
     losses = pair_loss(
         *(name, logps[0::2], logps[1::2], *ref_logps.unbind(dim=1)),
         beta=beta,
         chosen_lengths=lengths[0::2],
         rejected_lengths=lengths[1::2],
+        **shared,
     )
     losses.mean().backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
@@ -51,29 +64,47 @@ def naive_step(model, optimizer, pairs, ref_logps, name, beta, grad_clip=1.0):
     return losses.mean().item(), norm.item()
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("micro_tokens", [1, 250, 100_000])  # 1: a row at a time
+# Micro-batches of a row each, of some rows, of the whole step.
+CUTS = [("mio", 1), ("mio", 100_000), ("dv", 1), ("dv", 100_000), ("kto", 1), ("kto", 100_000)]
+
+
+@pytest.mark.parametrize(("name", "micro_tokens"), [*((name, 250) for name in LOSSES), *CUTS])
 def test_steps_equal_the_naive_loop_however_they_are_cut_up(name, micro_tokens, pairs_file):
     pairs = load_pairs(pairs_file, byte_tokenizer())[:10]
+    if name == "kto":  # which takes rows with one answer, too
+        pairs = data.Pairs([*pairs[:4], pairs[4]._replace(chosen=[]), *pairs[5:]])
+    others = train.mismatch(pairs, 100, None)
     options = Options(loss=name, beta=0.5, lr=1e-2, weight_decay=0.1)
     fast, slow = (tiny_model(initializer_range=0.15).double() for _ in range(2))
     with torch.no_grad():
-        ref = [[single_logp(fast, pair, side) for side in (1, 2)] for pair in pairs]
-    ref_logps = torch.tensor(ref, dtype=torch.float64)
+        # Off the policy: some losses have a kink where the two are the same.
+        ref_logps, ref_others = (naive_logps(fast, part) - 0.2 for part in (pairs, others))
     optimizers = [make_optimizer(model, options) for model in (fast, slow)]
     for index in ([0, 1, 2, 3, 4, 5, 6], [7, 8, 9], [0, 9, 4]):  # a short step counts as any other
         batches = make_batches(pairs, index, 120, micro_tokens)
-        losses, _, norm = train_step(
-            fast, optimizers[0], batches, options, ref_logps if LOSSES[name].start else None
-        )
+        ref = ref_logps if LOSSES[name].needs_reference else None
+        fast_others = slow_others = None
+        if LOSSES[name].mismatched:
+            fast_others = make_batches(others, index, 120, micro_tokens), ref_others
+            slow_others = [others[i] for i in index], ref_others[index]
+        losses, _, norm = train_step(fast, optimizers[0], batches, options, ref, fast_others)
         assert fast.head_weight.grad is None
+        pairs_of_step = [pairs[i] for i in index]
         expected = naive_step(
-            slow, optimizers[1], [pairs[i] for i in index], ref_logps[index], name, 0.5
+            *(slow, optimizers[1], pairs_of_step, ref_logps[index], name, 0.5),
+            mismatched=slow_others,
         )
         # Where the gradient is clipped, the fused update takes the factor in float32.
         assert (losses.mean().item(), norm.item()) == pytest.approx(expected, rel=1e-7)
     for a, b in zip(fast.parameters(), slow.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+
+
+def test_mismatched_pairs_have_another_prompt_and_fit():
+    rows = [data.Pair([1], [7], [8, 8]), data.Pair([1], [9], [10]), data.Pair([2, 3], [11], [])]
+    mismatched = list(train.mismatch(data.Pairs(rows), 3, None))
+    assert mismatched == [([1], [11], []), ([1], [11], []), ([3], [7], [8, 8])]
+    assert list(train.mismatch(data.Pairs(rows[:2]), 3, None)) == rows[:2]  # there is no other
 
 
 def test_only_matrices_decay():
@@ -206,6 +237,14 @@ CHANGES = {
     "--log_every": "3",
     "--eval_data": "other",
 }
+# Those of a loss: beside that loss they change the metrics, beside another they are refused.
+OWN = {
+    "--label_smoothing": ("0.3", "cdpo robust"),
+    "--epsilon": ("0.3", "exo"),
+    "--gamma": ("3", "simpo"),
+    "--alpha": ("0.2", "rpo cpo"),
+    "--dpop_lambda": ("1", "dpop"),
+}
 # Memory and place, not mathematics: the metrics stay, up to rounding.
 NO_CHANGE = {
     "--row_tokens": "400",
@@ -228,10 +267,16 @@ def test_every_flag_does_what_it_says(checkpoint, pairs_file, tmp_path):
     plain = trained(BASE_FLAGS)
     named = {f"--{field.name}" for field in dataclasses.fields(Options)}
     others = {"--init", "--data", "--out", "--config", "--resume", "--overwrite", "--tensorboard"}
-    assert named == set(CHANGES) | set(NO_CHANGE) | others
+    assert named == set(CHANGES) | set(OWN) | set(NO_CHANGE) | others
     for flag, value in CHANGES.items():
         changed = trained(BASE_FLAGS | {flag: str(other) if value == "other" else value})
         assert changed != plain, flag
+    for flag, (value, losses) in OWN.items():
+        for loss in losses.split():
+            quick = {"--loss": loss, "--max_steps": "3", "--lr": "1e-2"}
+            assert trained(quick | {flag: value}) != trained(quick), (flag, loss)
+        with pytest.raises(SystemExit):
+            trained(BASE_FLAGS | {flag: value})
     for flag, value in NO_CHANGE.items():
         for a, b in zip(trained(BASE_FLAGS | {flag: value}), plain, strict=True):
             if a["step"] == 1:  # rewards are rounding errors, of either sign
@@ -267,14 +312,56 @@ def test_every_loss_trains_something_else_and_without_need_no_reference(
 ):
     ends = {}
     for name in LOSSES:
-        flags = ("--loss", name, "--beta", "0.5")
+        flags = ("--loss", name, "--epochs", "1", "--max_steps", "2", "--warmup", "0")
         rows = metrics(run(checkpoint, pairs_file, tmp_path / name, *flags))
         ends[name] = (rows[-1]["eval_logps/chosen"], rows[-1]["eval_logps/rejected"])
         assert ("rewards/chosen" in rows[1]) == LOSSES[name].needs_reference
-        assert rows[-1]["eval_logps/chosen"] > rows[0]["eval_logps/chosen"] or name == "dpo"
+        assert (rows[1]["eval_loss"] is None) == LOSSES[name].mismatched
     assert len(set(ends.values())) == len(LOSSES)
     monkeypatch.setattr(train, "reference_logps", None)
     run(checkpoint, pairs_file, tmp_path / "sft-again", "--loss", "sft")
+
+
+def test_kto_learns_from_answers_that_have_no_pair(checkpoint, tmp_path):
+    sides = [(row, side) for row in PAIR_ROWS for side in ("chosen", "rejected")]
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row, side in sides
+    ]
+    file = write_rows(tmp_path / "labels.jsonl", rows)
+    rows = metrics(run(checkpoint, file, tmp_path / "out", "--loss", "kto", "--epochs", "3"))
+    assert rows[1]["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert rows[1]["rewards/chosen"] == pytest.approx(0.0, abs=1e-4)
+    assert rows[-1]["loss"] < 0.5
+    with pytest.raises(SystemExit):
+        run(checkpoint, file, tmp_path / "out", "--loss", "dpo")
+
+
+def test_loss_help_prints_the_table_and_stops(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--loss", "help"])
+    assert stop.value.code == 0 and capsys.readouterr().out == loss_table() + "\n"
+
+
+def test_a_run_says_with_what_it_trains(checkpoint, pairs_file, tmp_path, capsys):
+    flags = ("--loss", "simpo", "--max_steps", "0")
+    run(checkpoint, pairs_file, tmp_path / "out", *flags)
+    assert "means over an answer's tokens, beta 2, gamma 0.5, without" in capsys.readouterr().out
+    run(checkpoint, pairs_file, tmp_path / "out", *flags, "--gamma", "3", "--beta", "4")
+    assert "beta 4, gamma 3, without" in capsys.readouterr().out
+
+
+SUMMED_LOG_RATIOS = "dpo mio bce nwj dv cdpo robust hinge apo_zero apo_down exo sppo dpop rpo kto"
+
+
+def test_default_betas_and_the_demonstrations(checkpoint, pairs_file):
+    for name, loss in LOSSES.items():
+        demo, _ = train.parse_options(["--loss", name])
+        own, _ = train.parse_options(
+            ["--loss", name, "--init", str(checkpoint), "--data", str(pairs_file)]
+        )
+        assert own.beta == loss.beta
+        assert demo.beta == loss.beta * (5 if name in SUMMED_LOG_RATIOS.split() else 1)
 
 
 def test_reference_is_computed_once_and_never_taken_from_other_weights_or_pairs(
@@ -487,6 +574,8 @@ def shrink_vocabulary(checkpoint):
         (["--batch_size", "2.5"], "--batch_size 2.5: expected int"),
         (["--eval_fraction", "0.95"], "--eval_fraction 0.95: must be at least 0, at most 0.9"),
         (["--loss", "nope"], "--loss nope: choose from dpo, mio"),
+        (["--gamma", "1"], "--gamma: --loss mio does not use it; see --loss help"),
+        (["--loss", "robust", "--label_smoothing", "0.5"], "must be at least 0, at most 0.49"),
         (["--nope", "1"], "unrecognized arguments: --nope 1"),
         (["--bet", "1"], "unrecognized arguments: --bet 1"),
         (["--beta"], "argument --beta: expected one argument"),
