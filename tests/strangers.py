@@ -176,7 +176,7 @@ def shards():
     whole = {name: shard for shard, part in parts.items() for name in part}
     files = {s: pack({name: TENSORS[name] for name in part}) for s, part in parts.items()}
     for name, content in NOT_JSON.items():
-        yield name, content, files, "index.json"
+        yield name, content, files, "JSON"
     for value in (None, [], "a.safetensors", 3, {"a": 1}, {"a": None}, {"a": ["a.safetensors"]}):
         yield f"map {value}", {"weight_map": value}, files, "weight_map must"
     for path in ("../model.safetensors", "/etc/passwd", "..", ".", "", "sub/a.safetensors",
@@ -201,7 +201,7 @@ def shards():
 
 def configs():
     """name -> content, words of the refusal."""
-    yield from ((name, content, "") for name, content in NOT_JSON.items())
+    yield from ((name, content, "JSON") for name, content in NOT_JSON.items())
     whole = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
              "num_attention_heads", "num_key_value_heads", "head_dim",
              "max_position_embeddings")  # fmt: skip
@@ -258,7 +258,7 @@ def split_by(pattern) -> dict:
 
 def tokenizers():
     """tokenizer.json: name -> content, words of the refusal."""
-    yield from ((name, content, "") for name, content in NOT_JSON.items())
+    yield from ((name, content, "JSON") for name, content in NOT_JSON.items())
     for pattern in ("(a+)+b", "(a|aa)+b", "(?:a+(?!c))+b"):
         yield f"slow {pattern}", TOKENIZER | split_by(pattern), "takes more than"
     for pattern in ("(", "a{1000000000}", "(?:(?:(?:a{99}){99}){99}){99}", "(?R)a", "(a)\\1", "x*",
@@ -528,7 +528,7 @@ def flags():
 
 def options():
     """JSON files for train.py --config: name -> content, words of the refusal."""
-    yield from ((name, content, "o.json") for name, content in NOT_JSON.items())
+    yield from ((name, content, "JSON") for name, content in NOT_JSON.items())
     for key, value in (("nonsense", 1), ("beta", "x"), ("beta", [1]), ("beta", True),
                        ("epochs", 1.5),
                        ("epochs", {}), ("seed", None), ("loss", []), ("loss", None), ("lr", -1),
@@ -538,7 +538,7 @@ def options():
 
 def run_configs():
     """train_config.json of a run folder, read by eval.py: name -> content, words of the refusal."""
-    yield from ((name, content, "") for name, content in NOT_JSON.items())
+    yield from ((name, content, "JSON") for name, content in NOT_JSON.items())
     for key, values in {"eval_data": (1, [], "gone", {}, "init"), "max_length": ("x", 0, [], 1.5),
                         "init": (1, [], "gone", {}, "pairs.jsonl")}.items():  # fmt: skip
         for value in values:
