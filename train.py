@@ -474,6 +474,8 @@ def load_job(options: Options) -> Job:
         if record and found != record["inputs"][name]:
             what = getattr(options, name) or options.data
             raise ValueError(f"--{name} {what}: not what the run in {options.out} began with")
+    if record:
+        check_tensors(job)
     if record and record["step"] > job.stop:
         raise ValueError(f"{checkpoint}: is beyond the {job.stop} steps of --epochs "
                          f"{options.epochs} and --max_steps {options.max_steps}")  # fmt: skip
@@ -575,6 +577,18 @@ class Progress(NamedTuple):
     moments: dict[str, Tensor]  # AdamW's, "exp_avg.NAME" and so on; {} at step 0
 
 
+# What training.json holds, by examples; options is made anew by the parser's own checks.
+RECORD = {"step": 0, "num_tokens": 0, "inputs": dict.fromkeys(FILES, ""),
+          "metrics": {"bytes": 0, "sha256": ""}, "options": {}}  # fmt: skip
+
+
+def alike(value, example) -> bool:
+    """The same types throughout, and the same keys."""
+    if not isinstance(example, dict) or not isinstance(value, dict) or not example:
+        return type(value) is type(example)
+    return value.keys() == example.keys() and all(alike(value[k], example[k]) for k in example)
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     return max(checkpoints(folder), key=step_of, default=None)
 
@@ -636,11 +650,35 @@ def read_checkpoint(folder: Path) -> dict:
         raise ValueError(f"{folder / name}: is not what was saved, by SHA256SUMS; remove {folder} "
                          "to go on from the checkpoint before it")  # fmt: skip
     record, file = read_json(folder / "training.json"), folder.parent.parent / "metrics.jsonl"
+    if not (alike(record, RECORD) and record["step"] == step_of(folder)):
+        raise ValueError(f"{folder / 'training.json'}: is not a record as train.py writes it")
     metrics = file.read_bytes()[: record["metrics"]["bytes"]] if file.is_file() else b""
     if hashlib.sha256(metrics).hexdigest() != record["metrics"]["sha256"]:
         raise ValueError(f"{file}: is not what was written up to step {record['step']}; restore "
                          "it, or start again with --overwrite")  # fmt: skip
     return record
+
+
+def check_tensors(job: Job) -> None:
+    """Raises ValueError unless training.safetensors holds what this job needs, in its shapes."""
+    file, loss = job.checkpoint / "training.safetensors", LOSSES[job.options.loss]
+    wanted = {"start": ("F32", [len(job.held_out), 2])}
+    wanted["random.cpu"] = ("U8", list(torch.get_rng_state().shape))
+    for name, there in (("ref_logps", loss.needs_reference), ("ref_mismatched", job.mismatched)):
+        wanted |= {name: ("F32", [len(job.pairs), 2])} if there else {}
+    for name, parameter in job.model.named_parameters() if job.record["step"] else ():
+        shapes = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": ()}
+        wanted |= {f"moments.{key}.{name}": ("F32", list(s)) for key, s in shapes.items()}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in sorted(tensors.keys())}
+            found = {name: (one.get_dtype(), one.get_shape()) for name, one in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+    found.pop("random.cuda", None)
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(f"{file}: {name} is {found.get(name)}, not {wanted.get(name)}")
 
 
 def load_progress(job: Job) -> Progress:

@@ -11,6 +11,7 @@ Clean is: exit status 2; one line on standard error that names file or flag, and
 import base64
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import resource
@@ -547,6 +548,75 @@ def run_configs():
     yield "another init", {"eval_data": "pairs.jsonl", "init": "other"}, "other: has 300 ids"
 
 
+# --- Checkpoints to resume from -------------------------------------------------------------------
+
+
+def stopped_run() -> dict[str, bytes]:
+    """The files of a run that stopped at a checkpoint, made in a fork."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as error:
+        for name, content in GOOD.items():
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            (Path(folder) / name).write_bytes(content)
+        child = os.fork()
+        if child == 0:
+            begin(Path(folder), error.fileno())
+            more = ["--save_every", "2", "--max_steps", "2", "--batch_size", "4"]
+            os._exit(call(Case("", "", "train", [*ARGUMENTS["train"], *more], {}, ())))
+        assert os.waitpid(child, 0)[1] == 0
+        return {name: content for name, content in contents(Path(folder)).items()
+                if name.startswith("out/") and content is not None}  # fmt: skip
+
+
+def tampered():
+    """Faults of a run to resume: name -> files, words of the refusal."""
+    good, inner = stopped_run(), "out/checkpoints/step-000002/"
+    files = {name: content for name, content in good.items() if name.startswith(inner)}
+    record = json.loads(files[f"{inner}training.json"])
+    sums = f"{inner}SHA256SUMS"
+
+    def signed(name: str, content: bytes | None) -> dict:
+        """Another file of the checkpoint, with SHA256SUMS to match."""
+        changed = {n: c for n, c in (files | {inner + name: content}).items() if c is not None}
+        lines = (f"{hashlib.sha256(c).hexdigest()}  {n.removeprefix(inner)}\n"
+                 for n, c in sorted(changed.items()) if n != sums)  # fmt: skip
+        return good | {inner + name: content, sums: "".join(lines).encode()}
+
+    for name, content in [*files.items(), ("out/metrics.jsonl", good["out/metrics.jsonl"])]:
+        bare = "" if name == sums else name.removeprefix(inner)
+        for place in (0, len(content) // 3, len(content) - 1):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << place % 8
+            yield f"{name}, a bit of byte {place}", good | {name: bytes(flipped)}, bare
+        for cut in (None, b"", content[:-1]):
+            length = "absent" if cut is None else len(cut)
+            yield f"{name}, {length}", good | {name: cut}, bare
+    yield "a file more", good | {f"{inner}x.py": b""}, "x.py"
+    for name, content in NOT_JSON.items():
+        yield f"signed {name}", signed("training.json", content), "training.json"
+    for key in record:
+        for value in (None, -1, "x", [], {}, 1.5, True):
+            if type(value) is not type(record[key]) or key == "step":
+                content = dump(record | {key: value})
+                yield f"signed {key} {value}", signed("training.json", content), "training.json"
+    for key, value in (("loss", "x"), ("beta", -1), ("epochs", "x"), ("data", []), ("lr", {})):
+        content = dump(record | {"options": record["options"] | {key: value}})
+        words = "No such file" if key == "data" else f"--{key}"
+        yield f"signed options {key}", signed("training.json", content), words
+    tensors = unpack(files[f"{inner}training.safetensors"])
+    for name in list(tensors)[:: len(tensors) // 6]:
+        dtype, shape, raw = tensors[name]
+        for word, one in (("flat", (dtype, [len(raw) // 4, 1, 1], raw[: len(raw) // 4 * 4])),
+                          ("int", ("I32", shape, raw))):  # fmt: skip
+            changed = pack(tensors | {name: one}) if one[0] != "I32" or dtype == "F32" else b""
+            words = "training.safetensors"
+            yield f"signed {name} {word}", signed(words, changed), words
+        left = {n: t for n, t in tensors.items() if n != name}
+        yield f"signed without {name}", signed("training.safetensors", pack(left)), name
+    for size in (10**9, 2**63):
+        content = framed(b"{}", size=size)
+        yield f"signed header of {size}", signed("training.safetensors", content), "not a whole"
+
+
 # --- All of them ----------------------------------------------------------------------------------
 
 
@@ -607,6 +677,8 @@ def cases():
     for name, content, words in options():
         argv = [*ARGUMENTS["train"], "--config", "o.json"]
         yield Case("flags", f"config {name}", "train", argv, {"o.json": dump(content)}, (words,))
+    for name, files, words in tampered():
+        yield Case("checkpoint", name, "train", ["--resume", "--out", "out"], files, (words,))
     for name, content, words in run_configs():
         files = OTHER | {"init/train_config.json": dump(content)}
         yield Case("run folder", name, "eval", ["init"], files, (words,))
@@ -629,7 +701,7 @@ def run(case: Case) -> Outcome:
         folder, given = Path(folder), GOOD | case.files
         for name, content in given.items():
             if content is not None:
-                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).parent.mkdir(exist_ok=True, parents=True)
                 (folder / name).write_bytes(content)
         before = contents(folder)
         child = os.fork()

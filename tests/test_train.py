@@ -180,11 +180,11 @@ def test_every_pair_is_trained_on_once_an_epoch_and_metrics_cover_all_of_a_step(
     seen, lengths = [], []
     step = train.train_step
 
-    def spy(model, optimizer, batches, options, ref_logps):
+    def spy(model, optimizer, batches, options, ref_logps, mismatched):
         spy.lrs.append([group["lr"] for group in optimizer.param_groups])
         seen.append([i for batch in batches for i in batch.index])
         lengths.append(sum(int((batch.pair >= 0).sum()) for batch in batches))
-        losses, logps, norm = step(model, optimizer, batches, options, ref_logps)
+        losses, logps, norm = step(model, optimizer, batches, options, ref_logps, mismatched)
         assert len(batches) > 1 and len(losses) == len(seen[-1])
         spy.means.append((losses.double().mean().item(), logps[:, 0].double().mean().item()))
         return losses, logps, norm
