@@ -77,8 +77,8 @@ def test_steps_equal_the_naive_loop_however_they_are_cut_up(name, micro_tokens, 
     options = Options(loss=name, beta=0.5, lr=1e-2, weight_decay=0.1)
     fast, slow = (tiny_model(initializer_range=0.15).double() for _ in range(2))
     with torch.no_grad():
-        # Off the policy: some losses have a kink where the two are the same.
-        ref_logps, ref_others = (naive_logps(fast, part) - 0.2 for part in (pairs, others))
+        # Off the policy: some losses have a kink where the two are the same, and so has kto's K.
+        ref_logps, ref_others = naive_logps(fast, pairs) - 0.2, naive_logps(fast, others) - 3
     optimizers = [make_optimizer(model, options) for model in (fast, slow)]
     for index in ([0, 1, 2, 3, 4, 5, 6], [7, 8, 9], [0, 9, 4]):  # a short step counts as any other
         batches = make_batches(pairs, index, 120, micro_tokens)
@@ -322,7 +322,14 @@ def test_every_loss_trains_something_else_and_without_need_no_reference(
     run(checkpoint, pairs_file, tmp_path / "sft-again", "--loss", "sft")
 
 
-def test_kto_learns_from_answers_that_have_no_pair(checkpoint, tmp_path):
+def test_kto_learns_from_answers_that_have_no_pair(checkpoint, tmp_path, monkeypatch):
+    logratios, shared = [], LOSSES["kto"].shared
+
+    def spy(*sides):
+        logratios.append(torch.cat([side.logratios for side in sides]))
+        return shared(*sides)
+
+    monkeypatch.setitem(LOSSES, "kto", dataclasses.replace(LOSSES["kto"], shared=spy))
     sides = [(row, side) for row in PAIR_ROWS for side in ("chosen", "rejected")]
     rows = [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
@@ -330,7 +337,8 @@ def test_kto_learns_from_answers_that_have_no_pair(checkpoint, tmp_path):
     ]
     file = write_rows(tmp_path / "labels.jsonl", rows)
     rows = metrics(run(checkpoint, file, tmp_path / "out", "--loss", "kto", "--epochs", "3"))
-    assert rows[1]["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert logratios[0].abs().max() < 1e-3 < logratios[-1].abs().max()  # of the reference's own
+    assert len(logratios[0]) == 16 and rows[1]["loss"] == pytest.approx(0.5, abs=1e-5)
     assert rows[1]["rewards/chosen"] == pytest.approx(0.0, abs=1e-4)
     assert rows[-1]["loss"] < 0.5
     with pytest.raises(SystemExit):
