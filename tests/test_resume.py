@@ -84,6 +84,7 @@ def test_a_changed_flag_or_file_is_refused_by_name(checkpoint, pairs_file, tmp_p
     resume = ("--resume", "--out", out, "--max_steps", "4")
     changes = {"loss": "dpo", "schedule": "linear", "dtype": "bfloat16", "compile": "off"}
     changes |= {"checkpointing": "on", "warmup": "0.7", "eval_fraction": "0.3"}
+    changes |= {"label_smoothing": "0.2", "epsilon": "0.2"}
     same = {*train.MAY_CHANGE, *train.FILES, "device", "config", "resume", "overwrite"}
     for name in {field.name for field in dataclasses.fields(train.Options)} - same:
         error = refused(capsys, *resume, f"--{name}", changes.get(name, "77"))
