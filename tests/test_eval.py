@@ -95,7 +95,7 @@ def test_figure_has_the_standard_error_of_a_mean():
 def test_answers_come_back_to_their_prompts_and_unfinished_ones_are_empty(monkeypatch):
     seeds = []
 
-    def generate(prompts, max_new_tokens, temperature, stop_ids, seed):
+    def generate(prompts, max_new_tokens, stop_ids, seed, **_):
         seeds.append(seed)
         # Answers its prompt's length; prompts of three tokens never end.
         return [[*str(len(p)).encode()] + ([257] if len(p) != 3 else []) for p in prompts]
