@@ -1149,6 +1149,15 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             raise ValueError(f"{path}: broken gzip file ({error})") from None
 
 
+def read_rows(path) -> Iterator[tuple[int, dict]]:
+    """Numbered rows of a JSONL file, plain or .gz; ValueError names file and line."""
+    for number, line in _lines(Path(path)):
+        try:
+            yield number, _parse_object(line, "row")
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+
+
 def load_pairs(path, tokenizer: Tokenizer, max_length: int = 1024) -> Pairs:
     """Reads the rows of a JSONL file, plain or .gz, in any of the forms of `row_to_pair`.
 
@@ -1234,9 +1243,10 @@ def row_masks(batch: Batch, window: int | None = None) -> list[Tensor]:
     return masks
 
 
-def row_length(pair: Pair) -> int:
-    """Tokens that a pair takes in a row."""
-    return len(pair.prompt) + sum(len(answer) - 1 for answer in pair[1:] if answer)
+def row_length(pair: Sequence) -> int:
+    """Tokens that a pair takes in a row, or a prompt with any number of answers."""
+    prompt, *answers = pair
+    return len(prompt) + sum(len(answer) - 1 for answer in answers if answer)
 
 
 def pack(sizes: list[int], row_tokens: int) -> list[list[int]]:

@@ -1,11 +1,24 @@
-"""Evaluation: log-probs of pairs, what they say about preferences, answers sampled and graded.
+"""Evaluation: answers drawn and graded, choices scored, preferences measured, runs compared.
 
-python eval.py out/base out/mio out/dpo          problems of the built-in task, held-out pairs
-python eval.py out/mio --data FILE.jsonl         preference pairs of your own
+python eval.py out/base out/mio out/dpo                     the built-in task, held-out pairs
+python eval.py out/mio out/dpo ../base --data gsm8k-test.jsonl arc.jsonl pairs.jsonl
+
+Rows become items, items values, values figures, figures a table: a value for each item and run is
+kept, so that runs are compared item by item.
 """
 
+import collections
+import functools
+import hashlib
+import importlib.util
+import json
 import math
+import platform
+import re
 import sys
+import time
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +30,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from tqdm import tqdm
 
 from data import (
+    COLUMNS,
     Batch,
     Pairs,
     Parser,
@@ -26,18 +40,21 @@ from data import (
     load_tokenizer,
     make_batches,
     problems,
+    read_rows,
     row_masks,
     sees,
 )
 from mio import chunked_logps
-from model import Llama, read_json
+from model import Llama, read_json, write_json
 
 SAMPLES = 8  # answers drawn at temperature 1 for each problem, for pass@k
 PASS_AT = (1, 8)
 TEST_PROBLEMS = 1000
 ANSWER_TOKENS = 48  # a right answer of the built-in task has at most 35
 GENERATION_ROWS = 1000
+GENERATION_TOKENS = 2**16  # of prompts and answers at work at a time, what the cache must hold
 ROW_TOKENS, MICRO_TOKENS = 128, 4096
+RESAMPLES = 2000  # of the bootstrap
 
 
 class Figure(NamedTuple):
@@ -52,6 +69,54 @@ class Figure(NamedTuple):
         values = np.asarray(values, dtype=np.float64)
         error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
         return cls(float(values.mean()), error, len(values))
+
+
+class Difference(NamedTuple):
+    """Of a run from the first one over the same n items, with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+class Column(NamedTuple):
+    """What is known of each item, (items,) or (items, parts), NaN where nothing is, and what makes
+    a figure of them."""
+
+    values: np.ndarray
+    statistic: Callable[[np.ndarray], float] = np.mean
+
+    def present(self) -> np.ndarray:
+        return ~np.isnan(self.values.reshape(len(self.values), -1)).any(axis=1)
+
+    def figure(self) -> Figure:
+        values = self.values[self.present()]
+        if self.statistic is np.mean:
+            return Figure.of(values)
+        return Figure(float(self.statistic(values)), resample(values, self.statistic).std(ddof=1),
+                      len(values))  # fmt: skip
+
+    def difference(self, first: "Column") -> Difference | None:
+        """Paired: a resample takes the same items of both. None where the items differ."""
+        if self.values.shape != first.values.shape:
+            return None
+        both = self.present() & first.present()
+        values = np.stack((self.values[both], first.values[both]), axis=1)
+        if not len(values):
+            return None
+
+        def statistic(values):
+            return float(self.statistic(values[:, 0]) - self.statistic(values[:, 1]))
+
+        low, high = np.percentile(resample(values, statistic), (2.5, 97.5)).tolist()
+        return Difference(statistic(values), low, high, len(values))
+
+
+def resample(values: np.ndarray, statistic: Callable) -> np.ndarray:
+    """The bootstrap: the statistic of RESAMPLES draws of as many items, with replacement."""
+    random, n = np.random.default_rng(0), len(values)
+    return np.array([statistic(values[random.integers(0, n, n)]) for _ in range(RESAMPLES)])
 
 
 def pick_device(name: str) -> str:
@@ -69,27 +134,38 @@ def pick_device(name: str) -> str:
 # --- Preferences ----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def pair_logps(
     model: Llama, pairs: Pairs, row_tokens: int, micro_tokens: int, dtype: torch.dtype
 ) -> Tensor:
-    """Summed log-probabilities of chosen and rejected answers, (pairs, 2) in nats, on the CPU.
+    """Summed log-probabilities of chosen and rejected answers, (pairs, 2) in nats, on the CPU."""
+    logps = answer_logps(model, pairs, row_tokens, micro_tokens, dtype)
+    return torch.stack(logps) if logps else torch.empty(0, 2)
 
-    The same packing, head and autocast as in training.
+
+@torch.no_grad()
+def answer_logps(
+    model: Llama, rows: Sequence, row_tokens: int, micro_tokens: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """Summed log-probabilities of the answers of each row, (answers,) in nats, on the CPU.
+
+    rows: ids of a prompt and of any number of answers. The same packing, head and autocast as in
+    training.
     """
     device = model.head_weight.device
-    logps = torch.full((len(pairs), 2), torch.nan)
-    with tqdm(total=len(pairs), desc="log-probs", unit="pair", leave=False) as bar:
-        for start in range(0, len(pairs), 256):  # as many as are packed together
-            index = list(range(start, min(start + 256, len(pairs))))
-            for batch in make_batches(pairs, index, row_tokens, micro_tokens, fixed_length(model)):
+    logps: list = [None] * len(rows)
+    with tqdm(total=len(rows), desc="log-probs", unit="row", leave=False) as bar:
+        for start in range(0, len(rows), 256):  # as many are packed together
+            index = list(range(start, min(start + 256, len(rows))))
+            for batch in make_batches(rows, index, row_tokens, micro_tokens, fixed_length(model)):
                 batch = batch.to(device)
                 with autocast(device, dtype):
                     hidden, head = answer_states(model, batch), model.head_weight
                     sums = chunked_logps(
                         hidden, head, batch.targets, batch.lengths, compiled=model.compiled
                     )
-                logps[batch.index] = sums.view(-1, 2).float().cpu()
+                answers = [len(rows[i]) - 1 for i in batch.index]
+                for i, part in zip(batch.index, sums.float().cpu().split(answers)):
+                    logps[i] = part
                 bar.update(len(batch.index))
     return logps
 
@@ -160,7 +236,128 @@ def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float) -> dict[st
     return metrics | mutual_information(values["rewards/chosen"], values["rewards/rejected"])
 
 
+def preference_columns(
+    logps: Tensor, ref_logps: Tensor | None, pairs: Pairs, beta: float
+) -> dict[str, Column]:
+    """Two (pairs, 2) of log-probs, by policy and reference, as columns: rewards, which carry beta,
+    log-ratios in nats, of answers and of their tokens, and log-probs. An answer that is missing is
+    not one of log-prob 0."""
+    lengths = torch.from_numpy(pairs.lengths()[:, 1:])
+    values = preference_values(torch.where(lengths > 0, logps, torch.nan), ref_logps, beta)
+    columns = {"chosen": values["logps/chosen"], "rejected": values["logps/rejected"]}
+    if ref_logps is not None:
+        sides = ("chosen", "rejected")
+        ratios = dict(zip(sides, (torch.stack([columns[s] for s in sides], 1) - ref_logps).T))
+        columns = {
+            "reward": values["rewards/accuracies"],
+            "margin": values["rewards/margins"],
+            **{f"T {side}": values[f"rewards/{side}"] for side in sides},
+            **{f"Δ {side}": ratios[side] for side in sides},
+            **{f"Δ/token {s}": ratio / n for (s, ratio), n in zip(ratios.items(), lengths.T)},
+            **columns,
+        }
+    columns = {name: Column(value.double().numpy()) for name, value in columns.items()}
+    return {name: column for name, column in columns.items() if column.present().any()}
+
+
+def by_length(columns: dict[str, Column], lengths: np.ndarray) -> dict[str, Column]:
+    """Accuracy and margin of the four quarters of the pairs by tokens of the chosen answer."""
+    quarter = np.searchsorted(np.quantile(lengths, (0.25, 0.5, 0.75)), lengths)
+    found = {}
+    for name in ("reward", "margin"):
+        for q in np.unique(quarter) if name in columns else ():
+            low, high = lengths[quarter == q].min(), lengths[quarter == q].max()
+            values = np.where(quarter == q, columns[name].values, np.nan)
+            if not np.isnan(values).all():
+                found[f"{name} {low}-{high}"] = Column(values)
+    return found
+
+
+def information_columns(columns: dict[str, Column]) -> dict[str, Column]:
+    """`mutual_information` of the rewards, and the lower bound on the Kullback-Leibler divergence
+    of chosen answers from the mixture that its Jensen-Shannon bound implies; with their ceilings.
+    """
+    if "margin" not in columns:
+        return {}
+    rewards = np.stack([columns[f"T {side}"].values for side in ("chosen", "rejected")], axis=1)
+
+    def of(name, rewards):
+        return mutual_information(*torch.from_numpy(rewards).unbind(dim=1))[f"mi/{name}"]
+
+    ceilings = {"dv": "0.693", "nwj": "0.693", "js": "0.4315"}
+    found = {
+        f"{name} ≤{most}": Column(rewards, functools.partial(of, name))
+        for name, most in ceilings.items()
+    }
+    return found | {"KL from js ≤0.693": Column(rewards, lambda r: least_kl(of("js", r) / 2))}
+
+
+def least_kl(jsd: float) -> float:
+    """The least KL(P||Q) of two distributions whose Jensen-Shannon divergence is `jsd`, in nats.
+
+    The pairs (JSD, KL) that exist are the convex hull of those of two coins (Harremoës and Vajda,
+    arXiv 1007.0097), so its lower edge is the upper envelope of lines below all coins.
+    """
+    slopes, offsets = _lines_below_coins()
+    return float((slopes * max(jsd, 0) + offsets).max())
+
+
+@functools.cache
+def _lines_below_coins() -> tuple[np.ndarray, np.ndarray]:
+    p = 1 / (1 + np.exp(-np.linspace(-12, 12, 481)))
+    p, q = (np.stack((x, 1 - x)) for x in np.meshgrid(p, p))
+    kl, middle = (p * np.log(p / q)).sum(axis=0), (p + q) / 2
+    jsd = ((p * np.log(p / middle)).sum(axis=0) + (q * np.log(q / middle)).sum(axis=0)) / 2
+    slopes = np.geomspace(4, 4000, 100)  # KL is about 4 JSD where both are small
+    return np.append(slopes, 0), np.append([(kl - slope * jsd).min() for slope in slopes], 0)
+
+
 # --- Answers --------------------------------------------------------------------------------------
+
+
+def draw(
+    model: Llama,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    stop_ids,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    is_over: Callable[[int, list[int]], bool] | None = None,
+    rows: int | None = None,
+) -> list[list[int]]:
+    """Continues lists of ids as `Llama.generate` does, like lengths together, `rows` at a time or
+    as many as GENERATION_TOKENS allows."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    began, tokens = time.perf_counter(), 0
+    quick = len(prompts) <= GENERATION_ROWS and max_new_tokens <= ANSWER_TOKENS  # no bar is of use
+    with tqdm(total=len(order), desc="answers", unit="answer", leave=False, disable=quick) as bar:
+
+        def progress(answer):
+            nonlocal tokens
+            tokens += len(answer)
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):.0f} tokens/s", False)
+            bar.update()
+
+        for start in range(0, len(order), GENERATION_ROWS):
+            part = order[start : start + GENERATION_ROWS]
+            longest = max(len(prompts[i]) for i in part) + max_new_tokens
+            found = model.generate(
+                [prompts[i] for i in part],
+                max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                stop_ids=stop_ids,
+                seed=seed + start,
+                rows=rows or max(1, GENERATION_TOKENS // longest),
+                is_over=is_over and (lambda row, ids, part=part: is_over(part[row], ids)),
+                progress=progress,
+            )
+            for i, answer in zip(part, found):
+                answers[i] = answer
+    return answers
 
 
 def sample_answers(
@@ -175,23 +372,9 @@ def sample_answers(
 ) -> list[list[str]]:
     """Draws answers to each prompt: `samples` texts each, "" for one that did not end in time."""
     ids = [tokenizer.prompt_ids(prompt) for prompt in prompts for _ in range(samples)]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together
-    texts = [""] * len(ids)
-    quick = len(ids) <= GENERATION_ROWS  # a single batch is done before a bar is of use
-    with tqdm(total=len(ids), desc="answers", unit="answer", leave=False, disable=quick) as bar:
-        for start in range(0, len(order), GENERATION_ROWS):
-            rows = order[start : start + GENERATION_ROWS]
-            answers = model.generate(
-                [ids[i] for i in rows],
-                max_new_tokens,
-                temperature=temperature,
-                stop_ids=tokenizer.stop_ids,
-                seed=seed + start,
-            )
-            for i, answer in zip(rows, answers):
-                if answer[-1] in tokenizer.stop_ids:
-                    texts[i] = tokenizer.decode(answer[:-1])
-            bar.update(len(rows))
+    stop = tokenizer.stop_ids
+    answers = draw(model, ids, max_new_tokens, stop_ids=stop, temperature=temperature, seed=seed)
+    texts = [tokenizer.decode(a[:-1]) if a[-1] in stop else "" for a in answers]
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
 
 
@@ -212,9 +395,302 @@ def task_values(model: Llama, tokenizer: Tokenizer, count: int = TEST_PROBLEMS) 
     }
 
 
+# --- Graders: each way of reading an answer gives what it says, or None; right is what the answer
+# key says, read the same way ----------------------------------------------------------------------
+
+NUMBER = r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+
+
+def number(text: str) -> Fraction | None:
+    """ "-$1,234.50" -> -1234.5. Numbers are compared as numbers: 18.00 is 18."""
+    try:
+        return Fraction(re.sub(r"[$,\s]", "", text))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def strict(text: str) -> Fraction | None:
+    """The first number after ####, as GSM8K's authors grade."""
+    found = re.search(r"####\s*(-?\$?\s?-?[\d.,]+)", text)
+    return found and number(found[1].rstrip(".,"))
+
+
+def flexible(text: str) -> Fraction | None:
+    """The last number of all."""
+    found = re.findall(NUMBER, text)
+    return number(found[-1]) if found else None
+
+
+def boxed(text: str) -> str | None:
+    """The last \\boxed{...}, braces balanced, or what follows the last "final answer is"."""
+    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
+    if start >= 0:
+        depth, begin = 0, text.index("{", start)
+        for end in range(begin, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[begin + 1 : end]
+        return None
+    found = re.findall(r"final answer is:?\s*(.+?)(?:\.?\s*I hope|\.?\s*$|\.\s)", text, re.I | re.M)
+    return found[-1] if found else None
+
+
+def math_answer(text: str) -> Fraction | str | None:
+    found = boxed(text)
+    return None if found is None else normalised(found)
+
+
+def normalised(text: str) -> Fraction | str:
+    """A formula without what does not change its value, after Hendrycks' and Minerva's rules; a
+    number or a fraction of numbers as its value."""
+    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\\left|\\right|\\[!,;: ]|\^\s*\{?\\circ\}?|\\?[%$]", "", text)
+    text = re.sub(r"\\[dt]frac", r"\\frac", text).strip().rstrip(".")
+    text = re.sub(r"^\w\s*=\s*", "", text)  # x = 5
+    text = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    unit = re.fullmatch(r"(-?[\d./]+)\s*[A-Za-z][A-Za-z .^\d]*", text)  # 5 cm
+    plain = re.sub(r"\s+", "", unit[1] if unit else text)
+    fraction = re.fullmatch(r"(-?)\\frac\{(-?[\d.]+)\}\{(-?[\d.]+)\}", plain)
+    top, _, bottom = (plain if fraction is None else f"{fraction[1]}{fraction[2]}/{fraction[3]}"
+                      ).partition("/")  # fmt: skip
+    top, bottom = number(top.replace("--", "")), number(bottom or "1")
+    return plain if top is None or not bottom else top / bottom
+
+
+def letter(text: str) -> str | None:
+    """Of "answer is (C)" the last; else a letter that the answer begins with; else the last (C)."""
+    found = re.findall(r"answer(?: is|:)?:?\s*\**\(?([A-Z])\b", text, re.I)
+    found = found or re.findall(r"^\W*([A-Z])(?:[).:,]|\s*$)", text, re.M)[:1]
+    found = found or re.findall(r"\(([A-Z])\)", text)
+    return found[-1].upper() if found else None
+
+
+# grade -> how the key is read, and ways of reading an answer
+GRADERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
+    "gsm8k": (lambda key: number(key.rpartition("####")[2].strip().rstrip(".")),
+              {"strict": strict, "flexible": flexible}),
+    "math": (lambda key: normalised(boxed(key) or key), {"math": math_answer}),
+    "exact": (str.strip, {"exact": str.strip}),
+    "letter": (lambda key: letter(key) or key.strip().upper(), {"letter": letter}),
+}  # fmt: skip
+
+
+def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
+    """The figures of one item from its n answers: right or not, or pass@k for k = 1, 2, 4, ..., n
+    and whether the most frequent result is right, the first of equals."""
+    read_key, readings = GRADERS[grade]
+    gold, n, values = read_key(key), len(texts), {}
+    for name, read in readings.items():
+        found = [read(text) for text in texts]
+        right = [result is not None and result == gold for result in found]
+        if n == 1:
+            values[name] = float(right[0])
+            continue
+        for k in sorted({2**i for i in range(n.bit_length())} | {n}):
+            values[f"{name} pass@{k}"] = float(pass_at_k([sum(right)], n, k)[0])
+        votes = collections.Counter(result for result in found if result is not None)
+        values[f"{name} maj@{n}"] = float(bool(votes) and votes.most_common(1)[0][0] == gold)
+    return values
+
+
+# --- Rows to items --------------------------------------------------------------------------------
+
+EVALUATION_FORMS = (
+    "rows to evaluate on are {question, answer} as GSM8K's, {prompt, answer, grade}, "
+    "{prompt, choices, gold}, or pairs"
+)
+
+
+PAIR_COLUMNS = COLUMNS - {"prompt"}
+
+
+class Item(NamedTuple):
+    """A row to answer and grade, or one with choices."""
+
+    line: int
+    prompt: str | list[dict]
+    key: str  # the right answer, as a shot shows it
+    grade: str | None
+    stop: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    gold: int = 0
+
+    def ids(self, tokenizer: Tokenizer, before: str) -> list[int]:
+        if isinstance(self.prompt, list):
+            return tokenizer.render(self.prompt, add_generation_prompt=True)
+        return tokenizer.prompt_ids(before + self.prompt)
+
+    def joined(self, text: str) -> str:
+        """An answer as it goes on from the prompt: after a space, if none is there."""
+        bare = isinstance(self.prompt, list) or self.prompt[-1:].isspace() or text[:1].isspace()
+        return text if bare else " " + text
+
+
+def read_item(line: int, row: dict) -> Item:
+    """Raises ValueError for a row of no known form."""
+    if row.keys() >= {"question", "answer"}:
+        row = {"prompt": f"Question: {row['question']}\nAnswer:", "answer": row["answer"],
+               "grade": "gsm8k", "stop": ["Question:"]}  # fmt: skip
+    prompt, stop = row.get("prompt"), row.get("stop", [])
+    if not (isinstance(prompt, list) and prompt or isinstance(prompt, str)):
+        raise ValueError(f"its columns are {', '.join(row) or 'none':.200}; {EVALUATION_FORMS}")
+    if row.keys() >= {"choices", "gold"}:
+        choices, gold = row["choices"], row["gold"]
+        texts = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
+        if not texts or len(choices) < 2:
+            raise ValueError("'choices' must be a list of two or more texts")
+        if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
+            raise ValueError(f"'gold' is {gold!r:.40}, of {len(choices)} choices it must be one of "
+                             f"0 to {len(choices) - 1}")  # fmt: skip
+        return Item(line, prompt, choices[gold], None, (), tuple(choices), gold)
+    if not row.keys() >= {"answer", "grade"}:
+        raise ValueError(f"its columns are {', '.join(row):.200}; {EVALUATION_FORMS}")
+    key, grade = row["answer"], row["grade"]
+    if grade not in list(GRADERS):
+        raise ValueError(f"there is no grade {grade!r:.40}; choose from {', '.join(GRADERS)}")
+    if not isinstance(key, str) or not key.strip():
+        raise ValueError("'answer' must be a text that is not empty")
+    if GRADERS[grade][0](key) is None:
+        raise ValueError(f"there is no number in the answer {key!r:.40}")
+    if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
+        raise ValueError("'stop' must be a list of texts that are not empty")
+    return Item(line, prompt, key, grade, tuple(stop))
+
+
+def read_items(path: Path) -> list[Item] | None:
+    """The items of a file, None for a file of pairs, which `load_pairs` reads. Raises ValueError
+    that names file and line."""
+    items = []
+    for line, row in read_rows(path):
+        if (
+            not items
+            and not row.keys() & {"answer", "choices"}
+            and row.keys() & COLUMNS - {"prompt"}
+        ):
+            return None
+        try:
+            items.append(read_item(line, row))
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: {error}") from None
+        if bool(items[-1].choices) != bool(items[0].choices):
+            raise ValueError(f"{path}:{line}: questions to answer and choices belong in two files")
+    if not items:
+        raise ValueError(f"{path}: the file is empty; {EVALUATION_FORMS}")
+    return items
+
+
+def examples(path: Path | None, k: int, items: list[Item]) -> str:
+    """The first k rows of a file of the same form as `items`, answered, to stand before them."""
+    if path is None:
+        return ""
+    shots = read_items(Path(path))
+    if shots is None or k > len(shots):
+        raise ValueError(f"{path}: -k {k}, but it has {len(shots or [])} rows to show")
+    shots = shots[:k]
+    if any((s.grade, bool(s.choices)) != (i.grade, bool(i.choices)) for s in shots for i in items):
+        return ""
+    if any(isinstance(item.prompt, list) for item in shots + items):
+        raise ValueError(f"{path}: --shots stand before prompts of plain text, not conversations")
+    return "".join(f"{shot.prompt}{shot.joined(shot.key)}\n\n" for shot in shots)
+
+
+# --- Items to values ------------------------------------------------------------------------------
+
+
+def check_room(path, items: list[Item], lengths: list[int], model: Llama) -> None:
+    most, longest = model.config.max_position_embeddings, int(np.argmax(lengths))
+    if lengths[longest] > most:
+        raise ValueError(f"{path}:{items[longest].line}: prompt and answer may take "
+                         f"{lengths[longest]} tokens, the model reads {most}; lower "
+                         "--max_new_tokens or -k")  # fmt: skip
+
+
+def graded(model: Llama, tokenizer: Tokenizer, path, items: list[Item], before: str, options):
+    """Columns of figures, and the texts of each item's n answers."""
+    n, new = options.n, options.max_new_tokens
+    ids = [item.ids(tokenizer, before) for item in items for _ in range(n)]
+    check_room(path, items, [len(prompt) + new for prompt in ids[::n]], model)
+
+    def is_over(i, answer):
+        stop = items[i // n].stop
+        return bool(stop) and any(s in tokenizer.decode(answer) for s in stop)
+
+    answers = draw(
+        model, ids, new, stop_ids=tokenizer.stop_ids, temperature=options.temperature,
+        top_p=options.top_p, seed=options.seed, rows=options.batch_size,
+        is_over=is_over if any(item.stop for item in items) else None,
+    )  # fmt: skip
+    texts, values = [], []
+    for number, item in enumerate(items):
+        mine, cut = [], 0
+        for answer in answers[number * n : (number + 1) * n]:
+            ended = answer[-1] in tokenizer.stop_ids
+            text = tokenizer.decode(answer[:-1] if ended else answer)
+            at = min((text.find(s) for s in item.stop if s in text), default=None)
+            mine.append(text[:at])
+            cut += not ended and at is None
+        texts.append(mine)
+        values.append(grade_values(item.grade, item.key, mine) | {"cut": cut / n})
+    return _columns(values), texts
+
+
+def chosen(model: Llama, tokenizer: Tokenizer, path, items: list[Item], before: str, dtype):
+    """Columns of accuracy by log-prob, by it over characters and over bytes, as lm-evaluation-
+    harness defines them, the joining space left out; and the log-probs of each item's choices."""
+    rows = [
+        [
+            item.ids(tokenizer, before),
+            *(tokenizer.continue_ids(item.joined(c)) for c in item.choices),
+        ]
+        for item in items
+    ]
+    check_room(path, items, [len(row[0]) + max(map(len, row[1:])) for row in rows], model)
+    logps = [one.double().numpy() for one in
+             answer_logps(model, rows, ROW_TOKENS, MICRO_TOKENS, dtype)]  # fmt: skip
+    values = []
+    for item, scores in zip(items, logps):
+        texts = [choice.strip() for choice in item.choices]
+        sizes = {"acc": 1, "acc_norm": [len(t) for t in texts],
+                 "acc_bytes": [len(t.encode()) for t in texts]}  # fmt: skip
+        values.append(
+            {k: float(np.argmax(scores / np.array(size)) == item.gold) for k, size in sizes.items()}
+        )
+    return _columns(values), [scores.tolist() for scores in logps]
+
+
+def _columns(values: list[dict[str, float]]) -> dict[str, Column]:
+    names = dict.fromkeys(name for one in values for name in one)
+    return {n: Column(np.array([one.get(n, np.nan) for one in values])) for n in names}
+
+
+def pair_columns(model, tokenizer, path, options, config: dict) -> dict[str, dict[str, Column]]:
+    """Blocks of columns on pairs, against the checkpoint that the run was trained from."""
+    pairs = load_pairs(path, tokenizer, config["max_length"])
+    layout = ROW_TOKENS, MICRO_TOKENS, options.dtype
+    logps, title = pair_logps(model, pairs, *layout), Path(path).name
+    if config.get("init") is None:
+        return {title: preference_columns(logps, None, pairs, 1.0)}
+    reference, beta = Llama.from_pretrained(config["init"], device=options.device), config["beta"]
+    columns = preference_columns(logps, pair_logps(reference, pairs, *layout), pairs, beta)
+    blocks = {title: columns, f"{title}: critic": information_columns(columns)}
+    if options.kl_samples:
+        prompts = list(dict.fromkeys(tuple(pair.prompt) for pair in pairs))[: options.kl_samples]
+        room = model.config.max_position_embeddings - max(map(len, prompts))
+        new = max(1, min(options.max_new_tokens, room))
+        drawn = draw(model, list(map(list, prompts)), new, stop_ids=tokenizer.stop_ids,
+                     seed=options.seed, rows=options.batch_size)  # fmt: skip
+        rows = [[prompt, answer] for prompt, answer in zip(prompts, drawn)]
+        logps, ref = (torch.cat(answer_logps(m, rows, *layout)) for m in (model, reference))
+        blocks[f"{title}: critic"]["KL"] = Column((logps - ref).double().numpy())
+    blocks[f"{title}: by tokens of the chosen answer"] = by_length(columns, pairs.lengths()[:, 1])
+    return {title: block for title, block in blocks.items() if block}
+
+
 # --- Tables ---------------------------------------------------------------------------------------
 
-Row = dict[str, Figure]
+Row = dict[str, Figure | Difference]
 
 
 def task_row(values: dict[str, list]) -> Row:
@@ -224,61 +700,190 @@ def task_row(values: dict[str, list]) -> Row:
 def preference_row(logps: Tensor, ref_logps: Tensor, pairs: Pairs) -> Row:
     """Two (pairs, 2) of log-probs -> by how many nats those of chosen and rejected answers moved,
     and how often the chosen one's moved up by more: the accuracy of the implicit reward."""
-    chosen, rejected = (logps - ref_logps).unbind(dim=1)
-    has_chosen, has_rejected = torch.from_numpy(pairs.lengths()[:, 1:] > 0).unbind(dim=1)
-    both = has_chosen & has_rejected
-    columns = {
-        "Δ chosen": chosen[has_chosen],
-        "Δ rejected": rejected[has_rejected],
-        "reward": (chosen > rejected)[both],
-    }
-    return {name: Figure.of(values) for name, values in columns.items() if len(values)}
+    columns = preference_columns(logps, ref_logps, pairs, beta=1.0)
+    names = [name for name in ("Δ chosen", "Δ rejected", "reward") if name in columns]
+    return {name: columns[name].figure() for name in names}
 
 
 LEGEND = {
-    "greedy": "greedy, pass@k: right answers to {n} held-out problems",
-    "Δ chosen": "Δ: change of an answer's log-prob in nats, {n} pairs",
+    "greedy": "greedy, pass@k: right answers to held-out problems",
+    "strict": "strict: the number after ####; flexible: the last number",
+    "math": "math: by text and value; without a computer-algebra check a lower bound",
+    "cut": "cut: answers that did not end in --max_new_tokens; they are graded as they are",
+    "acc": "acc, acc_norm, acc_bytes: gold is likeliest as it is, by character, by byte",
+    "Δ chosen": "Δ: change of an answer's log-prob in nats",
     "reward": "reward: pairs whose chosen answer moved up by more",
-    "chosen": "chosen, rejected: log-prob of an answer in nats, {n} pairs",
+    "margin": "T: beta Δ, the reward; margin: T chosen - T rejected",
+    "chosen": "chosen, rejected: log-prob of an answer in nats",
+    "dv": "dv, nwj, js (twice the Jensen-Shannon divergence) are what T as critic says of the",
+    "nwj": "  information between prompt and chosen answer, in nats; ≤: log 2, log 2, log 2 less",
+    "js": "  the floor of the mio loss, by half; ± from the bootstrap",
+    "KL": "KL: log-ratio to the reference in nats, on answers drawn from the run",
 }
+SHARES = (
+    "greedy",
+    "pass@",
+    "reward",
+    "strict",
+    "flexible",
+    "math",
+    "exact",
+    "letter",
+    "cut",
+    "acc",
+)
 
 
-def table(rows: dict[str, Row]) -> str:
-    """Aligned lines of text: a row a name, a column a figure, each mean ± standard error."""
+def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
+    """Lines of text: a row a name, a column a figure, mean ± standard error or, of a difference,
+    its interval; n below. As many tables as `width` asks for, or one of Markdown."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [["", *(f"{column} %" if _is_share(column) else column for column in columns)]]
+    grid = [["", *(f"{column} %" if _is_share(column) else column for column in columns)]]
     for name, row in rows.items():
-        lines.append([name, *(_cell(column, row.get(column)) for column in columns)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    aligned = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
-        for line in lines
-    ]
-    counts = {column: figure.n for row in rows.values() for column, figure in row.items()}
-    legend = [text.format(n=counts[column]) for column, text in LEGEND.items() if column in counts]
-    return "\n".join([*(line.rstrip() for line in aligned), *legend, "±: standard error"])
+        grid.append([name, *(_cell(column, row.get(column)) for column in columns)])
+    counts = [sorted({row[c].n for row in rows.values() if c in row}) for c in columns]
+    grid.append(["n", *("-".join(map(str, {n[0]: 0, n[-1]: 0})) for n in counts)])
+    kinds = {type(figure) for row in rows.values() for figure in row.values()}
+    lines = []
+    if markdown:
+        lines = [f"| {' | '.join(line)} |" for line in grid]
+        lines.insert(1, "|---" * len(grid[0]) + "|")
+        lines.append("")
+    else:
+        first, *rest = zip(*grid)
+        while rest:
+            block = [first]
+            while rest and (len(block) == 1 or _width([*block, rest[0]]) <= width):
+                block.append(rest.pop(0))
+            widths = [max(map(len, column)) for column in block]
+            lines += [f"{line[0].ljust(widths[0])}  "
+                      + "  ".join(c.rjust(w) for c, w in zip(line[1:], widths[1:]))
+                      for line in zip(*block)]  # fmt: skip
+    heads = {word for column in columns for word in (column, column.split(" ")[0])}
+    legend = [text for column, text in LEGEND.items() if column in heads]
+    legend.append("±: standard error" + ("; [...]: of the paired difference, 95 % by bootstrap"
+                                         if Difference in kinds else ""))  # fmt: skip
+    return "\n".join([*(line.rstrip() for line in lines), *legend])
+
+
+def _width(block: list[tuple[str, ...]]) -> int:
+    return sum(max(map(len, column)) + 2 for column in block) - 2
 
 
 def _is_share(column: str) -> bool:
-    return column.startswith(("greedy", "pass@", "reward"))
+    return column.startswith(SHARES)
 
 
-def _cell(column: str, figure: Figure | None) -> str:
+def _cell(column: str, figure: Figure | Difference | None) -> str:
     if figure is None:
         return "-"
     scale, form = (100, ".1f") if _is_share(column) else (1, "+.2f")
+    form = "+.2g" if abs(figure.mean) > 1e4 else form  # an estimate that has burst
+    if isinstance(figure, Difference):
+        mean, low, high = (f"{scale * x:+{form.strip('+')}}" for x in figure[:3])
+        return f"{mean} [{low}, {high}]"
     error = "" if figure.error is None else f"±{scale * figure.error:{form.strip('+')}}"
     return f"{scale * figure.mean:{form}}{error}"
+
+
+def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
+    """Rows of a table: figures of each run, and the differences of all others from the first."""
+    rows: dict[str, Row] = {n: {c: x.figure() for c, x in run.items()} for n, run in runs.items()}
+    (first, base), *others = runs.items()
+    for name, run in others:
+        found = {c: run[c].difference(base[c]) for c in run if c in base}
+        rows[f"{name} - {first}"] = {c: d for c, d in found.items() if d is not None}
+    return {name: row for name, row in rows.items() if row}
+
+
+# --- Curves ---------------------------------------------------------------------------------------
+
+PANELS = {  # title -> what is drawn of metrics.jsonl, and whether its change since step 0
+    "Δ log-prob of chosen answers, nats": ("logps/chosen", True),
+    "Δ log-prob of rejected answers, nats": ("logps/rejected", True),
+    "loss": ("loss", False),
+    "reward of chosen and (thin) rejected": ("rewards/chosen", False),
+    "reward margin": ("rewards/margins", False),
+    "reward accuracy": ("rewards/accuracies", False),
+}
+# Okabe and Ito's palette, told apart by the colour-blind too, and line styles for print.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+
+
+def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray]]]:
+    """label -> a set of curves a run: name -> (steps, values). Runs that differ in seed alone share
+    a label. Held-out figures; those of training where there are none."""
+    groups: dict[str, tuple[str, list]] = {}
+    for name, folder in folders.items():
+        if not (folder / "metrics.jsonl").is_file():
+            continue
+        config = read_json(folder / "train_config.json")
+        seed = config.pop("seed", None)
+        for key in ("out", "commit", "versions", "machine", "config", "resume"):
+            config.pop(key, None)
+        # The demonstration's base model and pairs are those of its seed.
+        key = re.sub(rf"-seed{seed}\b", "", json.dumps(config, sort_keys=True))
+        rows = [row for _, row in read_rows(folder / "metrics.jsonl")]
+        held_out = any("eval_loss" in row for row in rows)
+        curves = {}
+        for metric in {m for m, _ in PANELS.values()} | {"rewards/rejected"}:
+            label = f"eval_{metric}" if held_out else metric
+            points = [(row["step"], row[label]) for row in rows if row.get(label) is not None]
+            if points:
+                curves[metric] = np.array(points, dtype=float).T
+        groups.setdefault(key, (name, []))[1].append(curves)
+    return {f"{name} ({len(runs)} seeds)" if len(runs) > 1 else name: runs
+            for name, runs in groups.values()}  # fmt: skip
+
+
+def plot(folders: dict[str, Path], file: Path) -> None:
+    """Draws the runs' curves over steps: the mean of seeds, a band from lowest to highest."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    for number, (label, runs) in enumerate(read_curves(folders).items()):
+        look = {"color": COLORS[number % len(COLORS)], "linestyle": STYLES[number % len(STYLES)]}
+        for axis, (metric, change) in zip(axes.flat, PANELS.values()):
+            for one in (metric, "rewards/rejected")[: 1 + (metric == "rewards/chosen")]:
+                curves = [run[one] for run in runs if one in run]
+                if not curves:
+                    continue
+                steps = curves[0][0][curves[0][0] <= min(curve[0, -1] for curve in curves)]
+                values = np.array([np.interp(steps, *c) - change * c[1, 0] for c in curves])
+                axis.plot(steps, values.mean(axis=0), label=label,
+                          linewidth=2 if one == metric else 1, **look)  # fmt: skip
+                if len(curves) > 1:
+                    band = values.min(axis=0), values.max(axis=0)
+                    axis.fill_between(steps, *band, color=look["color"], alpha=0.2, linewidth=0)
+    for axis, title in zip(axes.flat, PANELS):
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if "Δ" in title or "margin" in title or "chosen" in title:
+            axis.axhline(0, color="0.4", linewidth=0.8, zorder=0)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False,
+                  handlelength=3.5)  # fmt: skip
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
 
 
 # --- The command ----------------------------------------------------------------------------------
 
 
-def load_checkpoint(folder, device: str) -> tuple[Llama, Tokenizer]:
+def load_checkpoint(
+    folder, device: str, dtype: torch.dtype = torch.float32
+) -> tuple[Llama, Tokenizer]:
     """Model and tokenizer of a folder, which must belong together."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: there is no such checkpoint folder")
-    tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, device=device)
+    tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, dtype, device)
     largest = max(tokenizer.vocab_size - 1, *tokenizer.stop_ids)
     if largest >= model.config.vocab_size:
         raise ValueError(f"{folder}: tokenizer or eos_token_id have ids up to {largest}, the model "
@@ -288,64 +893,167 @@ def load_checkpoint(folder, device: str) -> tuple[Llama, Tokenizer]:
 
 def trained_with(file: Path) -> dict:
     """What evaluation needs of a train_config.json, and defaults where there is none."""
-    config = {"eval_data": None, "init": None, "max_length": 1024}
+    config = {"eval_data": None, "init": None, "max_length": 1024, "beta": 1.0, "dtype": "float32"}
+    kinds = {"eval_data": str | None, "init": str | None, "max_length": int, "beta": float}
     config |= read_json(file) if file.is_file() else {}
-    for name, kind in (("eval_data", str | None), ("init", str | None), ("max_length", int)):
+    for name, kind in kinds.items():
         if not isinstance(config[name], kind):
             raise ValueError(f"{file}: {name} is {config[name]!r:.60}")
+    if config["dtype"] not in ("float32", "bfloat16"):
+        raise ValueError(f"{file}: dtype is {config['dtype']!r:.60}")
     return config
 
 
-def evaluate_pairs(
-    model: Llama, tokenizer: Tokenizer, data: Path, init: str | None, max_length: int
-) -> Row:
-    """A model on pairs of answers, against the checkpoint `init` that it was trained from."""
-    pairs = load_pairs(data, tokenizer, max_length)
+def parse_options(argv: list[str] | None):
+    parser = Parser("eval.py", __doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="folders; the first is compared with")
+    add("--data", nargs="+", default=[], metavar="FILE.jsonl", help="questions, choices, pairs")
+    add("--shots", metavar="FILE.jsonl", help="its first rows stand answered before each prompt")
+    add("-k", type=int, metavar="N", help="as many of them (default: 5)")
+    add("--n", type=int, default=1, help="answers to each question, for pass@k and maj@n")
+    add("--temperature", type=float, help="0 is greedy (default: 0, or 1 where --n is above 1)")
+    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this share")
+    add("--max_new_tokens", type=int, default=256, help="of an answer")
+    add("--kl_samples", type=int, default=64, help="answers drawn to estimate the KL; 0 for none")
+    add("--batch_size", type=int, help="answers in the making at a time (default: by length)")
+    add("--seed", type=int, default=0, help="of the answers drawn")
+    add("--dtype", choices=("float32", "bfloat16"), help="(default: bfloat16 with cuda)")
+    add("--device", default="auto", help="cpu, cuda, cuda:N (default: auto)")
+    add("--plot", metavar="FILE.png", help="draw the runs' metrics.jsonl")
+    add("--out", metavar="FILE.json", help="results of all runs (default: eval.json in each)")
+    return parser, parser.parse_args(argv)
 
-    def logps_of(model):
-        return pair_logps(model, pairs, ROW_TOKENS, MICRO_TOKENS, torch.float32)
 
-    if init is None:
-        present = torch.from_numpy(pairs.lengths()[:, 1:] > 0)
-        sides = zip(("chosen", "rejected"), logps_of(model).T, present.T)
-        return {name: Figure.of(logps[here]) for name, logps, here in sides if here.any()}
-    reference = Llama.from_pretrained(init, device=model.head_weight.device)
-    if reference.config.vocab_size != model.config.vocab_size:
-        raise ValueError(f"{init}: has {reference.config.vocab_size} ids, the model to compare has "
-                         f"{model.config.vocab_size}; they do not belong together")  # fmt: skip
-    return preference_row(logps_of(model), logps_of(reference), pairs)
+def check_options(options) -> None:
+    """Fills in what follows from other options. Raises ValueError for what cannot be done."""
+    least = {"n": 1, "max_new_tokens": 1, "kl_samples": 0, "batch_size": 1, "k": 1, "seed": 0}
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise ValueError(f"{'-' if name == 'k' else '--'}{name} {value}: must be at least "
+                             f"{bound}")  # fmt: skip
+    if not 0 < options.top_p <= 1:
+        raise ValueError(f"--top_p {options.top_p}: must be above 0 and at most 1")
+    if options.temperature is None:
+        options.temperature = float(options.n > 1)
+    if not 0 <= options.temperature < math.inf:
+        raise ValueError(f"--temperature {options.temperature}: must be at least 0")
+    if options.n > 1 and options.temperature == 0:
+        raise ValueError(f"--n {options.n}: greedy answers are all alike; --temperature above 0")
+    if options.k and not options.shots:
+        raise ValueError("-k needs --shots FILE.jsonl")
+    options.k = options.k or 5
+    options.device = pick_device(options.device)
+    half = options.device != "cpu" if options.dtype is None else options.dtype == "bfloat16"
+    options.dtype = torch.bfloat16 if half else torch.float32
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install -r requirements-dev.txt")
+    if options.plot and not any((Path(run) / "metrics.jsonl").is_file() for run in options.runs):
+        raise ValueError(f"--plot {options.plot}: none of the runs has a metrics.jsonl")
+    for file in filter(None, (options.plot, options.out)):
+        if Path(file).is_dir() or not Path(file).parent.is_dir():
+            raise ValueError(f"{file}: is not the name of a file in a folder that exists")
+    if options.out and Path(options.out).exists():
+        raise ValueError(f"--out {options.out}: exists; choose another name")
+
+
+class Evaluation(NamedTuple):
+    blocks: dict[str, dict[str, Column]]  # title -> columns of a table
+    answers: dict[str, list]  # file -> the texts, or the log-probs of choices, of each item
+
+
+def evaluate(folder: Path, files: dict[str, list[Item] | None], options) -> Evaluation:
+    """A run on the files, None standing for pairs; without any on the built-in task's problems and
+    on the pairs that it was watched with in training."""
+    config = trained_with(folder / "train_config.json")
+    blocks, answers = {}, {}
+    if not options.data:
+        files = {config["eval_data"]: None} if config["eval_data"] else {}
+    for path, items in files.items():
+        if items is None:  # in the precision of training
+            dtype = getattr(torch, config["dtype"])
+            model, tokenizer = load_checkpoint(folder, options.device)
+            blocks |= pair_columns(model, tokenizer, path, options, config | {"autocast": dtype})
+            continue
+        model, tokenizer = load_checkpoint(folder, options.device, options.dtype)
+        before, title = examples(options.shots, options.k, items), Path(path).name
+        title += f", {options.k} shots" if before else ""
+        if items[0].choices:
+            found = chosen(model, tokenizer, path, items, before, options.dtype)
+        else:
+            found = graded(model, tokenizer, path, items, before, options)
+            title += f", temperature {options.temperature:g}" if options.temperature else ", greedy"
+        blocks[title], answers[title] = found
+    if not options.data:  # last, for the input may be bad
+        model, tokenizer = load_checkpoint(folder, options.device)
+        values = task_values(model, tokenizer)
+        columns = {name: Column(np.array(value)) for name, value in values.items()}
+        blocks = {"problems": columns} | blocks
+    return Evaluation(blocks, answers)
+
+
+def record(run: str, found: Evaluation, argv: list[str], options) -> dict:
+    """What is kept of a run: figures, the values that they were made of, and what made them."""
+    hashes = {}
+    for file in filter(None, (*options.data, options.shots)):
+        with open(file, "rb") as content:
+            hashes[file] = hashlib.file_digest(content, "sha256").hexdigest()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    figures = {t: {c: x.figure()._asdict() for c, x in b.items()} for t, b in found.blocks.items()}
+    items = {t: {c: x.values.tolist() for c, x in b.items()} for t, b in found.blocks.items()}
+    content = {"run": run, "argv": argv, "options": vars(options) | {"dtype": str(options.dtype)},
+               "sha256": hashes, "versions": versions | {"numpy": np.__version__},
+               "figures": figures, "items": items, "answers": found.answers}  # fmt: skip
+    return _without_nan(content)
+
+
+def _without_nan(value):
+    """JSON has no word for a value that is not there but null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Prints a table and returns its means: run, as it was named in argv -> column -> mean."""
-    parser = Parser("eval.py", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="folders to compare")
-    parser.add_argument("--data", metavar="FILE.jsonl", help="preference pairs to evaluate on")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: auto)")
-    options = parser.parse_args(argv)
+    """Prints tables and returns their means: run, as it was named in argv -> column -> mean; with
+    several files of data the columns are called FILE: column."""
+    parser, options = parse_options(argv)
     runs = {Path(run).name: run for run in options.runs}
     runs = runs if len(runs) == len(options.runs) else {run: run for run in options.runs}
-    rows: dict[str, Row] = {}
+    found: dict[str, Evaluation] = {}
     try:
-        device = pick_device(options.device)
+        check_options(options)
+        files = {path: read_items(Path(path)) for path in options.data}
+        for items in filter(None, files.values()):
+            examples(options.shots, options.k, items)  # what is wrong with them is seen at once
+        for run in runs.values():
+            if not Path(run).is_dir():
+                raise FileNotFoundError(f"{run}: there is no such checkpoint folder")
         for name, run in runs.items():
-            folder, row = Path(run), {}
-            model, tokenizer = load_checkpoint(folder, device)
-            config = trained_with(folder / "train_config.json")
-            data = options.data or config["eval_data"]
-            if data is not None:  # first, for its input may be bad
-                init, max_length = config["init"], config["max_length"]
-                row = evaluate_pairs(model, tokenizer, Path(data), init, max_length)
-            if options.data is None:
-                row = task_row(task_values(model, tokenizer)) | row
-            rows[name] = row
+            found[name] = evaluate(Path(run), files, options)
     except (OSError, ValueError) as error:
         parser.error(error)
-    print(table(rows))
+    titles = dict.fromkeys(title for one in found.values() for title in one.blocks)
+    for title in titles:
+        rows = compared({n: one.blocks[title] for n, one in found.items() if title in one.blocks})
+        print(f"{title}\n\n{table(rows, markdown=not sys.stdout.isatty())}\n")
+    records = {}
+    for name, run in runs.items():
+        records[run] = record(run, found[name], sys.argv[1:] if argv is None else argv, options)
+        if not options.out and (Path(run) / "train_config.json").is_file():
+            write_json(Path(run) / "eval.json", records[run])
+    if options.out:
+        write_json(Path(options.out), records)
+    if options.plot:
+        plot({name: Path(run) for name, run in runs.items()}, Path(options.plot))
     return {
-        runs[name]: {column: figure.mean for column, figure in row.items()}
-        for name, row in rows.items()
-    }
+        run: {f"{title.split(',')[0]}: {c}" if len(files) > 1 else c: figure["mean"]
+              for title, row in one["figures"].items() for c, figure in row.items()}
+        for run, one in records.items()
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -238,6 +239,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask, grouped: bool) -> Tensor:
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
     if isinstance(mask, list):
         return _attend_in_rows(q, k, v, mask, grouped)
+    if grouped and q.shape[2] == 1:  # heads that share keys stand as queries: keys are read once
+        shared = q.view(len(q), k.shape[1], -1, q.shape[3])
+        return F.scaled_dot_product_attention(shared, k, v, attn_mask=mask).view(q.shape)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
@@ -268,17 +272,21 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary, mask: Tensor | None, cache: Tensor | None, start: int):
+    def forward(self, x: Tensor, rotary, mask: Tensor | None, cache: Tensor | None, place):
         """x (B, T, D); mask as in `attend`, T queries and S keys, or None for plain causal;
-        cache (2, B, K, capacity, E) of keys and values, of which `start` are already filled."""
+        cache (2, rows, K, capacity, E) of keys and values, `place` says where these go: row and
+        position (B, 1), (B, T). A token that comes alone with a mask sees S of what is there."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
         if cache is not None:
-            cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
-            k, v = cache[:, :, :, : start + T]  # (B, K, S, E) each
+            row, position = place
+            cache[0][row, :, position] = k.transpose(1, 2)
+            cache[1][row, :, position] = v.transpose(1, 2)
+            if T == 1 and mask is not None:
+                k, v = cache[:, :, :, : mask.shape[-1]]  # (B, K, S, E) each
         y = attend(q, k, v, mask, self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -305,8 +313,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary, mask=None, cache=None, start: int = 0) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, start)
+    def forward(self, x: Tensor, rotary, mask=None, cache=None, place=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, place)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -353,13 +361,14 @@ class Llama(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | list[Tensor] | BlockMask | None = None,
         cache: Tensor | None = None,
-        start: int = 0,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
         tokens (B, T) ids; positions (B, T), 0, 1, 2, ... when None; mask as in `attend`, where a
-        list or a BlockMask must know of a sliding window already; cache (layers, 2, B, K, capacity,
-        E) holds `start` earlier tokens and receives these. Returns (B, T, D).
+        list or a BlockMask must know of a sliding window already; cache (layers, 2, rows, K,
+        capacity, E) receives the tokens in its `rows` (B,) at their positions: first whole
+        sequences, then one token a row with a mask over what is there. Returns (B, T, D).
         """
         assert tokens.dim() == 2, f"tokens must be (B, T), not {tuple(tokens.shape)}"
         if positions is None:
@@ -371,12 +380,13 @@ class Llama(nn.Module):
             mask = causal if mask is None else mask
             mask = mask & within_window(positions, positions, window)
         rotary = rotary_table(self.config, positions)
+        place = None if cache is None else (rows[:, None], positions)
         x = self.model["embed_tokens"](tokens)  # (B, T, D)
         for index, block in enumerate(self.model["layers"]):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False)
             else:
-                x = block(x, rotary, mask, None if cache is None else cache[index], start)
+                x = block(x, rotary, mask, None if cache is None else cache[index], place)
         return self.model["norm"](x)
 
     @torch.no_grad()
@@ -388,57 +398,97 @@ class Llama(nn.Module):
         top_p: float = 1.0,
         stop_ids=(),
         seed: int = 0,
+        *,
+        rows: int | None = None,
+        is_over: Callable[[int, list[int]], bool] | None = None,
+        progress: Callable[[list[int]], None] = lambda answer: None,
     ) -> list[list[int]]:
         """Continues each prompt until a stop id or `max_new_tokens`.
 
         prompts: lists of ids of any lengths, none empty; temperature 0 is greedy; top_p keeps the
         smallest set of tokens whose probability reaches it. Returns the new ids of each prompt,
-        the stop id included when one was produced. The same seed and batch give the same answers.
+        the stop id included when one was produced. The same seed and prompts give the same answers.
+        rows: as many are at work at a time, all when None; the next prompts take the place of those
+        that are done, so like lengths should be neighbours. is_over(prompt's number, ids so far),
+        asked every few tokens, ends an answer too. progress is told of each answer that is done.
         """
         assert prompts and all(prompts), "every prompt needs at least one token"
-        config, device = self.config, self.head_weight.device
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        B, P = len(prompts), int(lengths.max())
-        # Prompts are padded on the left, so that every row writes its next token in one column.
-        padded = [[0] * (P - len(prompt)) + list(prompt) for prompt in prompts]
-        tokens = torch.tensor(padded, device=device)  # (B, P)
-        columns = torch.arange(P + max_new_tokens, device=device)
-        positions = columns - (P - lengths)[:, None]  # (B, capacity), negative at padding
-        real = positions >= 0
-        # A padded query sees itself, or its softmax would be empty; nobody looks at the result.
-        mask = real[:, None, :P] & (columns[:P] <= columns[:P, None])
-        mask = (mask | torch.eye(P, dtype=torch.bool, device=device))[:, None]  # (B, 1, P, P)
-        shape = (B, config.num_key_value_heads, P + max_new_tokens, config.head_dim)
-        dtype = self.model["embed_tokens"].weight.dtype
-        cache = torch.zeros(config.num_hidden_layers, 2, *shape, dtype=dtype, device=device)
+        config, weight = self.config, self.head_weight
+        device, count = weight.device, len(prompts)
+        R = min(rows or count, count)
+        shape = (R, config.num_key_value_heads, max(map(len, prompts)) + max_new_tokens)
+        shape = (config.num_hidden_layers, 2, *shape, config.head_dim)
+        cache = torch.zeros(shape, dtype=weight.dtype, device=device)
+        columns = torch.arange(shape[4], device=device)
         stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-        generator = torch.Generator().manual_seed(seed)
+        # A draw for every token of every prompt: its luck does not depend on its neighbours'.
+        luck = torch.rand(max_new_tokens, count, generator=torch.Generator().manual_seed(seed))
+        luck = luck.to(device)
+        # What each row of the cache is at: prompt, tokens of prompt and answer, the answer's ids
+        # (and a place for what comes after it), whether it has ended.
+        owner, length, made, ended = torch.zeros(4, R, dtype=torch.long, device=device)
+        new = torch.zeros(R, max_new_tokens + 1, dtype=torch.long, device=device)
+        busy: dict[int, int] = {}  # row -> prompt, of answers that are not done
         answers: list[list[int]] = [[] for _ in prompts]
-        rows = torch.arange(B, device=device)  # which prompt each row of the cache belongs to
-        running = torch.ones(B, dtype=torch.bool, device=device)
-        for start in range(P, P + max_new_tokens):
-            T = tokens.shape[1]
-            here = positions[rows, start - T : start].clamp(min=0)
-            hidden = self(tokens, here, mask, cache, start - T)[:, -1]  # (rows, D)
-            # One draw a prompt, stopped or not: a row's luck does not depend on its neighbours'.
-            luck = torch.rand(B, generator=generator).to(device)[rows]
-            tokens = sample((hidden @ self.head_weight.T).float(), temperature, top_p, luck)
-            for row, token, on in zip(rows.tolist(), tokens.tolist(), running.tolist()):
-                if on:
-                    answers[row].append(token)
-            running = running & ~torch.isin(tokens, stop)
-            left = int(running.sum())
-            if left == 0:
-                break
-            if left <= len(rows) // 2:  # drop the finished rows once they are half of the work
-                tokens, rows = tokens[running], rows[running]
-                cache, running = cache[:, :, running], running[running]
-            tokens = tokens[:, None]
-            mask = real[rows, None, None, : start + 1]  # (rows, 1, 1, S)
-            if config.sliding_window is not None:
-                now, seen = positions[rows, start, None], positions[rows, : start + 1]
-                mask = mask & within_window(now, seen, config.sliding_window)
+        begun = steps = 0
+        every = 8 if device.type == "cuda" or is_over else 1  # steps between looks at who is done
+        while begun < count or busy:
+            free = [row for row in range(R) if row not in busy]
+            if begun < count and len(free) * 8 >= R:
+                fresh = range(begun, min(begun + len(free), count))
+                at, begun = torch.tensor(free[: len(fresh)], device=device), fresh.stop
+                busy |= {row: (i, steps) for row, i in zip(free, fresh)}
+                owner[at] = torch.tensor(fresh, device=device)
+                length[at] = torch.tensor([len(prompts[i]) for i in fresh], device=device)
+                made[at] = ended[at] = 0
+                hidden = self._read([prompts[i] for i in fresh], cache, at)
+            else:
+                steps += 1
+                at, here = torch.arange(R, device=device), length + made - 1
+                seen = max(len(prompts[i]) + steps - begin for i, begin in busy.values())
+                mask = columns[:seen] <= here[:, None]  # (R, S)
+                if config.sliding_window is not None:
+                    mask &= here[:, None] - columns[:seen] < config.sliding_window
+                tokens = new.gather(1, made[:, None] - 1)
+                hidden = self(tokens, here[:, None], mask[:, None, None], cache, at)[:, 0]
+            chance = luck[made[at] % max_new_tokens, owner[at]]
+            new[at, made[at]] = sample((hidden @ weight.T).float(), temperature, top_p, chance)
+            is_last = torch.isin(new[at, made[at]], stop) | (made[at] + 1 == max_new_tokens)
+            made[at] += 1 - ended[at]
+            ended[at] |= is_last
+            if steps % every and max(steps - begin for _, begin in busy.values()) < max_new_tokens:
+                continue
+            for row, over, made_here in zip(range(R), ended.tolist(), made.tolist()):
+                if row in busy and (over or is_over):
+                    i, answer = busy[row][0], new[row, :made_here].tolist()
+                    if over or is_over(i, answer):
+                        answers[i] = answer
+                        ended[row] = 1
+                        del busy[row]
+                        progress(answer)
+            if begun == count and 0 < len(busy) <= R // 2:  # half of the work would be for nothing
+                keep = torch.tensor(sorted(busy), device=device)
+                busy = {new_row: busy[row] for new_row, row in enumerate(sorted(busy))}
+                R, cache, new = len(keep), cache[:, :, keep], new[keep]
+                owner, length, made, ended = (x[keep] for x in (owner, length, made, ended))
         return answers
+
+    def _read(self, prompts: list[list[int]], cache: Tensor, rows: Tensor) -> Tensor:
+        """Prompts into the cache, a row each; the states of their last tokens, (prompts, D). What
+        is asked several times is read once."""
+        first: dict[tuple, int] = {}
+        source = [first.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)]
+        lengths = torch.tensor([len(prompt) for prompt in first], device=rows.device)
+        T = int(lengths.max())
+        # Padding stands at the end, where no token of the prompt sees it and no answer will.
+        tokens = torch.tensor([[*p, *[0] * (T - len(p))] for p in first], device=rows.device)
+        at = rows[torch.tensor(list(first.values()), device=rows.device)]
+        hidden = self(tokens, None, None, cache, at)[torch.arange(len(first)), lengths - 1]
+        if len(first) < len(prompts):
+            cache[:, :, rows, :, :T] = cache[:, :, rows[source], :, :T]
+            number = {row: place for place, row in enumerate(first.values())}
+            hidden = hidden[[number[row] for row in source]]
+        return hidden
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Llama":
@@ -520,7 +570,10 @@ def sample(logits: Tensor, temperature: float, top_p: float, luck: Tensor) -> Te
     probabilities = (logits / temperature).softmax(dim=-1)
     order = None
     if top_p < 1:
-        probabilities, order = probabilities.sort(dim=-1, descending=True)
+        # A whole vocabulary is sorted only where its first thousand tokens are not enough.
+        best = probabilities.topk(min(1024, probabilities.shape[-1]), dim=-1)
+        enough = bool((best.values.sum(dim=-1) >= top_p).all())
+        probabilities, order = best if enough else probabilities.sort(dim=-1, descending=True)
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     cumulative = probabilities.cumsum(dim=-1)

@@ -3,6 +3,7 @@
     training     steps of optimisation: ours, transformers twice, TRL; a process each
     head         the fused head against three bare matrix products, and how it grows
     prompts      shared prompts against a prompt for each answer
+    generation   greedy answers to GSM8K questions: ours against transformers
     tokenizers   encoding: ours against the tokenizers library
     loading      rows of JSONL a second
     saving       a checkpoint against a training step, and against the disk alone
@@ -267,6 +268,36 @@ def to_disk(folder: Path, count: int) -> None:
         os.fsync(file.fileno())
 
 
+def bench_generation(questions: int = 200, rows: int = 32, most: int = 256) -> None:
+    """Greedy answers, float32, sorted by length: ours with `rows` at work at a time, transformers
+    in batches of as many. The answers must be the same; tokens are those up to the end."""
+    import transformers
+
+    folder, file = SHARED / "models/gsm-llama", SHARED / "data/gsm8k-test.jsonl"
+    if not folder.is_dir():
+        return print("generation: left out, needs the folder of real data")
+    ours, tokenizer = evaluation.load_checkpoint(folder, "cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    items, stop = evaluation.read_items(file)[:questions], sorted(tokenizer.stop_ids)
+    prompts = sorted((item.ids(tokenizer, "") for item in items), key=len)
+    begun = time.perf_counter()
+    mine = evaluation.draw(ours, prompts, most, stop_ids=stop, temperature=0, rows=rows)
+    seconds, begun, other = time.perf_counter() - begun, time.perf_counter(), []
+    for start in range(0, len(prompts), rows):
+        part = prompts[start : start + rows]
+        width = max(map(len, part))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in part])
+        attend = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
+        found = theirs.generate(ids, attention_mask=attend, do_sample=False, max_new_tokens=most,
+                                eos_token_id=stop, pad_token_id=0)[:, width:].tolist()  # fmt: skip
+        ends = [next((i + 1 for i, t in enumerate(ids) if t in stop), most) for ids in found]
+        other += [ids[:end] for ids, end in zip(found, ends)]
+    ratio, tokens = (time.perf_counter() - begun) / seconds, sum(map(len, mine))
+    same = sum(a == b for a, b in zip(mine, other))
+    print(f"{same} of {len(mine)} answers the same token for token, {tokens} tokens; "
+          f"{tokens / seconds:.0f} tokens/s, {ratio:.2f} times transformers'")  # fmt: skip
+
+
 def prepare(folder: Path, config: ModelConfig) -> None:
     """A checkpoint of random weights, GSM8K pairs or ids of like lengths, reference log-probs."""
     torch.manual_seed(0)
@@ -465,6 +496,7 @@ if __name__ == "__main__":
         "training": bench_training,
         "head": bench_head,
         "prompts": bench_prompts,
+        "generation": bench_generation,
         "tokenizers": bench_tokenizers,
         "loading": bench_loading,
         "saving": bench_saving,

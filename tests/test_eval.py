@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from test_data import random_pairs, single_logp
 
 import eval as evaluation
 import train
-from data import Pair, Pairs, byte_tokenizer, solution
+from data import Pair, Pairs, byte_tokenizer, load_pairs, solution
 from eval import (
+    Column,
     Figure,
     mutual_information,
     pair_logps,
@@ -21,6 +23,7 @@ from eval import (
     preference_metrics,
     preference_row,
     preference_values,
+    resample,
     sample_answers,
     table,
     task_values,
@@ -95,7 +98,7 @@ def test_figure_has_the_standard_error_of_a_mean():
 def test_answers_come_back_to_their_prompts_and_unfinished_ones_are_empty(monkeypatch):
     seeds = []
 
-    def generate(prompts, max_new_tokens, temperature, stop_ids, seed):
+    def generate(prompts, max_new_tokens, stop_ids, seed, **_):
         seeds.append(seed)
         # Answers its prompt's length; prompts of three tokens never end.
         return [[*str(len(p)).encode()] + ([257] if len(p) != 3 else []) for p in prompts]
@@ -117,6 +120,77 @@ def test_task_values_grade_greedy_and_sampled_answers(monkeypatch):
     monkeypatch.setattr(evaluation, "sample_answers", answer)
     values = task_values(None, None, 10)
     assert values["greedy"] == values["pass@1"] == values["pass@8"] == [0.0, 1.0] * 5
+
+
+def test_bootstrap_of_a_mean_is_the_closed_form_and_pairs_items():
+    random = np.random.default_rng(1)
+    first, second = random.normal(0, 1, 400), random.normal(0, 0.1, 400)
+    column, other = Column(first), Column(first + 0.05 + second)
+    mean, low, high, n = other.difference(column)
+    error = second.std(ddof=1) / 20  # of the paired difference, a tenth of the unpaired one's
+    assert n == 400 and mean == pytest.approx(0.05 + second.mean())
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
+    assert resample(first, np.mean).std() == pytest.approx(first.std() / 20, rel=0.05)
+    gaps = Column(np.where(np.arange(400) < 10, np.nan, first))
+    assert gaps.figure().n == gaps.difference(other).n == 390
+    assert column.difference(Column(first[:50])) is None  # other items
+
+
+def test_information_read_outs_have_bootstrap_errors_and_a_bound_on_kl():
+    rewards = np.random.default_rng(0).normal((0.7, -3), 0.3, (200, 2))
+    columns = {"margin": Column(rewards[:, 0]), "T chosen": Column(rewards[:, 0]),
+               "T rejected": Column(rewards[:, 1])}  # fmt: skip
+    found = {k: c.figure() for k, c in evaluation.information_columns(columns).items()}
+    expected = mutual_information(*torch.from_numpy(rewards).T)
+    for name, figure in zip(("mi/dv", "mi/nwj", "mi/js"), found.values()):
+        assert figure.mean == pytest.approx(expected[name]) and 0 < figure.error < 0.2
+    assert 0 < found["KL from js ≤0.693"].mean < math.log(2)
+    assert evaluation.least_kl(0) == evaluation.least_kl(-1) == 0
+    assert evaluation.least_kl(0.4315 / 2) <= math.log(2)
+    random = np.random.default_rng(0)
+    for p, q in random.dirichlet(np.ones(4), (300, 2)):  # a bound for distributions of any kind
+        kl, middle = (p * np.log(p / q)).sum(), (p + q) / 2
+        jsd = ((p * np.log(p / middle)).sum() + (q * np.log(q / middle)).sum()) / 2
+        assert evaluation.least_kl(jsd) <= kl * 1.001
+    p, q = np.array([0.99, 0.01]), np.array([0.5, 0.5])  # and not an idle one
+    middle, kl = (p + q) / 2, (p * np.log(p / q)).sum()
+    jsd = ((p * np.log(p / middle)).sum() + (q * np.log(q / middle)).sum()) / 2
+    assert evaluation.least_kl(jsd) > 0.8 * kl
+
+
+def test_quarters_by_length_split_the_pairs():
+    lengths = np.arange(20)
+    parts = evaluation.by_length({"margin": Column(lengths / 10)}, lengths)
+    assert [c.figure().n for c in parts.values()] == [5] * 4 and "margin 0-4" in parts
+    assert sum(c.figure().mean for c in parts.values()) / 4 == pytest.approx(0.95)
+
+
+def test_command_measures_runs_draws_their_curves_and_keeps_every_value(
+    checkpoint, pairs_file, tmp_path, capsys
+):
+    pytest.importorskip("matplotlib")
+    common = ["--init", str(checkpoint), "--data", str(pairs_file), "--eval_data", str(pairs_file)]
+    runs = [str(train.main([*common, "--lr", "1e-3", "--seed", str(seed), "--out",
+                            str(tmp_path / f"mio{seed}")])) for seed in (0, 1)]  # fmt: skip
+    capsys.readouterr()
+    picture = tmp_path / "curves.png"
+    flags = ["--plot", str(picture), "--max_new_tokens", "9", "--kl_samples", "5"]
+    found = evaluation.main([*runs, str(checkpoint), "--data", str(pairs_file), *flags])
+    assert picture.read_bytes()[:4] == b"\x89PNG" and not (checkpoint / "eval.json").exists()
+    ((label, curves),) = evaluation.read_curves({Path(r).name: Path(r) for r in runs}).items()
+    assert label == "mio0 (2 seeds)" and len(curves) == 2
+    assert curves[0]["rewards/margins"][0].tolist() == [0, 1]  # steps of held-out figures
+    kept = json.loads((Path(runs[0]) / "eval.json").read_text())
+    (items, critic, _) = kept["items"].values()
+    lengths = Pairs(load_pairs(pairs_file, byte_tokenizer())).lengths()
+    assert len(items["margin"]) == 23 and len(critic["KL"]) == 5
+    beta, row = 0.2, found[runs[0]]
+    assert row["T chosen"] == pytest.approx(beta * row["Δ chosen"])
+    assert row["margin"] == pytest.approx(row["T chosen"] - row["T rejected"])
+    per_token = np.array(items["Δ chosen"]) / lengths[:, 1]
+    assert row["Δ/token chosen"] == pytest.approx(per_token.mean())
+    printed = capsys.readouterr().out
+    assert "| mio1 - mio0 |" in printed and "| init |" in printed
 
 
 def test_table_is_aligned_and_fits_a_terminal():

@@ -243,6 +243,14 @@ def test_greedy_generation_of_mixed_lengths_equals_the_uncached_loop():
     got = model.generate(prompts, 25, temperature=0, stop_ids=stop_ids)
     assert got == [greedy_without_cache(model, p, 25, stop_ids) for p in prompts]
     assert len({len(answer) for answer in got}) > 3
+    many, done = prompts + prompts[:3] * 2, []  # the same ones again, few at work at a time
+    for rows in (1, 3, 9):
+        again = model.generate(many, 25, 0, stop_ids=stop_ids, rows=rows, progress=done.append)
+        assert again == got + got[:3] * 2 and sorted(done) == sorted(again)
+        done.clear()
+    window = tiny_model(sliding_window=7, model_type="mistral")
+    expected = [greedy_without_cache(window, p, 25, stop_ids) for p in prompts]
+    assert window.generate(prompts, 25, 0, stop_ids=stop_ids, rows=2) == expected
     for answer in got:
         assert len(answer) == 25 or answer[-1] in stop_ids
         assert not stop_ids & set(answer[:-1])
@@ -256,6 +264,10 @@ def test_sampling_is_seeded_and_a_row_does_not_depend_on_who_stops():
     for long, short in zip(first, model.generate(prompts, 20, seed=3, stop_ids=stop)):
         cut = next((i + 1 for i, token in enumerate(long) if token in stop), 20)
         assert short == long[:cut]
+    assert first == model.generate(prompts, 20, seed=3, rows=1)
+    asked = model.generate(prompts, 20, seed=3, is_over=lambda i, ids: i == 1 and len(ids) > 3)
+    assert asked[0] == first[0] and asked[2] == first[2]  # asked every eight tokens or sooner
+    assert asked[1] == first[1][: len(asked[1])] and 3 < len(asked[1]) < 12
 
 
 def test_sample_draws_from_the_distribution():
@@ -270,5 +282,7 @@ def test_sample_draws_from_the_distribution():
     share = sample(logits, 1.0, 0.75, luck).bincount(minlength=5) / 20_000
     torch.testing.assert_close(share, nucleus, rtol=0, atol=0.015)
     assert (sample(logits, 0.0, 1.0, luck) == 0).all()
+    flat = sample(torch.zeros(2000, 4000), 1.0, 0.5, luck[:2000])  # the nucleus is half of them all
+    assert len(flat.unique()) > 1024
     ends = torch.tensor([0.0, 1 - 2**-24])
     assert sample(logits[:2].flip(-1), 1.0, 1.0, ends).tolist() == [1, 4]
