@@ -7,6 +7,7 @@ Rows become items, items values, values figures, figures a table: a value for ea
 kept, so that runs are compared item by item.
 """
 
+import argparse
 import collections
 import functools
 import hashlib
@@ -94,8 +95,8 @@ class Column(NamedTuple):
         values = self.values[self.present()]
         if self.statistic is np.mean:
             return Figure.of(values)
-        return Figure(float(self.statistic(values)), resample(values, self.statistic).std(ddof=1),
-                      len(values))  # fmt: skip
+        error = float(resample(values, self.statistic).std(ddof=1))
+        return Figure(float(self.statistic(values)), error, len(values))
 
     def difference(self, first: "Column") -> Difference | None:
         """Paired: a resample takes the same items of both. None where the items differ."""
@@ -503,9 +504,6 @@ EVALUATION_FORMS = (
 )
 
 
-PAIR_COLUMNS = COLUMNS - {"prompt"}
-
-
 class Item(NamedTuple):
     """A row to answer and grade, or one with choices."""
 
@@ -534,7 +532,11 @@ def read_item(line: int, row: dict) -> Item:
         row = {"prompt": f"Question: {row['question']}\nAnswer:", "answer": row["answer"],
                "grade": "gsm8k", "stop": ["Question:"]}  # fmt: skip
     prompt, stop = row.get("prompt"), row.get("stop", [])
-    if not (isinstance(prompt, list) and prompt or isinstance(prompt, str)):
+    messages = isinstance(prompt, list) and prompt and all(
+        isinstance(m, dict) and {type(m.get(key)) for key in ("role", "content")} == {str}
+        for m in prompt
+    )  # fmt: skip
+    if not messages and not isinstance(prompt, str):
         raise ValueError(f"its columns are {', '.join(row) or 'none':.200}; {EVALUATION_FORMS}")
     if row.keys() >= {"choices", "gold"}:
         choices, gold = row["choices"], row["gold"]
@@ -564,11 +566,7 @@ def read_items(path: Path) -> list[Item] | None:
     that names file and line."""
     items = []
     for line, row in read_rows(path):
-        if (
-            not items
-            and not row.keys() & {"answer", "choices"}
-            and row.keys() & COLUMNS - {"prompt"}
-        ):
+        if not items and row.keys() & COLUMNS - {"prompt"}:
             return None
         try:
             items.append(read_item(line, row))
@@ -607,7 +605,9 @@ def check_room(path, items: list[Item], lengths: list[int], model: Llama) -> Non
                          "--max_new_tokens or -k")  # fmt: skip
 
 
-def graded(model: Llama, tokenizer: Tokenizer, path, items: list[Item], before: str, options):
+def answer_columns(
+    model: Llama, tokenizer: Tokenizer, path, items: list[Item], before: str, options
+):
     """Columns of figures, and the texts of each item's n answers."""
     n, new = options.n, options.max_new_tokens
     ids = [item.ids(tokenizer, before) for item in items for _ in range(n)]
@@ -636,16 +636,13 @@ def graded(model: Llama, tokenizer: Tokenizer, path, items: list[Item], before: 
     return _columns(values), texts
 
 
-def chosen(model: Llama, tokenizer: Tokenizer, path, items: list[Item], before: str, dtype):
+def choice_columns(model, tokenizer, path, items: list[Item], before: str, dtype):
     """Columns of accuracy by log-prob, by it over characters and over bytes, as lm-evaluation-
     harness defines them, the joining space left out; and the log-probs of each item's choices."""
-    rows = [
-        [
-            item.ids(tokenizer, before),
-            *(tokenizer.continue_ids(item.joined(c)) for c in item.choices),
-        ]
-        for item in items
-    ]
+    rows = []
+    for item in items:
+        texts = [item.joined(choice) for choice in item.choices]
+        rows.append([item.ids(tokenizer, before), *map(tokenizer.continue_ids, texts)])
     check_room(path, items, [len(row[0]) + max(map(len, row[1:])) for row in rows], model)
     logps = [one.double().numpy() for one in
              answer_logps(model, rows, ROW_TOKENS, MICRO_TOKENS, dtype)]  # fmt: skip
@@ -665,15 +662,20 @@ def _columns(values: list[dict[str, float]]) -> dict[str, Column]:
     return {n: Column(np.array([one.get(n, np.nan) for one in values])) for n in names}
 
 
-def pair_columns(model, tokenizer, path, options, config: dict) -> dict[str, dict[str, Column]]:
-    """Blocks of columns on pairs, against the checkpoint that the run was trained from."""
+def pair_columns(model, tokenizer, path, title, options, config) -> dict[str, dict[str, Column]]:
+    """Blocks of columns on pairs, in the precision of training, against the checkpoint that the run
+    was trained from."""
     pairs = load_pairs(path, tokenizer, config["max_length"])
-    layout = ROW_TOKENS, MICRO_TOKENS, options.dtype
-    logps, title = pair_logps(model, pairs, *layout), Path(path).name
+    layout = ROW_TOKENS, MICRO_TOKENS, getattr(torch, config["dtype"])
+    logps = pair_logps(model, pairs, *layout)
     if config.get("init") is None:
         return {title: preference_columns(logps, None, pairs, 1.0)}
-    reference, beta = Llama.from_pretrained(config["init"], device=options.device), config["beta"]
-    columns = preference_columns(logps, pair_logps(reference, pairs, *layout), pairs, beta)
+    reference = Llama.from_pretrained(config["init"], device=options.device)
+    if reference.config.vocab_size != model.config.vocab_size:
+        raise ValueError(f"{config['init']}: has {reference.config.vocab_size} ids, the model to "
+                         f"compare has {model.config.vocab_size}")  # fmt: skip
+    ref_logps = pair_logps(reference, pairs, *layout)
+    columns = preference_columns(logps, ref_logps, pairs, config["beta"])
     blocks = {title: columns, f"{title}: critic": information_columns(columns)}
     if options.kl_samples:
         prompts = list(dict.fromkeys(tuple(pair.prompt) for pair in pairs))[: options.kl_samples]
@@ -720,18 +722,7 @@ LEGEND = {
     "js": "  the floor of the mio loss, by half; ± from the bootstrap",
     "KL": "KL: log-ratio to the reference in nats, on answers drawn from the run",
 }
-SHARES = (
-    "greedy",
-    "pass@",
-    "reward",
-    "strict",
-    "flexible",
-    "math",
-    "exact",
-    "letter",
-    "cut",
-    "acc",
-)
+SHARES = ("greedy", "pass@", "reward", "cut", "acc", "strict", "flexible", *GRADERS)
 
 
 def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
@@ -811,12 +802,16 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 STYLES = ("-", "--", "-.", ":")
 
 
+def has_curves(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("metrics.jsonl", "train_config.json"))
+
+
 def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray]]]:
     """label -> a set of curves a run: name -> (steps, values). Runs that differ in seed alone share
     a label. Held-out figures; those of training where there are none."""
     groups: dict[str, tuple[str, list]] = {}
     for name, folder in folders.items():
-        if not (folder / "metrics.jsonl").is_file():
+        if not has_curves(folder):
             continue
         config = read_json(folder / "train_config.json")
         seed = config.pop("seed", None)
@@ -904,20 +899,34 @@ def trained_with(file: Path) -> dict:
     return config
 
 
+def within(kind: type, least: float, most: float = math.inf):
+    """A type of argparse: a number, finite and not outside of these."""
+
+    def read(text: str):
+        value = kind(text)
+        if not (least <= value <= most and value < math.inf):
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least:g}" + (
+                f" and at most {most:g}" if most < math.inf else ""))  # fmt: skip
+        return value
+
+    read.__name__ = kind.__name__
+    return read
+
+
 def parse_options(argv: list[str] | None):
     parser = Parser("eval.py", __doc__)
-    add = parser.add_argument
+    add, count = parser.add_argument, within(int, 1)
     add("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="folders; the first is compared with")
     add("--data", nargs="+", default=[], metavar="FILE.jsonl", help="questions, choices, pairs")
     add("--shots", metavar="FILE.jsonl", help="its first rows stand answered before each prompt")
-    add("-k", type=int, metavar="N", help="as many of them (default: 5)")
-    add("--n", type=int, default=1, help="answers to each question, for pass@k and maj@n")
-    add("--temperature", type=float, help="0 is greedy (default: 0, or 1 where --n is above 1)")
-    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this share")
-    add("--max_new_tokens", type=int, default=256, help="of an answer")
-    add("--kl_samples", type=int, default=64, help="answers drawn to estimate the KL; 0 for none")
-    add("--batch_size", type=int, help="answers in the making at a time (default: by length)")
-    add("--seed", type=int, default=0, help="of the answers drawn")
+    add("-k", type=count, metavar="N", help="as many of them (default: 5)")
+    add("--n", type=count, default=1, help="answers to each question, for pass@k and maj@n")
+    add("--temperature", type=within(float, 0), help="0 is greedy (default: 0, or 1 if --n > 1)")
+    add("--top_p", type=within(float, 1e-6, 1), default=1.0, help="keep the likeliest tokens")
+    add("--max_new_tokens", type=count, default=256, help="of an answer")
+    add("--kl_samples", type=within(int, 0), default=64, help="answers drawn for KL; 0: no KL")
+    add("--batch_size", type=count, help="answers in the making at a time (default: by length)")
+    add("--seed", type=within(int, 0), default=0, help="of the answers drawn")
     add("--dtype", choices=("float32", "bfloat16"), help="(default: bfloat16 with cuda)")
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: auto)")
     add("--plot", metavar="FILE.png", help="draw the runs' metrics.jsonl")
@@ -927,18 +936,8 @@ def parse_options(argv: list[str] | None):
 
 def check_options(options) -> None:
     """Fills in what follows from other options. Raises ValueError for what cannot be done."""
-    least = {"n": 1, "max_new_tokens": 1, "kl_samples": 0, "batch_size": 1, "k": 1, "seed": 0}
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value is not None and value < bound:
-            raise ValueError(f"{'-' if name == 'k' else '--'}{name} {value}: must be at least "
-                             f"{bound}")  # fmt: skip
-    if not 0 < options.top_p <= 1:
-        raise ValueError(f"--top_p {options.top_p}: must be above 0 and at most 1")
     if options.temperature is None:
         options.temperature = float(options.n > 1)
-    if not 0 <= options.temperature < math.inf:
-        raise ValueError(f"--temperature {options.temperature}: must be at least 0")
     if options.n > 1 and options.temperature == 0:
         raise ValueError(f"--n {options.n}: greedy answers are all alike; --temperature above 0")
     if options.k and not options.shots:
@@ -949,7 +948,7 @@ def check_options(options) -> None:
     options.dtype = torch.bfloat16 if half else torch.float32
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install -r requirements-dev.txt")
-    if options.plot and not any((Path(run) / "metrics.jsonl").is_file() for run in options.runs):
+    if options.plot and not any(map(has_curves, map(Path, options.runs))):
         raise ValueError(f"--plot {options.plot}: none of the runs has a metrics.jsonl")
     for file in filter(None, (options.plot, options.out)):
         if Path(file).is_dir() or not Path(file).parent.is_dir():
@@ -958,31 +957,28 @@ def check_options(options) -> None:
         raise ValueError(f"--out {options.out}: exists; choose another name")
 
 
-class Evaluation(NamedTuple):
-    blocks: dict[str, dict[str, Column]]  # title -> columns of a table
-    answers: dict[str, list]  # file -> the texts, or the log-probs of choices, of each item
-
-
-def evaluate(folder: Path, files: dict[str, list[Item] | None], options) -> Evaluation:
+def evaluate(folder: Path, files: dict[str, list[Item] | None], options) -> tuple[dict, dict]:
     """A run on the files, None standing for pairs; without any on the built-in task's problems and
-    on the pairs that it was watched with in training."""
+    on the pairs that it was watched with in training. Returns title -> columns of a table, and
+    title -> the texts or the log-probs of choices of each item."""
     config = trained_with(folder / "train_config.json")
     blocks, answers = {}, {}
     if not options.data:
         files = {config["eval_data"]: None} if config["eval_data"] else {}
     for path, items in files.items():
-        if items is None:  # in the precision of training
-            dtype = getattr(torch, config["dtype"])
+        title = Path(path).name
+        title = path if sum(Path(other).name == title for other in files) > 1 else title
+        if items is None:
             model, tokenizer = load_checkpoint(folder, options.device)
-            blocks |= pair_columns(model, tokenizer, path, options, config | {"autocast": dtype})
+            blocks |= pair_columns(model, tokenizer, path, title, options, config)
             continue
         model, tokenizer = load_checkpoint(folder, options.device, options.dtype)
-        before, title = examples(options.shots, options.k, items), Path(path).name
+        before = examples(options.shots, options.k, items)
         title += f", {options.k} shots" if before else ""
         if items[0].choices:
-            found = chosen(model, tokenizer, path, items, before, options.dtype)
+            found = choice_columns(model, tokenizer, path, items, before, options.dtype)
         else:
-            found = graded(model, tokenizer, path, items, before, options)
+            found = answer_columns(model, tokenizer, path, items, before, options)
             title += f", temperature {options.temperature:g}" if options.temperature else ", greedy"
         blocks[title], answers[title] = found
     if not options.data:  # last, for the input may be bad
@@ -990,31 +986,26 @@ def evaluate(folder: Path, files: dict[str, list[Item] | None], options) -> Eval
         values = task_values(model, tokenizer)
         columns = {name: Column(np.array(value)) for name, value in values.items()}
         blocks = {"problems": columns} | blocks
-    return Evaluation(blocks, answers)
+    return blocks, answers
 
 
-def record(run: str, found: Evaluation, argv: list[str], options) -> dict:
+def record(blocks: dict, answers: dict, argv: list[str], options) -> dict:
     """What is kept of a run: figures, the values that they were made of, and what made them."""
     hashes = {}
     for file in filter(None, (*options.data, options.shots)):
         with open(file, "rb") as content:
             hashes[file] = hashlib.file_digest(content, "sha256").hexdigest()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    figures = {t: {c: x.figure()._asdict() for c, x in b.items()} for t, b in found.blocks.items()}
-    items = {t: {c: x.values.tolist() for c, x in b.items()} for t, b in found.blocks.items()}
-    content = {"run": run, "argv": argv, "options": vars(options) | {"dtype": str(options.dtype)},
-               "sha256": hashes, "versions": versions | {"numpy": np.__version__},
-               "figures": figures, "items": items, "answers": found.answers}  # fmt: skip
-    return _without_nan(content)
-
-
-def _without_nan(value):
-    """JSON has no word for a value that is not there but null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    content = {
+        "argv": argv,
+        "options": vars(options) | {"dtype": str(options.dtype)},
+        "sha256": hashes,
+        "versions": versions | {"numpy": np.__version__},
+        "figures": {t: {c: x.figure()._asdict() for c, x in b.items()} for t, b in blocks.items()},
+        "items": {t: {c: x.values.tolist() for c, x in b.items()} for t, b in blocks.items()},
+        "answers": answers,
+    }
+    return json.loads(json.dumps(content), parse_constant=lambda nan: None)  # JSON has no NaN
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
@@ -1023,7 +1014,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser, options = parse_options(argv)
     runs = {Path(run).name: run for run in options.runs}
     runs = runs if len(runs) == len(options.runs) else {run: run for run in options.runs}
-    found: dict[str, Evaluation] = {}
     try:
         check_options(options)
         files = {path: read_items(Path(path)) for path in options.data}
@@ -1032,23 +1022,21 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         for run in runs.values():
             if not Path(run).is_dir():
                 raise FileNotFoundError(f"{run}: there is no such checkpoint folder")
-        for name, run in runs.items():
-            found[name] = evaluate(Path(run), files, options)
+        if options.plot:
+            plot({name: Path(run) for name, run in runs.items()}, Path(options.plot))
+        found = {name: evaluate(Path(run), files, options) for name, run in runs.items()}
     except (OSError, ValueError) as error:
         parser.error(error)
-    titles = dict.fromkeys(title for one in found.values() for title in one.blocks)
-    for title in titles:
-        rows = compared({n: one.blocks[title] for n, one in found.items() if title in one.blocks})
+    for title in dict.fromkeys(title for blocks, _ in found.values() for title in blocks):
+        rows = compared({n: blocks[title] for n, (blocks, _) in found.items() if title in blocks})
         print(f"{title}\n\n{table(rows, markdown=not sys.stdout.isatty())}\n")
     records = {}
     for name, run in runs.items():
-        records[run] = record(run, found[name], sys.argv[1:] if argv is None else argv, options)
+        records[run] = record(*found[name], sys.argv[1:] if argv is None else argv, options)
         if not options.out and (Path(run) / "train_config.json").is_file():
             write_json(Path(run) / "eval.json", records[run])
     if options.out:
         write_json(Path(options.out), records)
-    if options.plot:
-        plot({name: Path(run) for name, run in runs.items()}, Path(options.plot))
     return {
         run: {f"{title.split(',')[0]}: {c}" if len(files) > 1 else c: figure["mean"]
               for title, row in one["figures"].items() for c, figure in row.items()}

@@ -122,7 +122,7 @@ def items_of(rows, tmp_path):
 
 def test_choices_share_a_prompt_and_keep_the_log_probs_of_single_sequences(tmp_path):
     model, tokenizer = tiny_model(), byte_tokenizer()
-    columns, logps = evaluation.chosen(
+    columns, logps = evaluation.choice_columns(
         model, tokenizer, "", items_of(CHOICES * 9, tmp_path), "", torch.float32
     )
     for row, found in zip(CHOICES, logps):
@@ -229,6 +229,7 @@ def test_published_rows_are_answered_after_shots_and_end_at_a_stop_text(
 BAD = {
     "no form": ({"prompt": "a", "gold": 1}, "its columns are prompt, gold"),
     "no prompt": ({"prompt": 3, "answer": "a", "grade": "exact"}, "its columns are"),
+    "messages": ({"prompt": [{"role": "user"}], "answer": "a", "grade": "exact"}, "its columns"),
     "grade": ({"prompt": "a", "answer": "b", "grade": "f1"}, "there is no grade 'f1'"),
     "gold": ({"prompt": "a", "choices": ["b", "c"], "gold": 2}, "one of 0 to 1"),
     "bool": ({"prompt": "a", "choices": ["b", "c"], "gold": True}, "'gold' is True"),
@@ -269,8 +270,8 @@ def test_flags_that_cannot_be_are_refused(checkpoint, tmp_path, capsys):
         (["--data", file, "--shots", file, "-k", "4"], "-k 4, but it has 3 rows"),
         (["--data", file, "-k", "2"], "-k needs --shots"),
         (["--data", file, "--n", "4", "--temperature", "0"], "--n 4: greedy"),
-        (["--data", file, "--n", "0"], "--n 0: must be at least 1"),
-        (["--data", file, "--top_p", "0"], "--top_p 0.0"),
+        (["--data", file, "--n", "0"], "--n: 0: must be at least 1"),
+        (["--data", file, "--top_p", "0"], "--top_p: 0: must be"),
         (["--data", file, "--out", str(tmp_path / "there.json")], "exists"),
         (["--data", file, "--plot", str(tmp_path / "c.png")], "none of the runs has a metrics"),
     ]:
