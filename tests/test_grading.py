@@ -31,6 +31,7 @@ from eval import GRADERS, flexible, grade_values, letter, math_answer, normalise
         (".5 of it", None, 0.5),
         ("#### x", None, None),
         ("#### 1.2.3", None, Fraction(3, 10)),
+        ("## 5 is a heading", None, 5),
         ("", None, None),
     ],
 )
