@@ -221,13 +221,21 @@ def mutual_information(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict
     divergence's own bound, log 4 minus the mio loss. With this mixture the divergences are at most
     log 2 (dv, nwj) and 0.4315 (js). All are 0 where the policy is the reference.
     """
-    w, marginal = chosen_rewards.double(), torch.cat((chosen_rewards, rejected_rewards)).double()
-    log_mean_exp = marginal.logsumexp(dim=0) - math.log(len(marginal))
-    return {
-        "mi/dv": float(w.mean() - log_mean_exp),
-        "mi/js": float(math.log(4) - F.softplus(-w).mean() - F.softplus(marginal).mean()),
-        "mi/nwj": float(1 + w.mean() - log_mean_exp.exp()),
-    }
+    rewards = torch.stack((chosen_rewards, rejected_rewards), dim=1).double()
+    values = {name: value.mean() for name, value in critic_values(rewards).items()}
+    names = {"mi/dv": donsker_varadhan(rewards.numpy()), "mi/js": values["js"]}
+    return {name: float(value) for name, value in {**names, "mi/nwj": values["nwj"]}.items()}
+
+
+def critic_values(rewards: Tensor) -> dict[str, Tensor]:
+    """What each pair (pairs, 2) adds to the read-outs that are means over pairs, (pairs,)."""
+    w, loser = rewards.unbind(dim=1)
+    js = math.log(4) - F.softplus(-w) - (F.softplus(w) + F.softplus(loser)) / 2
+    return {"nwj": 1 + w - (w.exp() + loser.exp()) / 2, "js": js}
+
+
+def donsker_varadhan(rewards: np.ndarray) -> float:
+    return rewards[:, 0].mean() - np.logaddexp.reduce(rewards, axis=None) + math.log(rewards.size)
 
 
 def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float) -> dict[str, float]:
@@ -281,16 +289,13 @@ def information_columns(columns: dict[str, Column]) -> dict[str, Column]:
     if "margin" not in columns:
         return {}
     rewards = np.stack([columns[f"T {side}"].values for side in ("chosen", "rejected")], axis=1)
-
-    def of(name, rewards):
-        return mutual_information(*torch.from_numpy(rewards).unbind(dim=1))[f"mi/{name}"]
-
-    ceilings = {"dv": "0.693", "nwj": "0.693", "js": "0.4315"}
-    found = {
-        f"{name} ≤{most}": Column(rewards, functools.partial(of, name))
-        for name, most in ceilings.items()
+    values = {k: value.numpy() for k, value in critic_values(torch.from_numpy(rewards)).items()}
+    return {
+        "dv ≤0.693": Column(rewards, donsker_varadhan),
+        "nwj ≤0.693": Column(values["nwj"]),
+        "js ≤0.4315": Column(values["js"]),
+        "KL from js ≤0.693": Column(values["js"], lambda js: least_kl(js.mean() / 2)),
     }
-    return found | {"KL from js ≤0.693": Column(rewards, lambda r: least_kl(of("js", r) / 2))}
 
 
 def least_kl(jsd: float) -> float:
@@ -717,12 +722,12 @@ LEGEND = {
     "reward": "reward: pairs whose chosen answer moved up by more",
     "margin": "T: beta Δ, the reward; margin: T chosen - T rejected",
     "chosen": "chosen, rejected: log-prob of an answer in nats",
-    "dv": "dv, nwj, js (twice the Jensen-Shannon divergence) are what T as critic says of the",
-    "nwj": "  information between prompt and chosen answer, in nats; ≤: log 2, log 2, log 2 less",
-    "js": "  the floor of the mio loss, by half; ± from the bootstrap",
+    "dv": "dv, nwj, js: of prompt and chosen answer, by T as critic, in nats; ≤: at most",
+    "js": "js: twice the Jensen-Shannon divergence; KL from js: the least KL that it allows",
     "KL": "KL: log-ratio to the reference in nats, on answers drawn from the run",
 }
 SHARES = ("greedy", "pass@", "reward", "cut", "acc", "strict", "flexible", *GRADERS)
+SMALL = ("Δ/token", "dv", "nwj", "js", "KL from js")
 
 
 def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
@@ -747,6 +752,7 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
             while rest and (len(block) == 1 or _width([*block, rest[0]]) <= width):
                 block.append(rest.pop(0))
             widths = [max(map(len, column)) for column in block]
+            lines += [""] if lines else []
             lines += [f"{line[0].ljust(widths[0])}  "
                       + "  ".join(c.rjust(w) for c, w in zip(line[1:], widths[1:]))
                       for line in zip(*block)]  # fmt: skip
@@ -769,6 +775,7 @@ def _cell(column: str, figure: Figure | Difference | None) -> str:
     if figure is None:
         return "-"
     scale, form = (100, ".1f") if _is_share(column) else (1, "+.2f")
+    form = "+.3f" if column.startswith(SMALL) else form
     form = "+.2g" if abs(figure.mean) > 1e4 else form  # an estimate that has burst
     if isinstance(figure, Difference):
         mean, low, high = (f"{scale * x:+{form.strip('+')}}" for x in figure[:3])
@@ -989,7 +996,7 @@ def evaluate(folder: Path, files: dict[str, list[Item] | None], options) -> tupl
     return blocks, answers
 
 
-def record(blocks: dict, answers: dict, argv: list[str], options) -> dict:
+def record(figures: dict, blocks: dict, answers: dict, argv: list[str], options) -> dict:
     """What is kept of a run: figures, the values that they were made of, and what made them."""
     hashes = {}
     for file in filter(None, (*options.data, options.shots)):
@@ -1001,7 +1008,7 @@ def record(blocks: dict, answers: dict, argv: list[str], options) -> dict:
         "options": vars(options) | {"dtype": str(options.dtype)},
         "sha256": hashes,
         "versions": versions | {"numpy": np.__version__},
-        "figures": {t: {c: x.figure()._asdict() for c, x in b.items()} for t, b in blocks.items()},
+        "figures": {t: {c: f._asdict() for c, f in row.items()} for t, row in figures.items()},
         "items": {t: {c: x.values.tolist() for c, x in b.items()} for t, b in blocks.items()},
         "answers": answers,
     }
@@ -1027,12 +1034,15 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         found = {name: evaluate(Path(run), files, options) for name, run in runs.items()}
     except (OSError, ValueError) as error:
         parser.error(error)
+    tables = {}
     for title in dict.fromkeys(title for blocks, _ in found.values() for title in blocks):
-        rows = compared({n: blocks[title] for n, (blocks, _) in found.items() if title in blocks})
-        print(f"{title}\n\n{table(rows, markdown=not sys.stdout.isatty())}\n")
-    records = {}
+        columns = {name: blocks[title] for name, (blocks, _) in found.items() if title in blocks}
+        tables[title] = compared(columns)
+        print(f"{title}\n\n{table(tables[title], markdown=not sys.stdout.isatty())}\n")
+    argv, records = sys.argv[1:] if argv is None else argv, {}
     for name, run in runs.items():
-        records[run] = record(*found[name], sys.argv[1:] if argv is None else argv, options)
+        figures = {title: rows[name] for title, rows in tables.items() if name in rows}
+        records[run] = record(figures, *found[name], argv, options)
         if not options.out and (Path(run) / "train_config.json").is_file():
             write_json(Path(run) / "eval.json", records[run])
     if options.out:

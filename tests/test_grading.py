@@ -31,6 +31,7 @@ from eval import GRADERS, flexible, grade_values, letter, math_answer, normalise
         (".5 of it", None, 0.5),
         ("#### x", None, None),
         ("#### 1.2.3", None, Fraction(3, 10)),
+        ("## 5 is a heading", None, 5),
         ("", None, None),
     ],
 )
@@ -137,6 +138,18 @@ def test_choices_share_a_prompt_and_keep_the_log_probs_of_single_sequences(tmp_p
         assert [
             columns[k].values[number] for k in ("acc", "acc_norm", "acc_bytes")
         ] == best.tolist()
+
+
+def test_accuracies_count_characters_and_bytes_without_the_joining_space(tmp_path, monkeypatch):
+    rows = [{"prompt": "q", "choices": [" éé", "abc"], "gold": gold} for gold in (0, 1)]
+    logps = [torch.tensor([-3.1, -4.0])] * 2  # a character -1.55, -1.33; a byte -0.78, -1.33
+    monkeypatch.setattr(evaluation, "answer_logps", lambda *_: logps)
+    items = items_of(rows, tmp_path)
+    columns, _ = evaluation.choice_columns(
+        tiny_model(), byte_tokenizer(), "", items, "", torch.float32
+    )
+    found = {name: column.values.tolist() for name, column in columns.items()}
+    assert found == {"acc": [1, 0], "acc_norm": [0, 1], "acc_bytes": [1, 0]}
 
 
 @needs_shared
