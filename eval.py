@@ -501,6 +501,14 @@ def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
     return values
 
 
+def grade_drawn(item: "Item", tokenizer: Tokenizer, answer: list[int]) -> float:
+    """1 for ids that end by themselves and are right, by the first of the grade's readings."""
+    read_key, readings = GRADERS[item.grade]
+    found = next(iter(readings.values()))(tokenizer.decode(answer[:-1]))
+    ended = answer[-1] in tokenizer.stop_ids
+    return float(ended and found is not None and found == read_key(item.key))
+
+
 # --- Rows to items --------------------------------------------------------------------------------
 
 EVALUATION_FORMS = (

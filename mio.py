@@ -233,6 +233,13 @@ def sft(chosen: Answers, rejected: Answers) -> Tensor:
     return -chosen.mean_logps
 
 
+def rlhf(chosen: Answers, rejected: Answers) -> Tensor:
+    # -(A_1 s_1 + A_2 s_2) / 2 for two draws of the policy; the advantages A have no gradient and
+    # come as ref_logps = s + A / beta, which makes T = -A
+    pull = chosen.rewards.detach() * chosen.logps + rejected.rewards.detach() * rejected.logps
+    return pull / 2
+
+
 @dataclasses.dataclass(frozen=True)
 class Loss:
     """The declaration of a loss."""
@@ -240,7 +247,8 @@ class Loss:
     function: Callable[..., Tensor]  # of chosen, rejected and its options, which have defaults
     needs_reference: bool
     uses: str  # "sums" or "means" over an answer's tokens, or both
-    answers: str  # "both", only the "chosen", or "any" of them must be there
+    # "both", only the "chosen", or "any" of them must be there; "drawn": by the policy itself
+    answers: str
     beta: float  # the default; dpo's is half of mio's, which gives equal gradients at step 0
     # Its value while policy and reference agree, with its own options; a function of beta, or
     # None where it depends on the answers.
@@ -313,6 +321,8 @@ LOSSES: dict[str, Loss] = {
     "kto": Loss(kto, True, "sums", "any", 0.1, 0.5,
         "mean of 1 - sigma(T_w - K), 1 - sigma(K - T_l)", "arXiv 2402.01306",
         shared=mismatch, mismatched=True),
+    "rlhf": Loss(rlhf, True, "sums", "drawn", 0.01, 0.0,
+        "(T_w s_w + T_l s_l)/2, T fixed: minus an advantage", "RLOO, arXiv 2402.14740"),
     "sft": Loss(sft, False, "means", "chosen", 0.1, None,
         "-m_w", "maximum likelihood of the chosen"),
 }

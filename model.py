@@ -386,7 +386,9 @@ class Llama(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False)
             else:
-                x = block(x, rotary, mask, None if cache is None else cache[index], place)
+                # Generation's shapes change with every token: there compiled code is of no use.
+                run = block if cache is None else block.forward
+                x = run(x, rotary, mask, None if cache is None else cache[index], place)
         return self.model["norm"](x)
 
     @torch.no_grad()

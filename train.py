@@ -41,6 +41,7 @@ from data import (
     OPERATIONS,
     TOKENIZER_FILES,
     Batch,
+    Pair,
     Pairs,
     Parser,
     Tokenizer,
@@ -105,6 +106,10 @@ class Options:
     epochs: int | None = option(None, "passes over the pairs", least=1)
     max_steps: int | None = option(None, "stop there; the schedule is that of --epochs", least=0)
     batch_size: int | None = option(None, "pairs in an optimizer step", least=1)
+    on_policy: bool = option(False, "pairs are drawn from the policy at every step, and --data has "
+                             "questions to grade their answers by, as eval.py's; so too rlhf")
+    samples: int = option(8, "answers drawn to a prompt", least=2, most=1024)
+    max_new_tokens: int | None = option(None, "of an answer drawn", least=1)
     max_length: int | None = option(None, "tokens of a prompt and its longer answer", least=2)
     row_tokens: int = option(evaluation.ROW_TOKENS, "up to which pairs share a row", least=1)
     micro_tokens: int = option(evaluation.MICRO_TOKENS, "tokens in a forward pass", least=1)
@@ -130,8 +135,10 @@ class Options:
 
 
 # Where the two kinds of run differ. The demonstration's model is tiny: large steps, small batches.
-DEMONSTRATION = {"epochs": 3, "batch_size": 64, "max_length": 96, "lr": 1e-4}
-CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6}  # 1B to 8B parameters
+DEMONSTRATION = {"epochs": 3, "batch_size": 64, "max_length": 96, "lr": 1e-4,
+                 "max_new_tokens": evaluation.ANSWER_TOKENS}
+CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6,  # 1B to 8B parameters
+              "max_new_tokens": 256}
 # The demonstration's answers are short, so its summed log-ratios are too: their beta times this.
 DEMONSTRATION_BETA = 5
 # fmt: on
@@ -142,6 +149,11 @@ def loss_options(options: Options) -> dict[str, float]:
     """Beta, and what was given of the loss's own options: for pair_loss and fused_pair_loss."""
     own = {name: getattr(options, name) for name in LOSS_OPTIONS}
     return {"beta": options.beta} | {name: own[name] for name in own if own[name] is not None}
+
+
+def draws(options: Options) -> bool:
+    """Whether answers are drawn from the policy, and --data has only questions."""
+    return options.on_policy or LOSSES[options.loss].answers == "drawn"
 
 
 def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
@@ -250,6 +262,10 @@ def _resolved(options: Options) -> Options:
     for name in LOSS_OPTIONS - loss.options.keys():
         if getattr(options, name) is not None:
             raise ValueError(f"--{name}: --loss {options.loss} does not use it; see --loss help")
+    if options.samples % 2 and loss.answers == "drawn":
+        raise ValueError(f"--samples {options.samples}: must be even for --loss {options.loss}")
+    if options.on_policy and (loss.mismatched or loss.answers == "drawn"):
+        raise ValueError(f"--on_policy: --loss {options.loss} is not one of pairs")
     own = CHECKPOINT if options.init else DEMONSTRATION
     sums = loss.needs_reference and loss.uses != "means"
     scale = DEMONSTRATION_BETA if sums and not options.init else 1
@@ -371,6 +387,10 @@ def make_pairs(folder: Path, seed: int, device: str) -> None:
     pairs.jsonl, and heldout_pairs.jsonl from test problems."""
     key = digest(*weight_files(folder), PAIRS, seed)
     files = [folder / "pairs.jsonl", folder / "heldout_pairs.jsonl"]
+    write_rows(folder / "problems.jsonl", [
+        {"prompt": question, "answer": solution(question), "grade": "gsm8k"}
+        for question in problems("train", PAIRS["prompts"], seed=[seed, 1])
+    ])  # fmt: skip
     if kept(folder / "pairs.json", key, *files):
         print(f"pairs: found in {folder}")
         return
@@ -392,12 +412,16 @@ def make_pairs(folder: Path, seed: int, device: str) -> None:
                 wrong = [a for a in drawn if not is_correct(question, a)]
                 for chosen, rejected in list(zip(right, wrong))[: PAIRS["per_prompt"]]:
                     rows.append({"prompt": question, "chosen": chosen, "rejected": rejected})
-            with written_whole(file) as partial:
-                text = "".join(json.dumps(row) + "\n" for row in rows)
-                partial.write_text(text, encoding="utf-8")
+            write_rows(file, rows)
             counts[file.name] = len(rows)
             notes.append(f"{len(rows)} in {file}")
         write_json(folder / "pairs.json", {"key": key, **counts})
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    with written_whole(file) as partial:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        partial.write_text(text, encoding="utf-8")
 
 
 def base_folder(options: Options) -> Path:
@@ -411,8 +435,9 @@ def demonstration(options: Options) -> Options:
     with claimed(folder, "waiting for the run that makes it"):
         make_base(folder, options.seed, options.device)
         make_pairs(folder, options.seed, options.device)
-    data, held_out = (str(folder / name) for name in ("pairs.jsonl", "heldout_pairs.jsonl"))
-    return dataclasses.replace(options, init=str(folder), data=data, eval_data=held_out)
+    data = folder / ("problems.jsonl" if draws(options) else "pairs.jsonl")
+    files = {"data": str(data), "eval_data": str(folder / "heldout_pairs.jsonl")}
+    return dataclasses.replace(options, init=str(folder), **files)
 
 
 # --- The job: everything that can be wrong with the input is found here, before a file is written -
@@ -422,17 +447,33 @@ class Job(NamedTuple):
     options: Options
     model: Llama
     tokenizer: Tokenizer
-    pairs: Pairs  # to train on
+    pairs: Pairs  # to train on; none where they are drawn
     held_out: Pairs
-    steps: int  # of all epochs: what the schedule spans
     inputs: dict[str, str]  # hashes of what options.init, data and eval_data held at step 0
     checkpoint: Path | None  # that the run goes on from, and its record
     record: dict
     mismatched: Pairs | None = None  # prompts of `pairs` with other rows' answers, for kto
+    questions: list[evaluation.Item] | None = None  # whose answers are drawn and graded
+    reference: Llama | None = None  # stays in memory for these
+
+    @property
+    def per_step(self) -> int:
+        """Rows of data in a step: pairs, prompts of a pair each, or prompts of `samples` answers,
+        twice batch_size in all."""
+        drawn = LOSSES[self.options.loss].answers == "drawn"
+        per_step = 2 * self.options.batch_size // self.options.samples
+        return max(1, per_step) if drawn else self.options.batch_size
 
     @property
     def per_epoch(self) -> int:
-        return math.ceil(len(self.pairs) / self.options.batch_size)
+        return math.ceil(
+            len(self.pairs if self.questions is None else self.questions) / self.per_step
+        )
+
+    @property
+    def steps(self) -> int:
+        """Of all epochs: what the schedule spans."""
+        return self.options.epochs * self.per_epoch
 
     @property
     def stop(self) -> int:
@@ -448,38 +489,61 @@ def load_job(options: Options) -> Job:
     model.checkpointing = options.checkpointing == "on"
     if options.compile == "on" or (options.compile == "auto" and options.device != "cpu"):
         model.compile_blocks()
-    pairs = load_pairs(options.data, tokenizer, options.max_length)
+    held_out, questions, reference = Pairs(), None, None
     if options.eval_data:
         held_out = load_pairs(options.eval_data, tokenizer, options.max_length)
+    if draws(options):
+        pairs, questions = Pairs(), load_questions(options, tokenizer)
+        reference = Llama.from_pretrained(options.init, device=options.device)
     else:
-        pairs, held_out = split_pairs(pairs, options.eval_fraction, options.seed)
-    check_answers(options, pairs, held_out)
+        pairs = load_pairs(options.data, tokenizer, options.max_length)
+        if not options.eval_data:
+            pairs, held_out = split_pairs(pairs, options.eval_fraction, options.seed)
+        check_answers(options, pairs, held_out)
     lengths = np.concatenate([pairs.lengths(), held_out.lengths()])
-    context = (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()
+    context = max((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max(initial=0), *(
+        len(item.ids(tokenizer, "")) + options.max_new_tokens for item in questions or ()
+    ), 0)  # fmt: skip
     if context > model.config.max_position_embeddings:
         raise ValueError(f"a prompt with its answer has {context} tokens, the model reads "
-                         f"{model.config.max_position_embeddings}; lower --max_length")  # fmt: skip
-    steps = options.epochs * math.ceil(len(pairs) / options.batch_size)
-    eval_every = options.eval_every or max(1, math.ceil(steps / 10))
-    options = dataclasses.replace(options, eval_every=eval_every)
+                         f"{model.config.max_position_embeddings}; lower --max_length or "
+                         "--max_new_tokens")  # fmt: skip
     found = {"data": digest_pairs(pairs), "eval_data": digest_pairs(held_out)}
+    found |= {"data": digest(questions)} if questions else {}
     inputs = record.get("inputs", {}) | found
-    if not record or options.init != record["options"]["init"]:
+    if not record or reference or options.init != record["options"]["init"]:
         weights = sorted(weight_files(Path(options.init)))
         inputs["init"] = digest(*weights, Path(options.init) / "config.json")
-    job = Job(options, model, tokenizer, pairs, held_out, steps, inputs, checkpoint, record)
+    job = Job(options, model, tokenizer, pairs, held_out, inputs, checkpoint, record,
+              None, questions, reference)  # fmt: skip
+    every = options.eval_every or max(1, math.ceil(job.steps / 10))
+    job = job._replace(options=dataclasses.replace(options, eval_every=every))
     if LOSSES[options.loss].mismatched:
         job = job._replace(mismatched=mismatch(pairs, context, tokenizer.bos_id))
-    for name, found in inputs.items():
-        if record and found != record["inputs"][name]:
+    if record:
+        check_resumed(job)
+    return job
+
+
+def load_questions(options: Options, tokenizer: Tokenizer) -> list[evaluation.Item]:
+    questions = evaluation.read_items(Path(options.data))
+    if questions is None or questions[0].choices:
+        raise ValueError(f"{options.data}: answers are drawn for --loss {options.loss}, so its "
+                         "rows must be questions with an answer to grade by")  # fmt: skip
+    return questions
+
+
+def check_resumed(job: Job) -> None:
+    """Refuses to go on from a checkpoint with other inputs, or beyond the last step."""
+    options, record = job.options, job.record
+    for name, found in job.inputs.items():
+        if found != record["inputs"][name]:
             what = getattr(options, name) or options.data
             raise ValueError(f"--{name} {what}: not what the run in {options.out} began with")
-    if record:
-        check_tensors(job)
-    if record and record["step"] > job.stop:
-        raise ValueError(f"{checkpoint}: is beyond the {job.stop} steps of --epochs "
+    check_tensors(job)
+    if record["step"] > job.stop:
+        raise ValueError(f"{job.checkpoint}: is beyond the {job.stop} steps of --epochs "
                          f"{options.epochs} and --max_steps {options.max_steps}")  # fmt: skip
-    return job
 
 
 def mismatch(pairs: Pairs, max_length: int, bos_id: int | None) -> Pairs:
@@ -664,7 +728,8 @@ def check_tensors(job: Job) -> None:
     file, loss = job.checkpoint / "training.safetensors", LOSSES[job.options.loss]
     wanted = {"start": ("F32", [len(job.held_out), 2])}
     wanted["random.cpu"] = ("U8", list(torch.get_rng_state().shape))
-    for name, there in (("ref_logps", loss.needs_reference), ("ref_mismatched", job.mismatched)):
+    kept = loss.needs_reference and job.questions is None
+    for name, there in (("ref_logps", kept), ("ref_mismatched", job.mismatched)):
         wanted |= {name: ("F32", [len(job.pairs), 2])} if there else {}
     for name, parameter in job.model.named_parameters() if job.record["step"] else ():
         shapes = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": ()}
@@ -684,7 +749,7 @@ def check_tensors(job: Job) -> None:
 def load_progress(job: Job) -> Progress:
     """Where the run stands: at step 0, or as job.checkpoint says. The model has its weights."""
     if job.checkpoint is None:
-        needed = LOSSES[job.options.loss].needs_reference
+        needed = LOSSES[job.options.loss].needs_reference and job.questions is None
         ref_logps = reference_logps(job) if needed else None
         other = job.mismatched and reference_logps(job._replace(pairs=job.mismatched))
         return Progress(0, 0, ref_logps, other, logps_of(job, job.held_out), {})
@@ -743,10 +808,11 @@ def reference_logps(job: Job) -> Tensor:
     return logps
 
 
-def logps_of(job: Job, pairs: Pairs) -> Tensor:
+def logps_of(job: Job, pairs: Pairs, model: Llama | None = None) -> Tensor:
+    """(pairs, 2) by the policy or another model."""
     options = job.options
-    dtype = getattr(torch, options.dtype)
-    return evaluation.pair_logps(job.model, pairs, options.row_tokens, options.micro_tokens, dtype)
+    layout = options.row_tokens, options.micro_tokens, getattr(torch, options.dtype)
+    return evaluation.pair_logps(model or job.model, pairs, *layout)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -900,16 +966,21 @@ def train(job: Job, progress: Progress, noted: list[int]) -> tuple[Tensor, dict]
         began, read, tokens_read, unread = time.perf_counter(), progress.step, tokens, []
         bar = {"desc": options.loss, "unit": "step", "leave": False}
         for step in tqdm(remaining, initial=progress.step, total=job.stop, **bar):
-            batches = step_batches(job, step)
+            now, given, extra = job, ref_logps, {}  # `given` is the loss's, for rlhf not ref_logps
+            if job.questions:
+                now, ref_logps, given, extra = draw_pairs(job, step)
+            batches = step_batches(now, step)
             index = [i for batch in batches for i in batch.index]
             lr = set_lr(optimizer, learning_rate(options, step, steps))
             others = job.mismatched and step_batches(job, step, job.mismatched)
-            losses, logps, grad_norm = train_step(
-                *(model, optimizer, batches, options, ref_logps),
-                others and (others, progress.ref_mismatched),
-            )
-            tokens += sum(row_length(job.pairs[i]) for i in index)
-            unread.append((step, index, losses, grad_norm))
+            losses, logps, grad_norm = torch.zeros(0), torch.zeros(0, 2), torch.zeros(())
+            if batches:  # there are none where all answers drawn are right, or all wrong
+                losses, logps, grad_norm = train_step(
+                    *(model, optimizer, batches, options, given),
+                    others and (others, progress.ref_mismatched),
+                )
+            tokens += sum(row_length(now.pairs[i]) for i in index)
+            unread.append((now, step, index, losses, grad_norm))
             # What is written at a step depends on the step alone, not on where this run stops.
             evaluate = step % options.eval_every == 0 or step == steps
             wanted = evaluate or step % options.log_every == 0
@@ -919,17 +990,17 @@ def train(job: Job, progress: Progress, noted: list[int]) -> tuple[Tensor, dict]
             if not (wanted or save or last or step == 1):
                 continue
             for one in unread:
-                check_finite(job, *one)
+                check_finite(*one)
             unread.clear()
             ref = None if ref_logps is None else ref_logps[index]
-            if step == 1 and ref is not None:
+            if step == 1 and ref is not None and index and given is ref_logps:
                 check_start(options, losses.cpu(), logps.cpu(), ref)
             seconds = time.perf_counter() - began
             row = {"step": step, "epoch": step / job.per_epoch, "loss": mean(losses)}
             row |= {"learning_rate": lr, "grad_norm": float(grad_norm), "num_tokens": tokens}
             row |= {"step_seconds": seconds / (step - read)}  # means since the last row
             row |= {"tokens_per_second": (tokens - tokens_read) / seconds}
-            row |= training_metrics(job, index, logps.cpu(), ref)
+            row |= extra | training_metrics(now, index, logps.cpu(), ref)
             if evaluate or last:
                 end = logps_of(job, job.held_out)
                 row |= held_out_metrics(job, end, start)
@@ -947,14 +1018,61 @@ def train(job: Job, progress: Progress, noted: list[int]) -> tuple[Tensor, dict]
     return end, row
 
 
+def step_rows(job: Job, step: int) -> list[int]:
+    """Which rows of data step 1, 2, ... takes; the last step of an epoch may be short."""
+    epoch, place = divmod(step - 1, job.per_epoch)
+    count = len(job.pairs if job.questions is None else job.questions)
+    order = epoch_order(count, job.options.seed, epoch).tolist()
+    return order[place * job.per_step : (place + 1) * job.per_step]
+
+
 def step_batches(job: Job, step: int, pairs: Pairs | None = None) -> list[Batch]:
-    """The pairs of step 1, 2, ..., packed; the last step of an epoch may be short. Or the same rows
-    of other `pairs`."""
-    options, (epoch, place) = job.options, divmod(step - 1, job.per_epoch)
-    order = epoch_order(len(job.pairs), options.seed, epoch).tolist()
-    index = order[place * options.batch_size : (place + 1) * options.batch_size]
+    """The pairs of a step, packed, or the same rows of other `pairs`."""
+    options, pairs = job.options, pairs or job.pairs
+    index = step_rows(job, step) if job.questions is None else list(range(len(pairs)))
     layout = options.row_tokens, options.micro_tokens, evaluation.fixed_length(job.model)
-    return make_batches(pairs or job.pairs, index, *layout)
+    return make_batches(pairs, index, *layout)
+
+
+def draw_pairs(job: Job, step: int) -> tuple[Job, Tensor, Tensor, dict]:
+    """The job with pairs drawn from the policy for a step, their log-probs under the reference,
+    what the loss takes for these, and metrics. A function of weights, seed and step.
+
+    For rlhf all answers, two by two. The return of an answer is its grade minus beta times its
+    log-ratio, so that their mean is E[grade] - beta KL; its advantage that minus the mean return of
+    the others to the same prompt (arXiv 2402.14740). Else a right and a wrong answer to each prompt
+    that has both.
+    """
+    options, k = job.options, job.options.samples
+    items = [job.questions[i] for i in step_rows(job, step)]
+    prompts = [item.ids(job.tokenizer, "") for item in items for _ in range(k)]
+    answers = evaluation.draw(
+        job.model, prompts, options.max_new_tokens, stop_ids=job.tokenizer.stop_ids,
+        seed=int(np.random.default_rng([options.seed, step]).integers(2**62)),
+    )  # fmt: skip
+    grades = [evaluation.grade_drawn(item, job.tokenizer, answers[i * k + j])
+              for i, item in enumerate(items) for j in range(k)]  # fmt: skip
+    extra = {"reward": sum(grades) / len(grades), "num_drawn": sum(map(len, answers))}
+    pairs, all_pairs = Pairs(), LOSSES[options.loss].answers == "drawn"
+    for i in range(0, len(answers), k):
+        if all_pairs:
+            found = zip(answers[i : i + k : 2], answers[i + 1 : i + k : 2])
+        else:
+            good, bad = ([a for a, g in zip(answers[i : i + k], grades[i : i + k]) if g == right]
+                         for right in (1, 0))  # fmt: skip
+            found = list(zip(good, bad))[:1]
+        for one, other in found:
+            pairs.append(Pair(prompts[i], one, other), items[i // k].line)
+    now = job._replace(pairs=pairs)
+    ref_logps = given = logps_of(job, pairs, job.reference)
+    if all_pairs:
+        logps = logps_of(job, pairs)
+        logratios = (logps - ref_logps).view(-1, k)  # (prompts, samples)
+        returns = torch.tensor(grades).view(-1, k) - options.beta * logratios
+        advantages = (returns - returns.mean(dim=1, keepdim=True)) * k / (k - 1)
+        given = logps + advantages.view(-1, 2) / options.beta
+        extra["kl"] = mean(logratios)
+    return now, ref_logps, given, extra
 
 
 @contextlib.contextmanager
@@ -980,7 +1098,10 @@ def metrics_log(job: Job):
 
 
 def training_metrics(job: Job, index: list[int], logps: Tensor, ref: Tensor | None) -> dict:
-    """Means over the pairs of a step; missing answers count in none."""
+    """Means over the pairs of a step; missing answers count in none. Of draws that are no pairs of
+    good and bad there are none."""
+    if LOSSES[job.options.loss].answers == "drawn":
+        return {}
     present = torch.from_numpy(job.pairs.lengths()[index, 1:] > 0)
     logps = torch.where(present, logps, torch.nan)
     values = evaluation.preference_values(logps, ref, job.options.beta)
@@ -1028,6 +1149,9 @@ def describe(job: Job) -> str:
     """What is about to be trained, so that a wrong flag is seen before it costs anything."""
     options, loss = job.options, LOSSES[job.options.loss]
     own = {"beta": options.beta} | loss.options | loss_options(options)
+    rows = f"{len(job.pairs)} pairs"
+    if job.questions:
+        rows = f"{len(job.questions)} questions, {options.samples} answers drawn to each"
     parameters = sum(p.numel() for p in job.model.parameters())
     return "\n".join(
         [
@@ -1037,7 +1161,7 @@ def describe(job: Job) -> str:
             f"{'with' if loss.needs_reference else 'without'} a reference",
             f"  {options.init}: {parameters:,} parameters, {options.dtype} products on "
             f"{options.device}",
-            f"  {len(job.pairs)} pairs, {len(job.held_out)} held out; steps "
+            f"  {rows}, {len(job.held_out)} held out; steps "
             f"{job.record.get('step', 0) + 1} to {job.stop} of {job.steps}, {options.batch_size} "
             f"pairs each; lr {options.lr:g}, {options.schedule}, seed {options.seed}",
         ]

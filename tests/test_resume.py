@@ -17,7 +17,6 @@ from test_train import run
 
 import model as model_module
 import train
-from mio import LOSSES
 
 SAVED = ("--save_every", "2", "--epochs", "3", "--log_every", "2", "--eval_every", "4")
 
@@ -40,8 +39,11 @@ def steps(folder: Path) -> list[int]:
 # --- Exact resume ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+# Pairwise, of the whole batch, of its own pairs and others, without a reference, of one answer.
+KINDS = [("mio", "bfloat16"), *((name, "float32") for name in ("mio", "dv", "kto", "simpo", "sft"))]
+
+
+@pytest.mark.parametrize(("name", "dtype"), KINDS)
 def test_n_steps_and_n_more_after_a_resume_are_two_n_steps(
     name, dtype, checkpoint, pairs_file, tmp_path, monkeypatch
 ):
@@ -56,6 +58,20 @@ def test_n_steps_and_n_more_after_a_resume_are_two_n_steps(
     assert differences(whole, half) == [] and torch.equal(torch.get_rng_state(), before)
     assert [row["step"] for row in metrics(half)] == [0, 2, 4, 6, 8]
     assert steps(half) == [6, 8]
+
+
+@pytest.mark.parametrize("flags", [["--loss", "rlhf"], ["--on_policy"]])
+def test_draws_after_a_resume_are_those_of_a_run_never_stopped(
+    flags, checkpoint, pairs_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train.evaluation, "grade_drawn", lambda i, t, answer: answer[0] % 2 / 1)
+    rows = [{"prompt": f"{i}?", "answer": "1", "grade": "exact"} for i in range(20)]
+    questions = write_rows(tmp_path / "questions.jsonl", rows)
+    flags += ["--eval_data", str(pairs_file), "--max_new_tokens", "4", "--samples", "4", *SAVED]
+    whole = run(checkpoint, questions, tmp_path / "whole", *flags, "--max_steps", "8")
+    half = run(checkpoint, questions, tmp_path / "half", *flags, "--max_steps", "4")
+    train.main(["--resume", "--out", str(half), "--max_steps", "8"])
+    assert differences(whole, half) == []
 
 
 def test_a_run_with_fewer_steps_is_the_beginning_of_the_whole_run(
