@@ -599,6 +599,10 @@ def examples(path: Path | None, k: int, items: list[Item]) -> str:
         return ""
     if any(isinstance(item.prompt, list) for item in shots + items):
         raise ValueError(f"{path}: --shots stand before prompts of plain text, not conversations")
+    shown = {shot.prompt: shot.line for shot in shots}
+    for line in (shown[item.prompt] for item in items if item.prompt in shown):
+        raise ValueError(f"{path}:{line}: shows the answer to a question that is asked; take "
+                         "--shots from a training split")  # fmt: skip
     return "".join(f"{shot.prompt}{shot.joined(shot.key)}\n\n" for shot in shots)
 
 
