@@ -385,7 +385,10 @@ def sample_answers(
 
 
 def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
-    """The unbiased estimate of arXiv 2107.03374 for each problem: 1 - C(n - c, k) / C(n, k)."""
+    """The unbiased estimate of arXiv 2107.03374 for each problem: 1 - C(n - c, k) / C(n, k). Raises
+    ValueError where k is above n."""
+    if k > n:
+        raise ValueError(f"pass@{k} needs {k} answers to each question, there are {n}")
     return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in correct])
 
 
@@ -408,7 +411,7 @@ NUMBER = r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 
 
 def number(text: str) -> Fraction | None:
-    """ "-$1,234.50" -> -1234.5. Numbers are compared as numbers: 18.00 is 18."""
+    """Of -$1,234.50 the value. Numbers are compared as numbers: 18.00 is 18."""
     try:
         return Fraction(re.sub(r"[$,\s]", "", text))
     except (ValueError, ZeroDivisionError):
@@ -604,6 +607,10 @@ def examples(path: Path | None, k: int, items: list[Item]) -> str:
         return ""
     if any(isinstance(item.prompt, list) for item in shots + items):
         raise ValueError(f"{path}: --shots stand before prompts of plain text, not conversations")
+    shown = {shot.prompt: shot.line for shot in shots}
+    for line in (shown[item.prompt] for item in items if item.prompt in shown):
+        raise ValueError(f"{path}:{line}: shows the answer to a question that is asked; take "
+                         "--shots from a training split")  # fmt: skip
     return "".join(f"{shot.prompt}{shot.joined(shot.key)}\n\n" for shot in shots)
 
 
@@ -636,9 +643,9 @@ def answer_columns(
         is_over=is_over if any(item.stop for item in items) else None,
     )  # fmt: skip
     texts, values = [], []
-    for number, item in enumerate(items):
+    for start, item in zip(range(0, len(ids), n), items):
         mine, cut = [], 0
-        for answer in answers[number * n : (number + 1) * n]:
+        for answer in answers[start : start + n]:
             ended = answer[-1] in tokenizer.stop_ids
             text = tokenizer.decode(answer[:-1] if ended else answer)
             at = min((text.find(s) for s in item.stop if s in text), default=None)

@@ -81,6 +81,8 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
             draws = list(itertools.combinations([True] * right + [False] * (6 - right), k))
             share = sum(any(draw) for draw in draws) / len(draws)
             assert pass_at_k(np.array([right]), 6, k)[0] == pytest.approx(share)
+    with pytest.raises(ValueError, match="pass@8 needs 8 answers"):
+        pass_at_k(np.array([1]), 6, 8)
 
 
 def test_figure_has_the_standard_error_of_a_mean():

@@ -227,11 +227,12 @@ def test_published_rows_are_answered_after_shots_and_end_at_a_stop_text(
 
     monkeypatch.setattr("model.Llama.generate", generate)
     file, out = write_rows(tmp_path / "gsm.jsonl", QUESTIONS), tmp_path / "results.json"
-    shots = write_rows(tmp_path / "shots.jsonl", QUESTIONS[:2])
+    shown = [{"question": f"{i} - {i}?", "answer": "#### 0"} for i in (7, 8, 9)]
+    shots = write_rows(tmp_path / "shots.jsonl", shown)
     argv = [str(checkpoint), "--data", str(file), "--out", str(out), "--shots", str(shots)]
     found = evaluation.main([*argv, "-k", "2", "--max_new_tokens", "90"])[str(checkpoint)]
     assert found == {"strict": 0, "flexible": pytest.approx(1 / 3), "cut": 0}
-    before = "".join(f"Question: {q['question']}\nAnswer: {q['answer']}\n\n" for q in QUESTIONS[:2])
+    before = "".join(f"Question: {q['question']}\nAnswer: {q['answer']}\n\n" for q in shown[:2])
     assert asked == [f"{before}Question: {q['question']}\nAnswer:" for q in QUESTIONS]
     kept = json.loads(out.read_text())[str(checkpoint)]
     assert kept["answers"]["gsm.jsonl, 2 shots, greedy"] == [["so 4"], ["so 4"], ["#### 4 it is\n"]]
@@ -281,6 +282,7 @@ def test_flags_that_cannot_be_are_refused(checkpoint, tmp_path, capsys):
     for flags, fault in [
         (["--data", str(empty)], "the file is empty"),
         (["--data", file, "--shots", file, "-k", "4"], "-k 4, but it has 3 rows"),
+        (["--data", file, "--shots", file, "-k", "2"], "gsm.jsonl:1: shows the answer"),
         (["--data", file, "-k", "2"], "-k needs --shots"),
         (["--data", file, "--n", "4", "--temperature", "0"], "--n 4: greedy"),
         (["--data", file, "--n", "0"], "--n: 0: must be at least 1"),
