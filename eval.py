@@ -392,16 +392,24 @@ def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
     return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in correct])
 
 
-def task_values(model: Llama, tokenizer: Tokenizer, count: int = TEST_PROBLEMS) -> dict[str, list]:
+def task_values(
+    model: Llama, tokenizer: Tokenizer, count: int = TEST_PROBLEMS, samples: int = SAMPLES
+) -> dict[str, list]:
     """Greedy accuracy and pass@k on test problems of the built-in task, a number a problem."""
     questions = problems("test", count, seed=0)
     greedy = sample_answers(model, tokenizer, questions, temperature=0)
-    drawn = sample_answers(model, tokenizer, questions, samples=SAMPLES)
+    drawn = sample_answers(model, tokenizer, questions, samples=samples)
     correct = np.array([sum(is_correct(q, a) for a in row) for q, row in zip(questions, drawn)])
     accuracy = [float(is_correct(q, a)) for q, (a,) in zip(questions, greedy)]
     return {"greedy": accuracy} | {
-        f"pass@{k}": pass_at_k(correct, SAMPLES, k).tolist() for k in PASS_AT
+        f"pass@{k}": pass_at_k(correct, samples, k).tolist()
+        for k in (PASS_AT if samples == SAMPLES else powers_of_two(samples))
     }
+
+
+def powers_of_two(n: int) -> list[int]:
+    """1, 2, 4, ... and n itself."""
+    return sorted({2**i for i in range(n.bit_length())} | {n})
 
 
 # --- Graders: each way of reading an answer gives what it says, or None; right is what the answer
@@ -497,7 +505,7 @@ def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
         if n == 1:
             values[name] = float(right[0])
             continue
-        for k in sorted({2**i for i in range(n.bit_length())} | {n}):
+        for k in powers_of_two(n):
             values[f"{name} pass@{k}"] = float(pass_at_k([sum(right)], n, k)[0])
         votes = collections.Counter(result for result in found if result is not None)
         values[f"{name} maj@{n}"] = float(bool(votes) and votes.most_common(1)[0][0] == gold)
@@ -1005,7 +1013,8 @@ def evaluate(folder: Path, files: dict[str, list[Item] | None], options) -> tupl
         blocks[title], answers[title] = found
     if not options.data:  # last, for the input may be bad
         model, tokenizer = load_checkpoint(folder, options.device)
-        values = task_values(model, tokenizer)
+        samples = options.n if options.n > 1 else SAMPLES
+        values = task_values(model, tokenizer, TEST_PROBLEMS, samples)
         columns = {name: Column(np.array(value)) for name, value in values.items()}
         blocks = {"problems": columns} | blocks
     return blocks, answers

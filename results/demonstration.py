@@ -4,15 +4,14 @@ Within a seed every loss starts from the same base and sees the same pairs in th
 the same learning rate, mio's beta twice dpo's. Runs that are finished already are not made again.
 """
 
-import json
-import os
 import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from pool import ROOT, provenance, run, train_all
 
-import train  # noqa: E402
+sys.path.insert(0, str(ROOT))
+import eval as evaluation  # noqa: E402
 
 LOSSES = ("mio", "dpo", "sft")
 SEEDS = (0, 1, 2)
@@ -25,9 +24,14 @@ TEXT = """# Three losses from the same base, on the same pairs
 who answers better afterwards?
 
 `python results/demonstration.py`: {seeds} seeds of `python train.py --loss LOSS --seed SEED`,
-commit {commit}, torch {torch}, {machine}. mio at beta {mio_beta:g}, dpo at {dpo_beta:g}, all at
+{provenance}. mio at beta {mio_beta:g}, dpo at {dpo_beta:g}, all at
 learning rate {lr:g} for {epochs} epochs: chosen among five settings of mio and three of dpo, on
-validation problems of seeds 0 and 1; sft was not tuned.
+validation problems of an earlier base model; sft was not tuned.
+
+![Curves](demonstration.png)
+
+Held-out pairs, the mean of three seeds in a band from the lowest to the highest:
+`{plot}`.
 
 {table}
 
@@ -39,6 +43,10 @@ an answer's summed log-prob.
 {gains}
 
 **What it shows.** {verdict}
+
+## Run against run, on the same problems
+
+{compared}
 
 **What it does not show.** One small task, one learning rate, betas matched and not tuned for each
 loss; test problems of one kind; nothing about large models.
@@ -70,15 +78,13 @@ def gains(found: dict, loss: str) -> list[float]:
 
 
 def main() -> None:
-    found, config = {}, {}
-    for seed in SEEDS:
-        for loss in LOSSES:
-            out = f"out/demonstration/seed{seed}/{loss}"
-            folder = Path(out)
-            if not (folder / "summary.json").exists():
-                folder = train.main(["--loss", loss, "--seed", str(seed), "--out", out])
-            found[loss, seed] = json.loads((folder / "summary.json").read_text())
-            config[loss] = json.loads((folder / "train_config.json").read_text())
+    outs = {
+        (loss, seed): f"out/demonstration/seed{seed}/{loss}" for loss in LOSSES for seed in SEEDS
+    }
+    jobs = {out: ["--loss", loss, "--seed", str(seed)] for (loss, seed), out in outs.items()}
+    made = train_all(jobs)
+    found = {key: made[out]["summary"] for key, out in outs.items()}
+    config = {loss: made[outs[loss, SEEDS[0]]]["train_config"] for loss in LOSSES}
     titles = COLUMNS.values()
     lines = [f"| | seed | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for name in ("base", *LOSSES):
@@ -92,18 +98,27 @@ def main() -> None:
         gain = gains(found, loss)
         rows.append(f"| {loss} | {statistics.mean(gain):+.1f} | {statistics.stdev(gain):.1f} | "
                     f"{', '.join(f'{g:+.1f}' for g in gain)} |")  # fmt: skip
+    compared = []
+    for seed in SEEDS:
+        base = str(Path(outs["mio", seed]).parent / ("base" if seed == 0 else f"base-seed{seed}"))
+        command = ["eval.py", base, *(outs[loss, seed] for loss in ("sft", "dpo", "mio"))]
+        text = run(command)
+        table = text[: text.index("heldout_pairs.jsonl")] if "heldout_pairs" in text else text
+        compared.append(f"`python {' '.join(command)}`:\n\n{table.strip()}")
+    curves = [outs[loss, seed] for loss in ("mio", "dpo", "sft") for seed in SEEDS]
+    evaluation.plot({name: ROOT / name for name in curves}, ROOT / "results/demonstration.png")
     text = TEXT.format(
         seeds=len(SEEDS),
-        commit=config["mio"]["commit"][:12],
-        torch=config["mio"]["versions"]["torch"],
-        machine=f"{config['mio']['machine']}, {os.cpu_count()} cores",
+        provenance=provenance(made),
         mio_beta=config["mio"]["beta"],
         dpo_beta=config["dpo"]["beta"],
         lr=config["mio"]["lr"],
         epochs=config["mio"]["epochs"],
+        plot="python eval.py out/demonstration/seed*/[mds]* --plot results/demonstration.png",
         n=found["mio", SEEDS[0]]["table"]["base"]["greedy"]["n"],
         table="\n".join(lines),
         gains="\n".join(rows),
+        compared="\n\n".join(compared),
         verdict=verdict(found),
     )
     Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
