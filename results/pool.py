@@ -1,4 +1,4 @@
-"""Runs of train.py, two at a time with a thread each; those that are finished are not made again."""
+"""Runs of train.py, two at a time with a thread each; finished ones are not made again."""
 
 import concurrent.futures
 import json
