@@ -911,7 +911,7 @@ class Pairs(Sequence):
 
     def lengths(self) -> np.ndarray:
         """Tokens of prompts, chosen and rejected answers, (pairs, 3)."""
-        return np.diff(np.array(self.ends)).reshape(-1, 3)
+        return np.diff(np.array(self.ends)).reshape(len(self), 3)
 
 
 class UnusableError(ValueError):

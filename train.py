@@ -501,9 +501,8 @@ def load_job(options: Options) -> Job:
             pairs, held_out = split_pairs(pairs, options.eval_fraction, options.seed)
         check_answers(options, pairs, held_out)
     lengths = np.concatenate([pairs.lengths(), held_out.lengths()])
-    context = max((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max(initial=0), *(
-        len(item.ids(tokenizer, "")) + options.max_new_tokens for item in questions or ()
-    ), 0)  # fmt: skip
+    asked = [len(item.ids(tokenizer, "")) + options.max_new_tokens for item in questions or ()]
+    context = max([*(lengths[:, 0] + lengths[:, 1:].max(axis=1)), *asked])
     if context > model.config.max_position_embeddings:
         raise ValueError(f"a prompt with its answer has {context} tokens, the model reads "
                          f"{model.config.max_position_embeddings}; lower --max_length or "

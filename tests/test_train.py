@@ -370,7 +370,9 @@ def test_a_run_says_with_what_it_trains(checkpoint, pairs_file, tmp_path, capsys
     assert "beta 4, gamma 3, without" in capsys.readouterr().out
 
 
-SUMMED_LOG_RATIOS = "dpo mio bce nwj dv cdpo robust hinge apo_zero apo_down exo sppo dpop rpo kto"
+SUMMED_LOG_RATIOS = (
+    "dpo mio bce nwj dv cdpo robust hinge apo_zero apo_down exo sppo dpop rpo kto rlhf"
+)
 
 
 def test_default_betas_and_the_demonstrations(checkpoint, pairs_file):
