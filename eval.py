@@ -89,7 +89,7 @@ class Column(NamedTuple):
     statistic: Callable[[np.ndarray], float] = np.mean
 
     def present(self) -> np.ndarray:
-        return ~np.isnan(self.values.reshape(len(self.values), -1)).any(axis=1)
+        return ~np.isnan(self.values).any(axis=tuple(range(1, self.values.ndim)))
 
     def figure(self) -> Figure:
         values = self.values[self.present()]
