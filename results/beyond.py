@@ -1,0 +1,142 @@
+"""Makes results/beyond.md and .png: python results/beyond.py [--small]
+
+pass@k of base and trained models up to k = 64: does what is won at k = 1 last? And what answers
+drawn from the policy cost beside pairs drawn once from the base. --small is one seed, few steps, k
+up to 8, in another folder and without writing results: it keeps this script alive in CI.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+from pool import ROOT, provenance, run, train_all
+
+LOSSES = {"sft": [], "dpo": [], "mio": [], "rlhf": ["--loss", "rlhf"],
+          "mio, on policy": ["--loss", "mio", "--on_policy"]}  # fmt: skip
+LOOK = {
+    "base": ("#000000", ":"),
+    "sft": ("#009E73", "-."),
+    "dpo": ("#D55E00", "--"),
+    "mio": ("#0072B2", "-"),
+    "rlhf": ("#CC79A7", "--"),
+    "mio, on policy": ("#56B4E9", "-"),
+}
+SEEDS, SAMPLES = (0, 1, 2), 64
+
+TEXT = """# Beyond the base?
+
+**Question.** Does the gain at k = 1 survive at k = 64, or do the trained models only find more
+surely what the base finds anyway, as the paper's abstract says of RLHF? And what do answers drawn
+from the policy at every step buy, and cost?
+
+**Expected before the run.** All gain at k = 1; the lines meet or cross before 64; the on-policy
+runs gain more at several times the cost.
+
+`python results/beyond.py`: {provenance}. {seeds} seeds, 1,000
+held-out problems, {samples} answers each at temperature 1, pass@k by the unbiased estimator; the
+mean of seeds, in brackets the lowest and the highest.
+
+![pass@k](beyond.png)
+
+{table}
+
+| | seconds of a run | tokens trained on | tokens generated in training |
+|---|---|---|---|
+{costs}
+
+**What it shows.** At k = {samples} the order is {order}; {above} of {models} trained models are
+above the base there on every seed, and {below} below it on every seed.
+
+**What it does not show.** A task on which the base solves {reach:.0f} % at k = {samples}: little is
+left to be found. One setting of each loss, not tuned for each. Seconds are of whole runs, two at a
+time, and some of them made base and pairs on their way.
+"""
+
+
+def folders(loss: str, seed: int) -> str:
+    if loss == "base":
+        return f"out/demonstration/seed{seed}/" + ("base" if seed == 0 else f"base-seed{seed}")
+    return f"out/demonstration/seed{seed}/{loss.replace(', ', '-').replace(' ', '-')}"
+
+
+def solved(folder: str, samples: int) -> dict[int, float]:
+    """k -> share solved, from eval.py's own record."""
+    file = ROOT / folder / f"pass-{samples}.json"
+    if not file.exists():
+        run(["eval.py", folder, "--n", str(samples), "--kl_samples", "0", "--out", str(file)])
+    figures = next(iter(json.loads(file.read_text()).values()))["figures"]["problems"]
+    return {int(k.removeprefix("pass@")): v["mean"] for k, v in figures.items() if "@" in k}
+
+
+def draw(found: dict) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
+    for name, (color, style) in LOOK.items():
+        curves = np.array([list(found[name, seed].values()) for seed in SEEDS]) * 100
+        ks = list(found[name, SEEDS[0]])
+        axis.plot(ks, curves.mean(axis=0), color=color, linestyle=style, label=name, linewidth=2)
+        axis.fill_between(ks, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.12,
+                          linewidth=0)  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ks, ks)
+    axis.set_xlabel("k answers")
+    axis.set_ylabel("problems with a right one among them, %")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--small"]:
+        jobs = {
+            f"out/small/{n}": [*LOSSES[n], "--max_steps", "2"] for n in ("rlhf", "mio, on policy")
+        }
+        train_all({out.replace(", ", "-").replace(" ", "-"): f for out, f in jobs.items()})
+        return print(solved("out/small/rlhf", 8))
+    jobs = {
+        folders(name, seed): [*(flags or ["--loss", name]), "--seed", str(seed)]
+        for name, flags in LOSSES.items() for seed in SEEDS
+    }  # fmt: skip
+    made = train_all(jobs)
+    found = {(name, seed): solved(folders(name, seed), SAMPLES) for name in LOOK for seed in SEEDS}
+    draw(found)
+    ks = list(found["base", 0])
+    lines = [f"| | {' | '.join(f'pass@{k}, %' for k in ks)} |", "|---" * (len(ks) + 1) + "|"]
+    costs = []
+    for name in LOOK:
+        cells = []
+        for k in ks:
+            values = [100 * found[name, seed][k] for seed in SEEDS]
+            cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f}, {max(values):.1f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        if name == "base":
+            continue
+        summaries = [made[folders(name, seed)]["summary"] for seed in SEEDS]
+        rows = (ROOT / folders(name, 0) / "metrics.jsonl").read_text().splitlines()
+        generated = sum(json.loads(row).get("num_drawn") or 0 for row in rows)
+        seconds = statistics.mean(s["seconds"] for s in summaries)
+        costs.append(f"| {name} | {seconds:.0f} | {summaries[0]['num_tokens']:,} | {generated:,} |")
+    end, base = ks[-1], "base"
+    trained = [name for name in LOOK if name != base]
+    differences = {n: [found[n, s][end] - found[base, s][end] for s in SEEDS] for n in trained}
+    text = TEXT.format(
+        provenance=provenance(made), seeds=len(SEEDS), samples=SAMPLES, table="\n".join(lines),
+        costs="\n".join(costs), models=len(trained),
+        order=", ".join(sorted(LOOK, key=lambda n: -sum(found[n, s][end] for s in SEEDS))),
+        above=sum(min(d) > 0 for d in differences.values()),
+        below=sum(max(d) < 0 for d in differences.values()),
+        reach=100 * statistics.mean(found[base, s][end] for s in SEEDS),
+    )  # fmt: skip
+    Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
