@@ -351,19 +351,21 @@ def make_base(folder: Path, seed: int, device: str) -> dict:
     optimizer = make_optimizer(model, options)
     questions = problems("validation", BASE["problems"], seed=0)
     accuracy, pace, last = 0.0, BASE["lr"], copy.deepcopy(model.state_dict())
+    step = 0  # bar.n stays 0 where bars are switched off
     title = f"base model: supervised training until {BASE['target']:.0%} of validation is right"
     with stage(title) as notes, tqdm(desc="supervised", unit="step", leave=False) as bar:
         while accuracy < BASE["target"]:
             batch = [
                 make_pair(tokenizer, problem, solution(problem), None)
-                for problem in problems("train", BASE["batch_size"], seed=[seed, bar.n])
+                for problem in problems("train", BASE["batch_size"], seed=[seed, step])
             ]
-            set_lr(optimizer, pace * min(1, (bar.n + 1) / 50))
+            set_lr(optimizer, pace * min(1, (step + 1) / 50))
             index = list(range(len(batch)))
             batches = make_batches(batch, index, options.row_tokens, options.micro_tokens)
             train_step(model, optimizer, batches, options, None)
             bar.update()
-            if bar.n % BASE["check_every"] == 0:
+            step += 1
+            if step % BASE["check_every"] == 0:
                 answers = evaluation.sample_answers(model, tokenizer, questions, temperature=0)
                 right = [is_correct(q, a) for q, (a,) in zip(questions, answers)]
                 accuracy = sum(right) / len(right)
@@ -372,13 +374,13 @@ def make_base(folder: Path, seed: int, device: str) -> dict:
                     model.load_state_dict(last)
                     accuracy, pace = 0.0, pace / 2
                 last = copy.deepcopy(model.state_dict())
-            assert bar.n < BASE["max_steps"], "the base model does not learn"
+            assert step < BASE["max_steps"], "the base model does not learn"
         write_json(folder / "base.json", {})  # ours from here on, though not finished
         model.save_pretrained(folder)
         tokenizer.save(folder)
-        record = {"key": key, "steps": bar.n, "validation_accuracy": accuracy, "seed": seed}
+        record = {"key": key, "steps": step, "validation_accuracy": accuracy, "seed": seed}
         write_json(folder / "base.json", record)
-        notes += [f"{bar.n} steps", f"{accuracy:.1%} right", f"in {folder}"]
+        notes += [f"{step} steps", f"{accuracy:.1%} right", f"in {folder}"]
     return record
 
 

@@ -1,6 +1,7 @@
 """Options, stages and the training loop, against a loop that does everything one at a time."""
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -700,8 +701,10 @@ def test_the_demonstration_from_end_to_end_in_small(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(
         train, "PAIRS", {"prompts": 40, "held_out": 9, "samples": 3, "per_prompt": 2}
     )
+    monkeypatch.setattr(train, "tqdm", functools.partial(train.tqdm, disable=True))  # as some do
     out = str(tmp_path / "sft")
     folder = train.main(["--loss", "sft", "--out", out, "--epochs", "1", "--max_steps", "2"])
+    assert json.loads((tmp_path / "base" / "base.json").read_text())["steps"] == 2
     assert set(trained) == {"train"} and len(trained) == 16
     graded = [("test", 1, 0), ("test", 8, 1.0)]
     assert calls == [("validation", 1, 0), ("train", 3, 1.0), ("test", 3, 1.0), *graded, *graded]
