@@ -102,7 +102,7 @@ class Options:
     data: str | None = option(None, "JSONL file of preference pairs to train on")
     eval_data: str | None = option(None, "JSONL file of held-out preference pairs")
     eval_fraction: float = option(0.1, "of pairs, held out without --eval_data", least=0, most=0.9)
-    out: str | None = option(None, "run folder (default: out/LOSS)")
+    out: str | None = option(None, "run folder (default: out/LOSS, or out/LOSS-on-policy)")
     epochs: int | None = option(None, "passes over the pairs", least=1)
     max_steps: int | None = option(None, "stop there; the schedule is that of --epochs", least=0)
     batch_size: int | None = option(None, "pairs in an optimizer step", least=1)
@@ -154,6 +154,10 @@ def loss_options(options: Options) -> dict[str, float]:
 def draws(options: Options) -> bool:
     """Whether answers are drawn from the policy, and --data has only questions."""
     return options.on_policy or LOSSES[options.loss].answers == "drawn"
+
+
+def default_out(options: Options) -> str:
+    return f"out/{options.loss}{'-on-policy' if options.on_policy else ''}"
 
 
 def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
@@ -217,7 +221,7 @@ def _checked(field: dataclasses.Field, value):
 
 def _resumed(given: dict) -> dict:
     """The options of the run that --resume goes on with, and those given that may differ."""
-    folder = Path(given.get("out") or f"out/{given.get('loss', Options.loss)}")
+    folder = Path(given.get("out") or default_out(Options(**given)))
     checkpoint = newest_checkpoint(folder)
     record = checkpoint / "training.json" if checkpoint else folder / "train_config.json"
     if not (checkpoint or record.is_file()):
@@ -269,7 +273,7 @@ def _resolved(options: Options) -> Options:
     own = CHECKPOINT if options.init else DEMONSTRATION
     sums = loss.needs_reference and loss.uses != "means"
     scale = DEMONSTRATION_BETA if sums and not options.init else 1
-    own = own | {"beta": scale * loss.beta, "out": f"out/{options.loss}"}
+    own = own | {"beta": scale * loss.beta, "out": default_out(options)}
     own = {name: value for name, value in own.items() if getattr(options, name) is None}
     return dataclasses.replace(options, **own, device=evaluation.pick_device(options.device))
 

@@ -142,3 +142,8 @@ def test_the_demonstration_draws_from_its_own_problems(tmp_path, monkeypatch):
     pairs = load_pairs(tmp_path / "pairs.jsonl", byte_tokenizer())
     asked = {tuple(byte_tokenizer().prompt_ids(p["prompt"])) for p in problems}
     assert {tuple(pair.prompt) for pair in pairs} == asked
+
+
+def test_a_run_on_policy_does_not_meet_the_one_beside_it():
+    for flags, out in ((["--loss", "mio"], "out/mio"), (["--on_policy"], "out/mio-on-policy")):
+        assert train.parse_options(flags)[0].out == out
