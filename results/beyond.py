@@ -5,13 +5,14 @@ drawn from the policy cost beside pairs drawn once from the base. --small is one
 up to 8, in another folder and without writing results: it keeps this script alive in CI.
 """
 
+import concurrent.futures
 import json
 import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
-from pool import ROOT, provenance, run, train_all
+from pool import ROOT, WORKERS, provenance, run, train_all
 
 LOSSES = {"sft": [], "dpo": [], "mio": [], "rlhf": ["--loss", "rlhf"],
           "mio, on policy": ["--loss", "mio", "--on_policy"]}  # fmt: skip
@@ -105,7 +106,9 @@ def main() -> None:
         for name, flags in LOSSES.items() for seed in SEEDS
     }  # fmt: skip
     made = train_all(jobs)
-    found = {(name, seed): solved(folders(name, seed), SAMPLES) for name in LOOK for seed in SEEDS}
+    keys = [(name, seed) for name in LOOK for seed in SEEDS]
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        found = dict(zip(keys, pool.map(lambda key: solved(folders(*key), SAMPLES), keys)))
     draw(found)
     ks = list(found["base", 0])
     lines = [f"| | {' | '.join(f'pass@{k}, %' for k in ks)} |", "|---" * (len(ks) + 1) + "|"]
