@@ -96,11 +96,11 @@ def draw(found: dict) -> None:
 
 def main() -> None:
     if sys.argv[1:] == ["--small"]:
-        jobs = {
-            f"out/small/{n}": [*LOSSES[n], "--max_steps", "2"] for n in ("rlhf", "mio, on policy")
-        }
-        train_all({out.replace(", ", "-").replace(" ", "-"): f for out, f in jobs.items()})
-        return print(solved("out/small/rlhf", 8))
+        made = train_all({
+            "out/small-rlhf": ["--loss", "rlhf", "--max_steps", "2"],
+            "out/small-on-policy": ["--on_policy", "--max_steps", "2"],
+        })  # fmt: skip
+        return print(provenance(made), solved("out/small-rlhf", 8), sep="\n")
     jobs = {
         folders(name, seed): [*(flags or ["--loss", name]), "--seed", str(seed)]
         for name, flags in LOSSES.items() for seed in SEEDS
