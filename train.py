@@ -164,14 +164,13 @@ def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
     parser = Parser("train.py", __doc__)
     fields = {field.name: field for field in dataclasses.fields(Options)}
     for name, field in fields.items():
-        default = f" (default: {field.default})" if field.default is not None else ""
+        default = f" (default: {field.default})" if field.default not in (None, False) else ""
         if name in CHECKPOINT:
             default = f" (default: {CHECKPOINT[name]}, demonstration: {DEMONSTRATION[name]})"
         metavar = "|".join(field.metadata.get("choices", [])) or _kind(field).__name__.upper()
+        how = {"metavar": metavar if name != "loss" else "NAME"}
         if field.type is bool:
             how = {"action": "store_true", "default": None}
-        else:
-            how = {"metavar": metavar}
         parser.add_argument(f"--{name}", help=field.metadata["help"] + default, **how)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     if given.get("loss") == "help":
