@@ -226,10 +226,10 @@ def _resumed(given: dict) -> dict:
     if not (checkpoint or record.is_file()):
         raise ValueError(f"--resume: there is no run in {folder}; leave out --resume to start one, "
                          "or name its folder with --out")  # fmt: skip
-    found = read_json(record)
-    found = found.get("options") if checkpoint else found
-    if not isinstance(found, dict):
-        raise ValueError(f"{record}: holds no options of a run")
+    if not checkpoint and (folder / "summary.json").is_file():
+        raise ValueError(f"--resume: the run in {folder} is finished and kept no checkpoints, as "
+                         "with --save_every; --overwrite runs it again")  # fmt: skip
+    found = read_checkpoint(checkpoint)["options"] if checkpoint else read_json(record)
     stored = {}
     for field in dataclasses.fields(Options):
         stored[field.name] = _checked(field, found.get(field.name, field.default))
@@ -583,7 +583,7 @@ def check_out(options: Options) -> None:
             raise ValueError(f"--out {folder}: {source} lies there; choose another folder")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder}: is a file; choose another name")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or all(path.suffix == ".partial" for path in folder.iterdir()):
         return
     if not (folder / "train_config.json").is_file():
         raise ValueError(f"--out {folder}: holds other files; choose an empty folder")
@@ -735,9 +735,6 @@ def check_tensors(job: Job) -> None:
     kept = loss.needs_reference and job.questions is None
     for name, there in (("ref_logps", kept), ("ref_mismatched", job.mismatched)):
         wanted |= {name: ("F32", [len(job.pairs), 2])} if there else {}
-    for name, parameter in job.model.named_parameters() if job.record["step"] else ():
-        shapes = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": ()}
-        wanted |= {f"moments.{key}.{name}": ("F32", list(s)) for key, s in shapes.items()}
     try:
         with safe_open(file, framework="pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in sorted(tensors.keys())}
@@ -745,6 +742,10 @@ def check_tensors(job: Job) -> None:
     except SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
     found.pop("random.cuda", None)
+    if any(name.startswith("moments") for name in found):  # none before a step has found pairs
+        for name, parameter in job.model.named_parameters():
+            shapes = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": ()}
+            wanted |= {f"moments.{key}.{name}": ("F32", list(s)) for key, s in shapes.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise ValueError(f"{file}: {name} is {found.get(name)}, not {wanted.get(name)}")
@@ -796,7 +797,8 @@ def reference_logps(job: Job) -> Tensor:
         try:
             with safe_open(file, framework="pt") as tensors:
                 logps = tensors.get_tensor("logps")
-                same = (tensors.metadata() or {}).get("key") == key
+                said = (tensors.metadata() or {}).get("key")
+                same = said == digest(key, logps.numpy().tobytes())
         except SafetensorError:
             same = False
         if same and logps.shape == (len(job.pairs), 2) and bool(logps.isfinite().all()):
@@ -807,7 +809,7 @@ def reference_logps(job: Job) -> Tensor:
         if not logps.isfinite().all():
             raise FloatingPointError(f"{options.init}: its log-probs are not finite")
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(file, {"logps": logps}, key=key)
+        save_tensors(file, {"logps": logps}, key=digest(key, logps.numpy().tobytes()))
         notes.append(f"in {file}")
     return logps
 
@@ -1005,11 +1007,13 @@ def train(job: Job, progress: Progress, noted: list[int]) -> tuple[Tensor, dict]
             row |= {"step_seconds": seconds / (step - read)}  # means since the last row
             row |= {"tokens_per_second": (tokens - tokens_read) / seconds}
             row |= extra | training_metrics(now, index, logps.cpu(), ref)
+            held_out = {}
             if evaluate or last:
                 end = logps_of(job, job.held_out)
-                row |= held_out_metrics(job, end, start)
+                held_out = held_out_metrics(job, end, start)
             if wanted:
-                log(row)
+                log(row | held_out if evaluate else row)
+            row |= held_out
             if save:
                 check_weights(job, step)
                 moments = get_moments(model, optimizer)
@@ -1131,7 +1135,9 @@ def held_out_metrics(job: Job, logps: Tensor, start: Tensor) -> dict[str, float]
         chosen_lengths=n_w, rejected_lengths=n_l, **own,
     )  # fmt: skip
     logps = torch.where(torch.stack((n_w, n_l), dim=1) > 0, logps, torch.nan)
-    metrics = {"loss": mean(losses)} | evaluation.preference_metrics(logps, start, options.beta)
+    drawn = LOSSES[options.loss].answers == "drawn"  # pairs have no advantages: no loss
+    metrics = {"loss": math.nan if drawn else mean(losses)}
+    metrics |= evaluation.preference_metrics(logps, start, options.beta)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 

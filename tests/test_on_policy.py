@@ -92,6 +92,8 @@ def test_a_step_without_pairs_changes_nothing(argv, monkeypatch, tmp_path):
     rows = metrics(out)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[1]["reward"] == 1.0
     assert rows[-1]["loss"] is None and rows[-1]["eval_rewards/chosen"] == 0.0
+    longer = train.main(["--resume", "--out", str(out), "--epochs", "3"])
+    assert metrics(longer)[-1]["step"] == 6
 
 
 @pytest.mark.parametrize("flags", [["--loss", "rlhf"], ["--on_policy", "--loss", "dpo"]])

@@ -77,8 +77,10 @@ def test_draws_after_a_resume_are_those_of_a_run_never_stopped(
 def test_a_run_with_fewer_steps_is_the_beginning_of_the_whole_run(
     checkpoint, pairs_file, tmp_path, capsys
 ):
-    whole = run(checkpoint, pairs_file, tmp_path / "whole", *SAVED)
-    part = run(checkpoint, pairs_file, tmp_path / "part", *SAVED, "--max_steps", "5")
+    every = ("--log_every", "1")
+    flags = (*SAVED, *every)
+    whole = run(checkpoint, pairs_file, tmp_path / "whole", *flags)
+    part = run(checkpoint, pairs_file, tmp_path / "part", *flags, "--max_steps", "5")
     assert metrics(part) == [row for row in metrics(whole) if row["step"] <= 5]
     assert json.loads((part / "summary.json").read_text())["step"] == 5
     moved = part.rename(tmp_path / "moved")
@@ -92,7 +94,7 @@ def test_a_run_with_fewer_steps_is_the_beginning_of_the_whole_run(
     a, b = (json.loads((folder / "summary.json").read_text()) for folder in (whole, moved))
     assert a["table"] == b["table"] and a["loss"] == b["loss"]
     longer = train.main(["--resume", "--out", str(moved), "--epochs", "4"])
-    assert metrics(longer)[:-2] == metrics(whole) and metrics(longer)[-1]["step"] == 12
+    assert metrics(longer)[:-3] == metrics(whole) and metrics(longer)[-1]["step"] == 12
 
 
 def test_a_changed_flag_or_file_is_refused_by_name(checkpoint, pairs_file, tmp_path, capsys):
@@ -112,6 +114,9 @@ def test_a_changed_flag_or_file_is_refused_by_name(checkpoint, pairs_file, tmp_p
     shutil.copytree(checkpoint, tmp_path / "another")
     assert "--init" in refused(capsys, *resume, "--init", tmp_path / "another")
     assert "choose one" in refused(capsys, *resume, "--overwrite")
+    done = run(checkpoint, pairs_file, tmp_path / "done", "--max_steps", "1")
+    assert "kept no checkpoints" in refused(capsys, "--resume", "--out", done)
+    assert (done / "model.safetensors").is_file()
     error = refused(capsys, "--resume", "--out", tmp_path / "nothing")
     assert "there is no run in" in error and not (tmp_path / "nothing").exists()
     with pytest.raises(SystemExit) as stop:

@@ -398,6 +398,11 @@ def test_reference_is_computed_once_and_never_taken_from_other_weights_or_pairs(
         file.write_bytes(damage)
         assert metrics(run(checkpoint, pairs_file, tmp_path / "one", "--overwrite")) == rows
         assert file.read_bytes() == truth
+    flipped = bytearray(truth)
+    flipped[-6] ^= 1  # a bit of a number: what was written is under a hash
+    file.write_bytes(flipped)
+    assert metrics(run(checkpoint, pairs_file, tmp_path / "one", "--overwrite")) == rows
+    assert file.read_bytes() == truth
     save_file({"logps": torch.zeros(20, 2)}, file, metadata={"key": "of something else"})
     assert metrics(run(checkpoint, pairs_file, tmp_path / "one", "--overwrite")) == rows
     run(checkpoint, pairs_file, tmp_path / "one", "--overwrite", "--dtype", "bfloat16")
