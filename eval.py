@@ -845,10 +845,11 @@ def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray
             continue
         config = read_json(folder / "train_config.json")
         seed = config.pop("seed", None)
-        for key in ("out", "commit", "versions", "machine", "config", "resume"):
+        seldom = ("eval_every", "log_every", "save_every", "keep", "tensorboard", "overwrite")
+        for key in ("out", "commit", "versions", "machine", "config", "resume", *seldom):
             config.pop(key, None)
         # The demonstration's base model and pairs are those of its seed.
-        key = re.sub(rf"-seed{seed}\b", "", json.dumps(config, sort_keys=True))
+        key = re.sub(rf"-?seed{seed}\b", "", json.dumps(config, sort_keys=True))
         rows = [row for _, row in read_rows(folder / "metrics.jsonl")]
         held_out = any("eval_loss" in row for row in rows)
         curves = {}
