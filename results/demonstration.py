@@ -106,7 +106,7 @@ def main() -> None:
         table = text[: text.index("heldout_pairs.jsonl")] if "heldout_pairs" in text else text
         compared.append(f"`python {' '.join(command)}`:\n\n{table.strip()}")
     curves = [outs[loss, seed] for loss in ("mio", "dpo", "sft") for seed in SEEDS]
-    named = {f"{Path(name).name}{'\u200b' * i}": ROOT / name for i, name in enumerate(curves)}
+    named = {Path(name).name + " " * i: ROOT / name for i, name in enumerate(curves)}
     evaluation.plot(named, ROOT / "results/demonstration.png")
     text = TEXT.format(
         seeds=len(SEEDS),
