@@ -421,7 +421,7 @@ NUMBER = r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 def number(text: str) -> Fraction | None:
     """Of -$1,234.50 the value. Numbers are compared as numbers: 18.00 is 18."""
     try:
-        return Fraction(re.sub(r"[$,\s]", "", text))
+        return Fraction(re.sub(r"[$,\s]", "", text).replace("_", "?"))  # 12_5 is no number
     except (ValueError, ZeroDivisionError):
         return None
 
@@ -467,7 +467,7 @@ def normalised(text: str) -> Fraction | str:
     text = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    unit = re.fullmatch(r"(-?[\d./]+)\s*[A-Za-z][A-Za-z .^\d]*", text)  # 5 cm
+    unit = re.fullmatch(r"(-?[\d./]+)\s+[A-Za-z]{2}[A-Za-z .^\d]*", text)  # 5 cm, not 2 x
     plain = re.sub(r"\s+", "", unit[1] if unit else text)
     fraction = re.fullmatch(r"(-?)\\frac\{(-?[\d.]+)\}\{(-?[\d.]+)\}", plain)
     top, _, bottom = (plain if fraction is None else f"{fraction[1]}{fraction[2]}/{fraction[3]}"

@@ -75,6 +75,8 @@ def test_theerror_box_counts_with_its_braces_balanced():
     assert math_answer("Final Answer: The final answer is 0.25.") == Fraction(1, 4)
     assert math_answer(r"\boxed{3") is None and math_answer("it is 3") is None
     _, readings = GRADERS["math"]
+    for key, wrong in (("2x", "2x^2"), ("2x", "2y"), ("3", "3x"), ("3", "3i"), ("125", "12_5")):
+        assert grade_values("math", key, [rf"\boxed{{{wrong}}}"]) == {"math": 0.0}
     assert grade_values("math", r"so \boxed{0.5}", [r"\boxed{\dfrac{1}{2}}"]) == {"math": 1.0}
     assert list(readings) == ["math"]
 
