@@ -489,7 +489,7 @@ class Job(NamedTuple):
 
 def load_job(options: Options) -> Job:
     checkpoint = newest_checkpoint(Path(options.out)) if options.resume else None
-    record = read_checkpoint(checkpoint) if checkpoint else {}
+    record = read_json(checkpoint / "training.json") if checkpoint else {}  # checked by _resumed
     model, tokenizer = evaluation.load_checkpoint(checkpoint or options.init, options.device)
     model.checkpointing = options.checkpointing == "on"
     if options.compile == "on" or (options.compile == "auto" and options.device != "cpu"):

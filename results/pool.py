@@ -44,7 +44,7 @@ def train_all(jobs: dict[str, list[str]]) -> dict[str, dict]:
 def provenance(found: dict[str, dict]) -> str:
     """Commit, torch and machine of runs, and how long they took."""
     configs = [one["train_config"] for one in found.values()]
-    commits = sorted({config["commit"][:12] for config in configs})
+    commits = sorted({(config["commit"] or "unknown")[:12] for config in configs})
     seconds = sum(one["summary"]["seconds"] for one in found.values())
     return (f"commit {', '.join(commits)}, torch {configs[0]['versions']['torch']}, "
             f"{configs[0]['machine']} a run, {WORKERS} runs at a time, {seconds / 60:.0f} minutes "
