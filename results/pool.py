@@ -1,14 +1,23 @@
-"""Runs of train.py, two at a time with a thread each; finished ones are not made again."""
+"""What the scripts beside it share: runs of train.py, two at a time with a thread each.
+
+Finished runs are not made again. `python results/pool.py FOLDER` grades a checkpoint's greedy
+answers to 1,000 validation and 1,000 test problems and writes graded.json into the folder.
+"""
 
 import concurrent.futures
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).parent.parent
-WORKERS = 2
+sys.path.insert(0, str(ROOT))  # for the scripts: the project has no package to install
+WORKERS, SEEDS = 2, (0, 1, 2, 3, 4)
+COLORS = {"dpo": "#D55E00", "mio": "#0072B2"}  # of Okabe and Ito
 
 
 def run(command: list[str]) -> str:
@@ -21,14 +30,20 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
-def train_all(jobs: dict[str, list[str]]) -> dict[str, dict]:
-    """Folder -> flags of train.py; returns folder -> its summary.json and train_config.json."""
-    missing = [out for out in jobs if not (ROOT / out / "summary.json").exists()]
+def train_all(jobs: dict[str, list[str]], script: str = "train.py", grade: bool = False) -> dict:
+    """Folder -> flags of train.py, or of a script that adds to it; returns folder -> its
+    summary.json and train_config.json, as `summary` and `train_config`."""
+
+    def make(out: str) -> None:
+        if not (ROOT / out / "summary.json").exists():
+            run([script, "--out", out, "--overwrite", *jobs[out]])
+        if grade:
+            graded(out)
+
+    ends = ["summary.json", "graded.json"][: 1 + grade]
+    missing = [out for out in jobs if not all((ROOT / out / end).exists() for end in ends)]
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        waiting = {
-            pool.submit(run, ["train.py", "--out", out, "--overwrite", *jobs[out]]): out
-            for out in missing
-        }
+        waiting = {pool.submit(make, out): out for out in missing}
         for number, done in enumerate(concurrent.futures.as_completed(waiting), start=1):
             done.result()
             print(f"{number} of {len(missing)}: {waiting[done]}", file=sys.stderr, flush=True)
@@ -41,11 +56,87 @@ def train_all(jobs: dict[str, list[str]]) -> dict[str, dict]:
     }
 
 
+def bases() -> dict[int, str]:
+    """Seed -> folder of the demonstration's base model and pairs, made where it is missing."""
+    train_all({f"out/demonstration/seed{s}/mio": ["--loss", "mio", "--seed", str(s)]
+               for s in SEEDS})  # fmt: skip
+    return {s: f"out/demonstration/seed{s}/base" + (f"-seed{s}" if s else "") for s in SEEDS}
+
+
+def first(file: str, count: int) -> str:
+    """A file of the first lines of a file, written beside it."""
+    path = ROOT / file
+    few = path.with_name(f"{path.stem}-{count}.jsonl")
+    if not few.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(True)[:count]
+        few.write_text("".join(lines), encoding="utf-8")
+    return str(few.relative_to(ROOT))
+
+
+def on_pairs(base: str, count: int, seed: int, **flags) -> list[str]:
+    """Flags of a run on the first `count` pairs of a base. It starts from start/, the base without
+    the mark by which train.py knows a demonstration and asks it all its problems."""
+    start = ROOT / base / "start"
+    if not start.exists():
+        start.mkdir()
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(ROOT / base / name, start)
+    flags = {"init": f"{base}/start", "data": first(f"{base}/pairs.jsonl", count),
+             "eval_data": f"{base}/heldout_pairs.jsonl", "eval_every": 1000, "max_length": 96,
+             "batch_size": 64, "seed": seed} | flags  # fmt: skip
+    return [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
+
+
+def graded(folder: str) -> dict[str, np.ndarray]:
+    """Of each `validation` and `test` problem whether the greedy answer is right, 0 or 1."""
+    file = ROOT / folder / "graded.json"
+    if not file.exists():
+        run(["results/pool.py", folder])
+    return {name: np.array(values) for name, values in json.loads(file.read_text()).items()}
+
+
+def metric(folder: str, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a column of metrics.jsonl."""
+    rows = [json.loads(line) for line in (ROOT / folder / "metrics.jsonl").read_text().splitlines()]
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def moved(folder: str, side: str) -> tuple[list[int], list[float]]:
+    """Steps and the change of the held-out log-prob of a side since step 0, nats."""
+    steps, values = metric(folder, f"eval_logps/{side}")
+    return steps, [value - values[0] for value in values]
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean of seeds, and the lowest and the highest."""
+    one = f"{{:+.{digits}f}}".format
+    return f"{one(np.mean(values))} ({one(min(values))}, {one(max(values))})"
+
+
 def provenance(found: dict[str, dict]) -> str:
     """Commit, torch and machine of runs, and how long they took."""
     configs = [one["train_config"] for one in found.values()]
     commits = sorted({(config["commit"] or "unknown")[:12] for config in configs})
     seconds = sum(one["summary"]["seconds"] for one in found.values())
     return (f"commit {', '.join(commits)}, torch {configs[0]['versions']['torch']}, "
-            f"{configs[0]['machine']} a run, {WORKERS} runs at a time, {seconds / 60:.0f} minutes "
+            f"{configs[0]['machine']} a run,\n{WORKERS} runs at a time, {seconds / 60:.0f} minutes "
             "of runs in all")  # fmt: skip
+
+
+def main() -> None:
+    import eval as evaluation
+    from data import is_correct, problems
+
+    folder = ROOT / sys.argv[1]
+    model, tokenizer = evaluation.load_checkpoint(folder, "cpu")
+    right = {}
+    for split, seed in (("validation", 1), ("test", 0)):
+        asked = problems(split, 1000, seed=seed)
+        answers = evaluation.sample_answers(model, tokenizer, asked, temperature=0)
+        right[split] = [int(is_correct(q, a)) for q, (a,) in zip(asked, answers)]
+    (folder / "graded.json").write_text(json.dumps(right))
+
+
+if __name__ == "__main__":
+    main()

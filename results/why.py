@@ -1,0 +1,232 @@
+"""Makes results/why.md and .png: python results/why.py
+
+Which part of mio does what: without its ½ sp(T_w), with the rejected alone as the marginal, with
+means for sums; and what becomes of rare and of likely chosen answers. `python results/why.py --loss
+mio_free ...` is train.py with the losses declared here.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from pool import (
+    COLORS,
+    ROOT,
+    SEEDS,
+    bases,
+    first,
+    graded,
+    moved,
+    on_pairs,
+    provenance,
+    spread,
+    train_all,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+from mio import LOSSES, Answers, mio
+
+
+def mio_free(chosen: Answers, rejected: Answers) -> Tensor:
+    # sp(-T_w) + sp(T_l) / 2: nothing holds the chosen down
+    return F.softplus(-chosen.rewards) + F.softplus(rejected.rewards) / 2
+
+
+def mio_means(chosen: Answers, rejected: Answers) -> Tensor:
+    # mio of T = beta z / n
+    def means(side: Answers) -> Answers:
+        return dataclasses.replace(side, logps=side.mean_logps,
+                                   ref_logps=side.ref_logps / side.lengths.clamp(min=1))  # fmt: skip
+
+    return mio(means(chosen), means(rejected))
+
+
+LOSSES |= {
+    "mio_free": dataclasses.replace(LOSSES["mio"], function=mio_free, start=1.5 * math.log(2)),
+    "mio_means": dataclasses.replace(LOSSES["mio"], function=mio_means, uses="means"),
+}
+
+import eval as evaluation  # noqa: E402 - train's flags list the losses declared by then
+import train  # noqa: E402
+
+PAIRS, EPOCHS, RATE = 3000, 2, 1e-4
+VARIANTS = {"mio": "mio", "without ½ sp(T_w)": "mio_free", "rejected-only marginal": "bce",
+            "means for sums": "mio_means", "dpo": "dpo"}  # fmt: skip
+HALVES = ("rare", "likely")
+
+TEXT = """# Which part of mio does what?
+
+**Question.** (1) What do mio's ½ sp(T_w), its mixture marginal and its sums do? (2) A chosen answer
+that the base model finds unlikely: does DPO starve it, as its weight dies with the margin, or does
+MIO, whose pull ends at T_w = log 2?
+
+**Expected before the run.** (1) Without ½ sp(T_w) the chosen rises further, as nothing stops it, and
+accuracy with it; the rejected-only marginal pushes the rejected twice as hard, so it falls further and
+drags the chosen; means, at a beta that gives the same reward on average, change little where answers
+are of like length. (2) MIO lifts rare chosen answers more than likely ones, which have little to gain;
+DPO lets the rare ones fall most; in tables of free probabilities it is MIO that lifts the rare less.
+
+`python results/why.py`: {provenance}. {pairs:,} pairs,
+{epochs} epochs, learning rate {rate:g}, beta 1, {half:g} for dpo, {means:.0f} for means (the mean length of
+an answer in tokens). Seeds {seeds}: means of seeds (lowest, highest); gains in greedy accuracy over
+the base on 1,000 test problems, points; changes of held-out summed log-probs, nats.
+
+| | gain | Δ chosen | Δ rejected |
+|---|---|---|---|
+{variants}
+
+Rare and likely are the halves of pairs whose chosen answer's log-prob a token under the base lies below
+and above the median, of the pairs trained on and of the held-out ones alike (medians of the training
+pairs' summed log-probs: {rare:.1f} and {likely:.1f} nats):
+
+![Rare and likely chosen answers](why.png)
+
+| loss | trained on | gain | Δ chosen, rare held out | Δ chosen, likely held out |
+|---|---|---|---|---|
+{sides}
+
+**What it shows.** {shows}
+
+**What it does not show.** Answers that the base drew and that are right: the rarest of them are still
+answers that it gives, so this says nothing of chosen answers that it would never give. Betas and
+learning rate are matched, not tuned for each variant. Halves of pairs differ in more than likelihood:
+rare answers belong to harder problems.
+"""
+
+
+def likelihood(base: str, file: str) -> tuple[Tensor, Tensor, list]:
+    """Log-prob of a base's chosen answers to a file's pairs, (pairs,) summed and a token."""
+    model, tokenizer = evaluation.load_checkpoint(ROOT / base, "cpu")
+    pairs = evaluation.load_pairs(ROOT / file, tokenizer, 96)
+    layout = evaluation.ROW_TOKENS, evaluation.MICRO_TOKENS, torch.float32
+    sums = evaluation.pair_logps(model, pairs, *layout)[:, 0]
+    return sums, sums / torch.tensor(pairs.lengths()[:, 1]), pairs
+
+
+def halves(base: str) -> dict[str, float]:
+    """Writes the rare and the likely half of a base's pairs; the median sum of each, nats."""
+    few = first(f"{base}/pairs.jsonl", PAIRS)
+    sums, means, pairs = likelihood(base, few)
+    lines = (ROOT / few).read_text(encoding="utf-8").splitlines(True)
+    assert len(lines) == len(pairs)
+    order = means.argsort()
+    parts = dict(zip(HALVES, order.split((len(order) + 1) // 2)))
+    for name, index in parts.items():
+        text = "".join(lines[i] for i in sorted(index.tolist()))
+        (ROOT / base / f"{name}-{PAIRS}.jsonl").write_text(text, encoding="utf-8")
+    return {name: sums[index].median().item() for name, index in parts.items()}
+
+
+def by_half(base: str, folder: str) -> dict[str, float]:
+    """The change of held-out chosen log-probs by half."""
+    file = ROOT / folder / "halves.json"
+    if not file.exists():
+        held_out = f"{base}/heldout_pairs.jsonl"
+        before, means, _ = likelihood(base, held_out)
+        change = likelihood(folder, held_out)[0] - before
+        parts = dict(zip(HALVES, means.argsort().split((len(means) + 1) // 2)))
+        file.write_text(json.dumps({n: change[index].mean().item() for n, index in parts.items()}))
+    return json.loads(file.read_text())
+
+
+def draw(moves: dict) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axis, trained in zip(axes, ("all", *HALVES)):
+        for at, loss in enumerate(("dpo", "mio")):
+            for side, half in enumerate(HALVES):
+                values = [move[half] for move in moves[loss, trained]]
+                bar = axis.bar(side + 0.38 * (at - 0.5), np.mean(values), 0.34, color=COLORS[loss],
+                               hatch="//" if loss == "dpo" else "", edgecolor="white")  # fmt: skip
+                axis.plot([side + 0.38 * (at - 0.5)] * len(values), values, "k.", markersize=4)
+                if not side:
+                    bar.set_label(loss)
+        axis.axhline(0, color="0.3", linewidth=0.8)
+        axis.set_xticks((0, 1), [f"{half}\nheld-out chosen" for half in HALVES])
+        axis.set_title(f"trained on {trained} pairs", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("change of log-prob, nats")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
+
+
+def verdict(gains: dict, moves: dict, sides: dict) -> str:
+    """Sentences whose every number is computed."""
+    whole = ", ".join(f"{name} {np.mean(values):+.1f}" for name, values in gains.items())
+    parts = [f"Mean gains: {whole} points."]
+    free = sum(f > m for f, m in zip(moves["without ½ sp(T_w)", "chosen"], moves["mio", "chosen"]))
+    bce = sum(b < m for b, m in
+              zip(moves["rejected-only marginal", "rejected"], moves["mio", "rejected"]))  # fmt: skip
+    parts.append(f"Without ½ sp(T_w) the chosen ends higher on {free} of {len(SEEDS)} seeds; with the "
+                 f"rejected alone as marginal the rejected ends lower on {bce}.")  # fmt: skip
+    for loss in ("dpo", "mio"):
+        rare, likely = (np.mean([s[half] for s in sides[loss, "all"]]) for half in HALVES)
+        parts.append(f"Trained on all pairs, {loss} moves rare chosen answers by {rare:+.2f} and "
+                     f"likely ones by {likely:+.2f} nats.")  # fmt: skip
+    return " ".join(parts)
+
+
+def main() -> None:
+    base = bases()
+
+    def folder(name: str, seed: int) -> str:
+        return f"out/why/seed{seed}/{name.replace(' ', '-')}"
+
+    def job(loss: str, seed: int, beta: float, trained: str = "all") -> list[str]:
+        flags = {"loss": loss, "lr": RATE, "beta": beta, "epochs": EPOCHS}
+        if trained != "all":
+            flags["data"] = f"{base[seed]}/{trained}-{PAIRS}.jsonl"
+        return on_pairs(base[seed], PAIRS, seed, **flags)
+
+    medians = [halves(base[seed]) for seed in SEEDS]
+    lengths = [likelihood(base[s], f"{base[s]}/heldout_pairs.jsonl")[2].lengths()[:, 1:].mean()
+               for s in SEEDS]  # fmt: skip
+    betas = {"dpo": 0.5, "mio_means": float(round(np.mean(lengths)))}
+    jobs = {folder(name, seed): job(loss, seed, betas.get(loss, 1.0))
+            for seed in SEEDS for name, loss in VARIANTS.items()}  # fmt: skip
+    jobs |= {folder(f"{loss} {half}", seed): job(loss, seed, betas.get(loss, 1.0), half)
+             for seed in SEEDS for loss in ("dpo", "mio") for half in HALVES}  # fmt: skip
+    made = train_all(jobs, script="results/why.py", grade=True)
+
+    def gain(name: str) -> list[float]:
+        return [100 * (graded(folder(name, s))["test"] - graded(f"{base[s]}/start")["test"]).mean()
+                for s in SEEDS]  # fmt: skip
+
+    gains = {name: gain(name) for name in VARIANTS}
+    moves = {(name, side): [moved(folder(name, s), side)[1][-1] for s in SEEDS]
+             for name in VARIANTS for side in ("chosen", "rejected")}  # fmt: skip
+    variants = [f"| {name} | {spread(gains[name], 1)} | {spread(moves[name, 'chosen'])} | "
+                f"{spread(moves[name, 'rejected'])} |" for name in VARIANTS]  # fmt: skip
+    sides, rows = {}, []
+    for loss in ("dpo", "mio"):
+        for trained in ("all", *HALVES):
+            name = loss if trained == "all" else f"{loss} {trained}"
+            found = sides[loss, trained] = [by_half(base[s], folder(name, s)) for s in SEEDS]
+            cells = [spread([one[half] for one in found]) for half in HALVES]
+            rows.append(f"| {loss} | {trained} | {spread(gain(name), 1)} | {' | '.join(cells)} |")
+    draw(sides)
+    text = TEXT.format(
+        provenance=provenance(made), pairs=PAIRS, epochs=EPOCHS, rate=RATE, half=betas["dpo"],
+        means=betas["mio_means"], seeds=", ".join(map(str, SEEDS)), variants="\n".join(variants),
+        rare=np.median([m["rare"] for m in medians]), sides="\n".join(rows),
+        likely=np.median([m["likely"] for m in medians]), shows=verdict(gains, moves, sides),
+    )  # fmt: skip
+    Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        train.main()
+    else:
+        main()
