@@ -26,11 +26,11 @@ TEXT = """# Best against best
 ([demonstration.md](demonstration.md)); tuning, mio with a smaller beta, should close the gap, and
 most losses should end within two points of one another.
 
-`python results/best.py`: {provenance}. {pairs:,} pairs,
-{epochs} epochs; learning rates {rates} by {scales} times the demonstration's beta, the
-best by greedy accuracy on 1,000 validation problems of seed {tuned_on}. Then seeds {seeds}, on which
-nothing was tuned: greedy accuracy on 1,000 test problems over that of the base ({base}), points;
-change of held-out log-probs, nats; means of seeds (lowest, highest).
+`python results/best.py`: {provenance}. {pairs:,} pairs, {epochs} epochs; learning rates {rates} by
+{scales} times the demonstration's beta, the best by greedy accuracy on 1,000 validation problems
+of seed {tuned_on}. Then seeds {seeds}, on which nothing was tuned: greedy accuracy on 1,000 test
+problems over that of the base ({base}), points; change of held-out log-probs, nats; means of seeds
+(lowest, highest).
 
 | | lr | beta | validation, % | gain, points | Δ chosen | Δ rejected |
 |---|---|---|---|---|---|---|
@@ -38,7 +38,8 @@ change of held-out log-probs, nats; means of seeds (lowest, highest).
 
 \\* the best lies on the edge of the grid of betas, where a better one may lie beyond.
 
-Difference from mio on the same problems of these seeds, points, 95 % paired bootstrap over problems:
+Difference from mio on the same problems of these seeds, points, 95 % paired bootstrap over
+problems:
 
 | | points |
 |---|---|

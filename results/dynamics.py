@@ -16,13 +16,13 @@ SIDES = ("chosen", "rejected")
 
 TEXT = """# Where do chosen log-probs fall?
 
-**Question.** DPO's chosen log-prob is said to fall late in training and MIO's not to: on this task,
-at which learning rates and betas?
+**Question.** DPO's chosen log-prob is said to fall late in training and MIO's not to: on this
+task, at which learning rates and betas?
 
 **Expected before the run.** DPO's falls more at smaller betas and larger steps, and rises at large
-betas; MIO's rises at the demonstration's beta and above, and falls a little at a quarter of it: its
-pull on the chosen grows as the chosen falls, but only once T_w = beta log-ratio is below zero by
-something like one.
+betas; MIO's rises at the demonstration's beta and above, and falls a little at a quarter of it:
+its pull on the chosen grows as the chosen falls, but only once T_w = beta log-ratio is below zero
+by something like one.
 
 `python results/dynamics.py`: {provenance}. Seeds
 {seeds}: {pairs:,} pairs, {epochs} epochs, 32 pairs a step; change of the summed log-prob of
@@ -34,11 +34,12 @@ something like one.
 |---|---|---|---|---|---|
 {table}
 
-**What it shows.** Of {cells} settings the chosen log-prob ends below its start, in the mean of seeds,
-in {fell_dpo} under dpo and in {fell_mio} under mio; it is lower under dpo than under mio, at the same
-gradient at the start, in {lower} of {cells} settings and {lower_runs} of {runs} pairs of runs. It is at
-its lowest, in the mean of seeds, in the last quarter of training in {late_dpo} of the {fell_dpo} settings
-in which it ends lower under dpo. The rejected one falls further under dpo in {further} of {cells}.
+**What it shows.** Of {cells} settings the chosen log-prob ends below its start, in the mean of
+seeds, in {fell_dpo} under dpo and in {fell_mio} under mio; it is lower under dpo than under mio,
+at the same gradient at the start, in {lower} of {cells} settings and {lower_runs} of {runs} pairs
+of runs. It is at its lowest, in the mean of seeds, in the last quarter of training in {late_dpo}
+of the {fell_dpo} settings in which it ends lower under dpo. The rejected one falls further under
+dpo in {further} of {cells}.
 
 **What it does not show.** One small task and model; nothing about how many problems are solved
 ([best.md](best.md)).

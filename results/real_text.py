@@ -4,12 +4,12 @@ dpo against mio on real text: a checkpoint and pairs of one's own, three held-ou
 """
 
 import hashlib
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 from pool import COLORS, ROOT, metric, moved, provenance, spread, train_all
+from safetensors.torch import load_file
 
 SEEDS, RATE, EPOCHS, BATCH = (0, 1, 2), 3e-5, 1, 16
 BETAS = {"dpo": 0.1, "mio": 0.2}
@@ -17,14 +17,16 @@ BETAS = {"dpo": 0.1, "mio": 0.2}
 TEXT = """# dpo and mio on real text
 
 **Question.** Does what the small task shows of chosen and rejected log-probs hold on a Llama
-checkpoint of {parameters} parameters and {rows} pairs of real text, and who tells held-out pairs apart better?
+checkpoint of {parameters} parameters and {rows} pairs of real text, and who tells held-out pairs
+apart better?
 
 **Expected before the run.** At these small betas both may lower the chosen, dpo more; the same
 accuracy within the standard error, which at {held_out} pairs is about {error:.0f} points.
 
-`python results/real_text.py CHECKPOINT PAIRS.jsonl` (sha256 {hashes}): {provenance}.
-{epochs} epoch, {batch} pairs a step, learning rate {rate:g}, beta 0.1 for dpo and 0.2 for mio; a tenth of
-the pairs, by prompts, held out, another for each of the seeds {seeds}. Means of seeds (lowest, highest).
+`python results/real_text.py CHECKPOINT PAIRS.jsonl` (sha256 {hashes}): {provenance}. {epochs}
+epoch, {batch} pairs a step, learning rate {rate:g}, beta 0.1 for dpo and 0.2 for mio; a tenth of
+the pairs, by prompts, held out, another for each of the seeds {seeds}. Means of seeds (lowest,
+highest).
 
 ![Curves](real_text.png)
 
@@ -34,9 +36,9 @@ the pairs, by prompts, held out, another for each of the seeds {seeds}. Means of
 
 By seed, dpo and mio on the same held-out pairs: {by_seed}.
 
-**What it shows.** The chosen log-prob ends below its start on {fell_dpo} of {count} seeds under dpo and on
-{fell_mio} under mio, and lower under dpo than under mio on {lower}. The difference in reward accuracy, mio
-minus dpo, is {difference} points.
+**What it shows.** The chosen log-prob ends below its start on {fell_dpo} of {count} seeds under
+dpo and on {fell_mio} under mio, and lower under dpo than under mio on {lower}. The difference in
+reward accuracy, mio minus dpo, is {difference} points.
 
 **What it does not show.** How well the models answer. One small checkpoint, one learning rate and
 pair of betas, {held_out} held-out pairs a seed.
@@ -92,14 +94,16 @@ def main() -> None:
         margins = [c - r for c, r in zip(ends[loss, "chosen"], ends[loss, "rejected"])]
         rows.append(f"| {loss} | {spread(right[loss], 1)} | {spread(ends[loss, 'chosen'])} | "
                     f"{spread(ends[loss, 'rejected'])} | {spread(margins)} |")  # fmt: skip
-    first = json.loads((ROOT / outs["dpo", 0] / "summary.json").read_text())
-    held_out = next(iter(first["table"].values()))["Δ chosen"]["n"]
-    parameters = sum(np.prod(shape) for shape in shapes(ROOT / outs["dpo", 0]))
+    table = made[outs["dpo", 0]]["summary"]["table"]
+    held_out = table["dpo"]["Δ chosen"]["n"]
+    files = [Path(checkpoint) / "model.safetensors", Path(data)]
+    hashes = [hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:12] for file in files]
+    weights = load_file(ROOT / outs["dpo", 0] / "model.safetensors").values()
     text = TEXT.format(
-        parameters=f"{parameters / 1e6:.1f} M", error=100 * (0.25 / held_out) ** 0.5,
-        rows=sum(1 for _ in open(ROOT / data, encoding="utf-8")), held_out=held_out,
-        hashes=" and ".join(hashlib.file_digest(open(file, "rb"), "sha256").hexdigest()[:12]
-                            for file in (Path(checkpoint) / "model.safetensors", data)), provenance=provenance(made), epochs=EPOCHS, batch=BATCH,
+        parameters=f"{sum(weight.numel() for weight in weights) / 1e6:.1f} M",
+        rows=len((ROOT / data).read_text(encoding="utf-8").splitlines()), held_out=held_out,
+        error=100 * (0.25 / held_out) ** 0.5, hashes=" and ".join(hashes),
+        provenance=provenance(made), epochs=EPOCHS, batch=BATCH,
         rate=RATE, seeds=", ".join(map(str, SEEDS)), table="\n".join(rows), count=len(SEEDS),
         by_seed="; ".join(f"{d:.1f} and {m:.1f} %" for d, m in zip(right["dpo"], right["mio"])),
         fell_dpo=sum(x < 0 for x in ends["dpo", "chosen"]),
@@ -109,13 +113,6 @@ def main() -> None:
     )  # fmt: skip
     Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
-
-
-def shapes(folder: Path):
-    from safetensors import safe_open
-
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return [file.get_slice(name).get_shape() for name in file.keys()]
 
 
 if __name__ == "__main__":

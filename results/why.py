@@ -40,8 +40,8 @@ def mio_free(chosen: Answers, rejected: Answers) -> Tensor:
 def mio_means(chosen: Answers, rejected: Answers) -> Tensor:
     # mio of T = beta z / n
     def means(side: Answers) -> Answers:
-        return dataclasses.replace(side, logps=side.mean_logps,
-                                   ref_logps=side.ref_logps / side.lengths.clamp(min=1))  # fmt: skip
+        ref = side.mean_logps - side.mean_logratios
+        return dataclasses.replace(side, logps=side.mean_logps, ref_logps=ref)
 
     return mio(means(chosen), means(rejected))
 
@@ -61,28 +61,29 @@ HALVES = ("rare", "likely")
 
 TEXT = """# Which part of mio does what?
 
-**Question.** (1) What do mio's ½ sp(T_w), its mixture marginal and its sums do? (2) A chosen answer
-that the base model finds unlikely: does DPO starve it, as its weight dies with the margin, or does
-MIO, whose pull ends at T_w = log 2?
+**Question.** (1) What do mio's ½ sp(T_w), its mixture marginal and its sums do? (2) A chosen
+answer that the base model finds unlikely: does DPO starve it, as its weight dies with the margin,
+or does MIO, whose pull ends at T_w = log 2?
 
-**Expected before the run.** (1) Without ½ sp(T_w) the chosen rises further, as nothing stops it, and
-accuracy with it; the rejected-only marginal pushes the rejected twice as hard, so it falls further and
-drags the chosen; means, at a beta that gives the same reward on average, change little where answers
-are of like length. (2) MIO lifts rare chosen answers more than likely ones, which have little to gain;
-DPO lets the rare ones fall most; in tables of free probabilities it is MIO that lifts the rare less.
+**Expected before the run.** (1) Without ½ sp(T_w) the chosen rises further, as nothing stops it,
+and accuracy with it; the rejected-only marginal pushes the rejected twice as hard, so it falls
+further and drags the chosen; means, at a beta that gives the same reward on average, change little
+where answers are of like length. (2) MIO lifts rare chosen answers more than likely ones, which
+have little to gain; DPO lets the rare ones fall most; in tables of free probabilities it is MIO
+that lifts the rare less.
 
-`python results/why.py`: {provenance}. {pairs:,} pairs,
-{epochs} epochs, learning rate {rate:g}, beta 1, {half:g} for dpo, {means:.0f} for means (the mean length of
-an answer in tokens). Seeds {seeds}: means of seeds (lowest, highest); gains in greedy accuracy over
-the base on 1,000 test problems, points; changes of held-out summed log-probs, nats.
+`python results/why.py`: {provenance}. {pairs:,} pairs, {epochs} epochs, learning rate {rate:g},
+beta 1, {half:g} for dpo, {means:.0f} for means (the mean length of an answer in tokens). Seeds
+{seeds}: means of seeds (lowest, highest); gains in greedy accuracy over the base on 1,000 test
+problems, points; changes of held-out summed log-probs, nats.
 
 | | gain | Δ chosen | Δ rejected |
 |---|---|---|---|
 {variants}
 
-Rare and likely are the halves of pairs whose chosen answer's log-prob a token under the base lies below
-and above the median, of the pairs trained on and of the held-out ones alike (medians of the training
-pairs' summed log-probs: {rare:.1f} and {likely:.1f} nats):
+Rare and likely are the halves of pairs whose chosen answer's log-prob a token under the base lies
+below and above the median, of the pairs trained on and of the held-out ones alike (medians of the
+training pairs' summed log-probs: {rare:.1f} and {likely:.1f} nats):
 
 ![Rare and likely chosen answers](why.png)
 
@@ -92,10 +93,10 @@ pairs' summed log-probs: {rare:.1f} and {likely:.1f} nats):
 
 **What it shows.** {shows}
 
-**What it does not show.** Answers that the base drew and that are right: the rarest of them are still
-answers that it gives, so this says nothing of chosen answers that it would never give. Betas and
-learning rate are matched, not tuned for each variant. Halves of pairs differ in more than likelihood:
-rare answers belong to harder problems.
+**What it does not show.** Answers that the base drew and that are right: the rarest of them are
+still answers that it gives, so this says nothing of chosen answers that it would never give. Betas
+and learning rate are matched, not tuned for each variant. Halves of pairs differ in more than
+likelihood: rare answers belong to harder problems.
 """
 
 
@@ -164,11 +165,11 @@ def verdict(gains: dict, moves: dict, sides: dict) -> str:
     """Sentences whose every number is computed."""
     whole = ", ".join(f"{name} {np.mean(values):+.1f}" for name, values in gains.items())
     parts = [f"Mean gains: {whole} points."]
-    free = sum(f > m for f, m in zip(moves["without ½ sp(T_w)", "chosen"], moves["mio", "chosen"]))
-    bce = sum(b < m for b, m in
-              zip(moves["rejected-only marginal", "rejected"], moves["mio", "rejected"]))  # fmt: skip
-    parts.append(f"Without ½ sp(T_w) the chosen ends higher on {free} of {len(SEEDS)} seeds; with the "
-                 f"rejected alone as marginal the rejected ends lower on {bce}.")  # fmt: skip
+    plain, free, other = (np.array([moves[name, side] for side in ("chosen", "rejected")])
+                          for name in list(VARIANTS)[:3])  # fmt: skip
+    parts.append(f"Without ½ sp(T_w) the chosen ends higher on {(free > plain)[0].sum()} of "
+                 f"{len(SEEDS)} seeds; with the rejected alone as marginal the rejected ends lower "
+                 f"on {(other < plain)[1].sum()}.")  # fmt: skip
     for loss in ("dpo", "mio"):
         rare, likely = (np.mean([s[half] for s in sides[loss, "all"]]) for half in HALVES)
         parts.append(f"Trained on all pairs, {loss} moves rare chosen answers by {rare:+.2f} and "
