@@ -181,7 +181,10 @@ def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
             file = read_json(Path(given["config"]))
             for name in file.keys() - fields.keys() - provenance().keys():
                 raise ValueError(f"{given['config']}: there is no option {name!r}")
-            given = {name: file[name] for name in fields.keys() & file.keys()} | given
+            file = {name: file[name] for name in fields.keys() & file.keys()}
+            if given.get("loss", file.get("loss")) != file.get("loss", given.get("loss")):
+                file = {k: v for k, v in file.items() if k not in ("beta", "out", *LOSS_OPTIONS)}
+            given = file | given
         given = {name: _checked(fields[name], value) for name, value in given.items()}
         if given.get("resume"):
             given = _resumed(given)
@@ -662,7 +665,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    return [p for p in folder.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", p.name)]
+    named = (p for p in folder.glob("checkpoints/step-*") if re.fullmatch("step-[0-9]+", p.name))
+    return [path for path in named if path.is_dir()]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -1173,7 +1177,8 @@ def describe(job: Job) -> str:
             f"{options.device}",
             f"  {rows}, {len(job.held_out)} held out; steps "
             f"{job.record.get('step', 0) + 1} to {job.stop} of {job.steps}, {options.batch_size} "
-            f"pairs each; lr {options.lr:g}, {options.schedule}, seed {options.seed}",
+            f"{'prompts' if job.questions else 'pairs'} each; lr {options.lr:g}, "
+            f"{options.schedule}, seed {options.seed}",
         ]
     )
 
@@ -1273,7 +1278,8 @@ def main(argv: list[str] | None = None) -> Path:
                 finish(job, progress.start, end, last, began)
                 return folder
         except OSError as error:
-            whole = "; what was saved before is whole, --resume goes on from there"
+            saved = newest_checkpoint(folder)
+            whole = f"; {saved} is whole, --resume goes on from there" if saved else ""
             parser.error(f"{error.filename or folder}: {error.strerror}{whole}")
         except FloatingPointError as error:
             parser.error(error)

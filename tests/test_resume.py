@@ -84,6 +84,8 @@ def test_a_run_with_fewer_steps_is_the_beginning_of_the_whole_run(
     assert metrics(part) == [row for row in metrics(whole) if row["step"] <= 5]
     assert json.loads((part / "summary.json").read_text())["step"] == 5
     moved = part.rename(tmp_path / "moved")
+    (moved / "checkpoints/step-000001").touch()  # no checkpoints of ours
+    (moved / "checkpoints/step-٣").mkdir()
     train.main(["--resume", "--out", str(moved), "--max_steps", "100", "--keep", "1"])
     assert metrics(whole) == metrics(moved) and steps(moved) == [9]
     error = refused(capsys, "--resume", "--out", moved, "--max_steps", "7")

@@ -497,19 +497,13 @@ def test_config_file_is_read_and_flags_win(checkpoint, pairs_file, tmp_path):
         ["--config", str(first / "train_config.json"), "--out", str(tmp_path / "again")]
     )
     assert metrics(first) == metrics(again)
-    other = train.main(
-        [
-            "--config",
-            str(first / "train_config.json"),
-            "--out",
-            str(again),
-            "--beta",
-            "0.1",
-            "--overwrite",
-        ]
-    )
-    assert json.loads((other / "train_config.json").read_text())["beta"] == 0.1
-    assert json.loads((other / "train_config.json").read_text())["loss"] == "bce"
+    config = ["--config", str(first / "train_config.json")]
+    other = train.main([*config, "--out", str(again), "--beta", "0.1", "--overwrite"])
+    written = json.loads((other / "train_config.json").read_text())
+    assert (written["beta"], written["loss"]) == (0.1, "bce")
+    options, _ = train.parse_options([*config, "--loss", "simpo"])  # another loss's beta is not its
+    assert (options.beta, options.out) == (LOSSES["simpo"].beta, "out/simpo")
+    assert options.data == str(pairs_file)
 
 
 def test_config_with_an_unknown_option_is_refused(checkpoint, pairs_file, tmp_path, capsys):
