@@ -10,8 +10,8 @@ import numpy as np
 from pool import COLORS, SEEDS, bases, first, moved, on_pairs, provenance, spread, train_all
 
 LOSSES = {"mio": 1.0, "dpo": 0.5}  # and the beta that a scale multiplies
-SCALES, RATES, PAIRS, EPOCHS = (0.25, 1.0, 4.0), (3e-5, 1e-4, 3e-4), 1000, 4
-CELLS = [(rate, scale) for scale in SCALES for rate in RATES]
+SCALES, RATES, PAIRS, EPOCHS = (0.25, 1.0, 4.0), (1e-4, 3e-4), 1000, 4
+CELLS = [(rate, scale) for rate in RATES for scale in SCALES]
 SIDES = ("chosen", "rejected")
 
 TEXT = """# Where do chosen log-probs fall?
@@ -61,7 +61,7 @@ def draw() -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(3, 3, figsize=(9, 7.5), sharex=True, sharey=True,
+    figure, axes = pyplot.subplots(2, 3, figsize=(9, 5.6), sharex=True, sharey=True,
                                    layout="constrained")  # fmt: skip
     for axis, (rate, scale) in zip(axes.flat, CELLS):
         for loss in LOSSES:
