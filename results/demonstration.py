@@ -23,9 +23,9 @@ TEXT = """# Three losses from the same base, on the same pairs
 **Question.** Does the chosen log-prob fall under DPO and not under MIO, at matched gradients, and
 who answers better afterwards?
 
-**Expected before the run.** Chosen log-probs fall under DPO and rise under MIO; sft is ahead of both,
-and dpo behind mio: so a prototype of the task had it, on other bases. After three of the five seeds it
-was known that dpo is ahead here.
+**Expected before the run.** Chosen log-probs fall under DPO and rise under MIO; sft is ahead of
+both, and dpo behind mio: so a prototype of the task had it, on other bases. After three of the five
+seeds it was known that dpo is ahead here.
 
 `python results/demonstration.py`: {seeds} seeds of `python train.py --loss LOSS --seed SEED`,
 {provenance}. mio at beta {mio_beta:g}, dpo at {dpo_beta:g}, all at
