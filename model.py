@@ -653,7 +653,8 @@ class Llama(nn.Module):
         missing = {name: tuple(p.shape) for name, p in adapters.items()}
         with _opened(file) as tensors:
             for name in sorted(tensors.keys()):
-                adapters[name].data.copy_(_checked_tensor(file, tensors, name, missing))
+                tensor = _checked_tensor(file, tensors, name, missing)
+                adapters[name].data.copy_(tensor)
         if missing:
             raise ValueError(f"{file}: tensor {min(missing)} is missing, {len(missing)} in all")
 
