@@ -367,8 +367,8 @@ class LoraLinear(nn.Linear):
     def __init__(self, base: nn.Linear, lora: LoraConfig):
         super().__init__(base.in_features, base.out_features, device="meta")
         self.weight, self.bias, self.scaling = base.weight, base.bias, lora.scaling
-        self.lora_A = nn.Linear(base.in_features, lora.r, bias=False)
-        self.lora_B = nn.Linear(lora.r, base.out_features, bias=False)
+        self.lora_A = nn.Linear(base.in_features, lora.r, bias=False, device=base.weight.device)
+        self.lora_B = nn.Linear(lora.r, base.out_features, bias=False, device=base.weight.device)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from test_resume import SAVED, refused, steps
 from test_train import metrics, run
 from torch.func import functional_call
 
+import eval as evaluation
 import mio
 import train
 from model import LINEARS, LORA_TARGETS, Llama, LoraConfig
@@ -134,9 +135,12 @@ def test_each_flag_does_something(checkpoint, pairs_file, tmp_path):
         out = run(checkpoint, pairs_file, tmp_path / "out", *own, *flags, "--overwrite")
         assert (metrics(out) == metrics(first)) == (flags[0] == "--checkpointing"), flags
     assert metrics(out)[0]["eval_rewards/margins"] == 0  # the reference has the adapter, too
-    assert metrics(out)[0]["eval_logps/chosen"] == pytest.approx(
-        metrics(first)[-1]["eval_logps/chosen"]
-    )
+    before, after = metrics(first)[-1]["eval_logps/chosen"], metrics(out)[0]["eval_logps/chosen"]
+    assert after == pytest.approx(before)
+    start = run(checkpoint, pairs_file, tmp_path / "start", *own, *flags, "--max_steps", "0")
+    argv = [str(start), "--data", str(pairs_file), "--kl_samples", "0"]
+    (figures,) = evaluation.main(argv).values()
+    assert abs(figures["Δ chosen"]) < 1e-4
 
 
 def test_a_bfloat16_base_has_the_reference_of_full_training(
