@@ -182,6 +182,25 @@ def test_n_steps_and_n_more_are_two_n_steps(
     assert f"--init {checkpoint}: not what the run" in refused(capsys, *again)
 
 
+def test_answers_are_drawn_with_the_adapters_and_the_reference_has_none(
+    checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train.evaluation, "grade_drawn", lambda i, t, answer: answer[0] % 2 / 1)
+    rows = [{"prompt": f"{i}?", "answer": "1", "grade": "exact"} for i in range(20)]
+    argv = ["--init", checkpoint, "--data", write_rows(tmp_path / "questions.jsonl", rows), *LORA]
+    argv += ["--loss", "rlhf", "--max_new_tokens", "4", "--samples", "4", "--batch_size", "8"]
+    job = train.load_job(train.parse_options([str(arg) for arg in argv])[0])
+    before = train.draw_pairs(job, 1)[0]
+    for name, p in job.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    now, ref_logps, *_ = train.draw_pairs(job, 1)
+    assert list(now.pairs) != list(before.pairs)
+    expected = train.logps_of(job, now.pairs, Llama.from_pretrained(checkpoint))
+    torch.testing.assert_close(ref_logps, expected)
+    assert all(p.any() for n, p in job.model.named_parameters() if ".lora_" in n)
+
+
 # --- PEFT -----------------------------------------------------------------------------------------
 
 
