@@ -520,24 +520,8 @@ class Job(NamedTuple):
 def load_job(options: Options) -> Job:
     checkpoint = newest_checkpoint(Path(options.out)) if options.resume else None
     record = read_json(checkpoint / "training.json") if checkpoint else {}  # checked by _resumed
-    held_out, questions, reference = Pairs(), None, None
-    if adapts(options):
-        model, tokenizer = evaluation.load_checkpoint(options.init, "cpu")  # smaller when it moves
-        add_adapters(model, options)
-        model.to(options.device)
-        if draws(options):  # with the same frozen weights, and adapters of its own
-            frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-            reference = copy.deepcopy(model, frozen)
-        if checkpoint:
-            model.load_adapter(checkpoint)
-    else:
-        start = checkpoint or options.init
-        model, tokenizer = evaluation.load_checkpoint(start, options.device)
-        if draws(options):
-            reference = Llama.from_pretrained(options.init, device=options.device)
-    model.checkpointing = options.checkpointing == "on"
-    if options.compile == "on" or (options.compile == "auto" and options.device != "cpu"):
-        model.compile_blocks()
+    model, tokenizer, reference = load_model(options, checkpoint)
+    held_out, questions = Pairs(), None
     if options.eval_data:
         held_out = load_pairs(options.eval_data, tokenizer, options.max_length)
     if draws(options):
@@ -572,6 +556,29 @@ def load_job(options: Options) -> Job:
     if record:
         check_resumed(job)
     return job
+
+
+def load_model(options: Options, checkpoint: Path | None) -> tuple[Llama, Tokenizer, Llama | None]:
+    """The policy as --init or a checkpoint has it, and where answers are drawn the reference."""
+    reference = None
+    if adapts(options):
+        model, tokenizer = evaluation.load_checkpoint(options.init, "cpu")  # smaller when it moves
+        add_adapters(model, options)
+        model.to(options.device)
+        if draws(options):  # the same frozen weights, and adapters that stay
+            frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+            reference = copy.deepcopy(model, frozen)
+        if checkpoint:
+            model.load_adapter(checkpoint)
+    else:
+        start = checkpoint or options.init
+        model, tokenizer = evaluation.load_checkpoint(start, options.device)
+        if draws(options):
+            reference = Llama.from_pretrained(options.init, device=options.device)
+    model.checkpointing = options.checkpointing == "on"
+    if options.compile == "on" or (options.compile == "auto" and options.device != "cpu"):
+        model.compile_blocks()
+    return model, tokenizer, reference
 
 
 def add_adapters(model: Llama, options: Options) -> None:
