@@ -77,6 +77,14 @@ def test_adapters_go_where_they_are_asked_to_and_start_as_peft_has_them():
     assert a.abs().max() <= 32**-0.5 and a.std() == pytest.approx((3 * 32) ** -0.5, rel=0.2)
 
 
+def test_frozen_linear_weights_are_kept_in_the_precision_of_the_products():
+    model = tiny_model(tie_word_embeddings=True)
+    model.add_lora(LoraConfig(2, 4, ["v_proj"]), torch.bfloat16)
+    for name, p in model.named_parameters():
+        half = "_proj" in name and ".lora_" not in name
+        assert p.dtype == (torch.bfloat16 if half else torch.float32), name
+
+
 def test_a_frozen_head_costs_no_gradient(monkeypatch):
     hidden, head = torch.randn(9, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     rest = (torch.arange(9), torch.tensor([4, 5]), torch.zeros(2), "mio")
