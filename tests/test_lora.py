@@ -149,6 +149,13 @@ def test_each_flag_does_something(checkpoint, pairs_file, tmp_path):
     argv = [str(start), "--data", str(pairs_file), "--kl_samples", "0"]
     (figures,) = evaluation.main(argv).values()
     assert abs(figures["Δ chosen"]) < 1e-4
+    run(checkpoint, pairs_file, out, "--overwrite", "--max_steps", "0")
+    assert not (out / "adapter").exists()  # of the run that was there
+
+
+def test_defaults():
+    plain, own = (train.parse_options(flags)[0] for flags in ([], ["--lora_rank", "3"]))
+    assert own.lr == 10 * plain.lr and (own.lora_alpha, own.lora_targets) == (6, "all")
 
 
 def test_a_bfloat16_base_has_the_reference_of_full_training(
