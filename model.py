@@ -735,7 +735,7 @@ def _checked_tensor(file: Path, tensors, name: str, missing: dict[str, tuple]) -
         raise ValueError(f"{file}: unexpected tensor {name}")
     shape, wanted = tuple(tensors.get_slice(name).get_shape()), missing.pop(name)
     if shape != wanted:
-        raise ValueError(f"{file}: {name} has shape {shape}, this model's is {wanted}")
+        raise ValueError(f"{file}: {name} has shape {shape}, config.json asks for {wanted}")
     tensor = tensors.get_tensor(name)
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise ValueError(f"{file}: {name} has unsupported type {tensor.dtype}")
