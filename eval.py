@@ -476,12 +476,20 @@ def normalised(text: str) -> Fraction | str:
     return plain if top is None or not bottom else top / bottom
 
 
+# A capital, but neither the pronoun nor the article that begins a sentence.
+CAPITAL = r"((?:[B-HJ-Z]|[AI](?!['’]|\s+(?!because|since|as\b|is\b)\w))\b)"
+LETTERS = (
+    rf"(?i:\banswer|\bcorrect (?:choice|option))\**(?i:\s+is\b\**:?|:)[\s*(]*{CAPITAL}",
+    rf"(?:(?i:\boption)\s+[*(]*|\*\*\(?(?=\w[).]*\*\*)){CAPITAL}",
+    rf"\A\W*{CAPITAL}(?:[.:)](?!\w)|[ \t]*(?:\n|\Z))",
+    rf"\({CAPITAL}\)",
+)
+
+
 def letter(text: str) -> str | None:
-    """Of "answer is (C)" the last; else a letter that the answer begins with; else the last (C)."""
-    found = re.findall(r"answer(?: is|:)?:?\s*\**\(?([A-Z])\b", text, re.I)
-    found = found or re.findall(r"^\W*([A-Z])(?:[).:,]|\s*$)", text, re.M)[:1]
-    found = found or re.findall(r"\(([A-Z])\)", text)
-    return found[-1].upper() if found else None
+    """Of "answer is (C)" or "correct option: C" the last; else of "option C" or "**C**"; else a
+    letter by itself that the text begins with; else the last (C)."""
+    return next((found[-1] for way in LETTERS if (found := re.findall(way, text))), None)
 
 
 # grade -> how the key is read, and ways of reading an answer
