@@ -59,21 +59,15 @@ RESAMPLES = 2000  # of the bootstrap
 
 
 class Figure(NamedTuple):
-    """A mean with its standard error over n independent items, None for a single one."""
+    """A mean over n items with its standard error, None where all have one prompt."""
 
     mean: float
     error: float | None
     n: int
 
-    @classmethod
-    def of(cls, values) -> "Figure":
-        values = np.asarray(values, dtype=np.float64)
-        error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-        return cls(float(values.mean()), error, len(values))
-
 
 class Difference(NamedTuple):
-    """Of a run from the first one over the same n items, with its 95 % bootstrap interval."""
+    """Of a run from the first one over the n items of both, with its 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -83,41 +77,57 @@ class Difference(NamedTuple):
 
 class Column(NamedTuple):
     """What is known of each item, (items,) or (items, parts), NaN where nothing is, and what makes
-    a figure of them."""
+    a figure of them. Items of one prompt (items,) are not independent: errors are those of drawing
+    prompts. None: each item has its own."""
 
     values: np.ndarray
     statistic: Callable[[np.ndarray], float] = np.mean
+    prompts: np.ndarray | None = None
 
-    def present(self) -> np.ndarray:
-        return ~np.isnan(self.values).any(axis=tuple(range(1, self.values.ndim)))
+    def known(self) -> tuple[np.ndarray, np.ndarray]:
+        """The values that are there, and numbers of their prompts."""
+        there = ~np.isnan(self.values).any(axis=tuple(range(1, self.values.ndim)))
+        prompts = np.arange(len(there)) if self.prompts is None else self.prompts
+        return self.values[there], np.unique(prompts[there], return_inverse=True)[1]
+
+    def mean(self) -> float:
+        values, _ = self.known()
+        return float(self.statistic(values)) if len(values) else math.nan
 
     def figure(self) -> Figure:
-        values = self.values[self.present()]
-        if self.statistic is np.mean:
-            return Figure.of(values)
-        error = float(resample(values, self.statistic).std(ddof=1))
-        return Figure(float(self.statistic(values)), error, len(values))
+        values, prompts = self.known()
+        n, groups, mean, error = len(values), len(set(prompts)), self.mean(), None
+        if groups > 1 and self.statistic is np.mean:
+            # Var(mean) = G/(G-1) sum_g (sum_{i in g} x_i - mean)^2 / n^2, s^2/n where G is n.
+            residuals = np.bincount(prompts, values - mean)
+            error = math.sqrt(groups / (groups - 1) * (residuals**2).sum()) / n
+        elif groups > 1:
+            error = float(resample(values, self.statistic, prompts).std(ddof=1))
+        return Figure(mean, error, n)
 
     def difference(self, first: "Column") -> Difference | None:
-        """Paired: a resample takes the same items of both. None where the items differ."""
+        """Paired: a resample takes the same items of both. None where the items differ, or are of
+        one prompt."""
         if self.values.shape != first.values.shape:
             return None
-        both = self.present() & first.present()
-        values = np.stack((self.values[both], first.values[both]), axis=1)
-        if not len(values):
+        both = self._replace(values=np.stack((self.values, first.values), axis=-1))
+        values, prompts = both.known()
+        if len(set(prompts)) < 2:
             return None
 
         def statistic(values):
-            return float(self.statistic(values[:, 0]) - self.statistic(values[:, 1]))
+            return float(self.statistic(values[..., 0]) - self.statistic(values[..., 1]))
 
-        low, high = np.percentile(resample(values, statistic), (2.5, 97.5)).tolist()
+        low, high = np.percentile(resample(values, statistic, prompts), (2.5, 97.5)).tolist()
         return Difference(statistic(values), low, high, len(values))
 
 
-def resample(values: np.ndarray, statistic: Callable) -> np.ndarray:
-    """The bootstrap: the statistic of RESAMPLES draws of as many items, with replacement."""
-    random, n = np.random.default_rng(0), len(values)
-    return np.array([statistic(values[random.integers(0, n, n)]) for _ in range(RESAMPLES)])
+def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np.ndarray:
+    """The bootstrap: the statistic of RESAMPLES draws of as many prompts, with replacement, each
+    with all of its items. prompts: their numbers 0, 1, ... (items,)."""
+    random, n = np.random.default_rng(0), prompts.max() + 1
+    draws = (np.bincount(random.integers(0, n, n), minlength=n) for _ in range(RESAMPLES))
+    return np.array([statistic(np.repeat(values, drawn[prompts], axis=0)) for drawn in draws])
 
 
 def pick_device(name: str) -> str:
@@ -214,24 +224,20 @@ def preference_values(logps: Tensor, ref_logps: Tensor | None, beta: float) -> d
     return values
 
 
-def mutual_information(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, float]:
-    """Three estimates by the rewards as critic, in nats; the marginal is the half-and-half mixture.
+def information(rewards: Tensor) -> dict[str, Column]:
+    """Three estimates by the rewards (pairs, 2) as critic, in nats; the marginal is the half-and-
+    half mixture.
 
     `dv` and `nwj` bound the mutual information from below; `js` is twice the Jensen-Shannon
     divergence's own bound, log 4 minus the mio loss. With this mixture the divergences are at most
     log 2 (dv, nwj) and 0.4315 (js). All are 0 where the policy is the reference.
     """
-    rewards = torch.stack((chosen_rewards, rejected_rewards), dim=1).double()
-    values = {name: value.mean() for name, value in critic_values(rewards).items()}
-    names = {"mi/dv": donsker_varadhan(rewards.numpy()), "mi/js": values["js"]}
-    return {name: float(value) for name, value in {**names, "mi/nwj": values["nwj"]}.items()}
-
-
-def critic_values(rewards: Tensor) -> dict[str, Tensor]:
-    """What each pair (pairs, 2) adds to the read-outs that are means over pairs, (pairs,)."""
+    rewards = rewards.double()
     w, loser = rewards.unbind(dim=1)
     js = math.log(4) - F.softplus(-w) - (F.softplus(w) + F.softplus(loser)) / 2
-    return {"nwj": 1 + w - (w.exp() + loser.exp()) / 2, "js": js}
+    nwj = 1 + w - (w.exp() + loser.exp()) / 2
+    return {"dv": Column(rewards.numpy(), donsker_varadhan), "js": Column(js.numpy()),
+            "nwj": Column(nwj.numpy())}  # fmt: skip
 
 
 def donsker_varadhan(rewards: np.ndarray) -> float:
@@ -239,10 +245,12 @@ def donsker_varadhan(rewards: np.ndarray) -> float:
 
 
 def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float) -> dict[str, float]:
-    """Means over all pairs, with the mutual-information read-outs."""
+    """Means over the pairs that have what is measured, with the mutual-information read-outs."""
     values = preference_values(logps, ref_logps, beta)
-    metrics = {name: float(value.double().mean()) for name, value in values.items()}
-    return metrics | mutual_information(values["rewards/chosen"], values["rewards/rejected"])
+    columns = {name: Column(value.double().numpy()) for name, value in values.items()}
+    estimates = information(beta * (logps - ref_logps))
+    columns |= {f"mi/{name}": column for name, column in estimates.items()}
+    return {name: column.mean() for name, column in columns.items()}
 
 
 def preference_columns(
@@ -251,22 +259,18 @@ def preference_columns(
     """Two (pairs, 2) of log-probs, by policy and reference, as columns: rewards, which carry beta,
     log-ratios in nats, of answers and of their tokens, and log-probs. An answer that is missing is
     not one of log-prob 0."""
-    lengths = torch.from_numpy(pairs.lengths()[:, 1:])
-    values = preference_values(torch.where(lengths > 0, logps, torch.nan), ref_logps, beta)
-    columns = {"chosen": values["logps/chosen"], "rejected": values["logps/rejected"]}
+    lengths, seen, columns = torch.from_numpy(pairs.lengths()[:, 1:]), {}, {}
+    prompts = np.array([seen.setdefault(tuple(pair.prompt), len(seen)) for pair in pairs])
+    logps = torch.where(lengths > 0, logps, torch.nan)
+    values, parts = preference_values(logps, ref_logps, beta), {"": logps}
     if ref_logps is not None:
-        sides = ("chosen", "rejected")
-        ratios = dict(zip(sides, (torch.stack([columns[s] for s in sides], 1) - ref_logps).T))
-        columns = {
-            "reward": values["rewards/accuracies"],
-            "margin": values["rewards/margins"],
-            **{f"T {side}": values[f"rewards/{side}"] for side in sides},
-            **{f"Δ {side}": ratios[side] for side in sides},
-            **{f"Δ/token {s}": ratio / n for (s, ratio), n in zip(ratios.items(), lengths.T)},
-            **columns,
-        }
-    columns = {name: Column(value.double().numpy()) for name, value in columns.items()}
-    return {name: column for name, column in columns.items() if column.present().any()}
+        columns = {"reward": values["rewards/accuracies"], "margin": values["rewards/margins"]}
+        ratios = logps - ref_logps
+        parts = {"T ": beta * ratios, "Δ ": ratios, "Δ/token ": ratios / lengths} | parts
+    for name, part in parts.items():
+        columns |= {f"{name}chosen": part[:, 0], f"{name}rejected": part[:, 1]}
+    columns = {n: Column(v.double().numpy(), prompts=prompts) for n, v in columns.items()}
+    return {name: column for name, column in columns.items() if len(column.known()[0])}
 
 
 def by_length(columns: dict[str, Column], lengths: np.ndarray) -> dict[str, Column]:
@@ -278,24 +282,22 @@ def by_length(columns: dict[str, Column], lengths: np.ndarray) -> dict[str, Colu
             low, high = lengths[quarter == q].min(), lengths[quarter == q].max()
             values = np.where(quarter == q, columns[name].values, np.nan)
             if not np.isnan(values).all():
-                found[f"{name} {low}-{high}"] = Column(values)
+                found[f"{name} {low}-{high}"] = columns[name]._replace(values=values)
     return found
 
 
 def information_columns(columns: dict[str, Column]) -> dict[str, Column]:
-    """`mutual_information` of the rewards, and the lower bound on the Kullback-Leibler divergence
-    of chosen answers from the mixture that its Jensen-Shannon bound implies; with their ceilings.
-    """
+    """The estimates by the rewards, and the lower bound on the Kullback-Leibler divergence of
+    chosen answers from the mixture that the Jensen-Shannon bound implies; with their ceilings."""
     if "margin" not in columns:
         return {}
     rewards = np.stack([columns[f"T {side}"].values for side in ("chosen", "rejected")], axis=1)
-    values = {k: value.numpy() for k, value in critic_values(torch.from_numpy(rewards)).items()}
-    return {
-        "dv ≤0.693": Column(rewards, donsker_varadhan),
-        "nwj ≤0.693": Column(values["nwj"]),
-        "js ≤0.4315": Column(values["js"]),
-        "KL from js ≤0.693": Column(values["js"], lambda js: least_kl(js.mean() / 2)),
-    }
+    found = information(torch.from_numpy(rewards))
+    kl = found["js"]._replace(statistic=lambda js: least_kl(js.mean() / 2))
+    found = {"dv ≤0.693": found["dv"], "nwj ≤0.693": found["nwj"], "js ≤0.4315": found["js"],
+             "KL from js ≤0.693": kl}  # fmt: skip
+    prompts = columns["margin"].prompts
+    return {name: column._replace(prompts=prompts) for name, column in found.items()}
 
 
 def least_kl(jsd: float) -> float:
@@ -732,7 +734,7 @@ Row = dict[str, Figure | Difference]
 
 
 def task_row(values: dict[str, list]) -> Row:
-    return {name: Figure.of(value) for name, value in values.items()}
+    return {name: Column(np.array(value)).figure() for name, value in values.items()}
 
 
 def preference_row(logps: Tensor, ref_logps: Tensor, pairs: Pairs) -> Row:
@@ -789,7 +791,7 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
                       for line in zip(*block)]  # fmt: skip
     heads = {word for column in columns for word in (column, column.split(" ")[0])}
     legend = [text for column, text in LEGEND.items() if column in heads]
-    legend.append("±: standard error" + ("; [...]: of the paired difference, 95 % by bootstrap"
+    legend.append("±: standard error over prompts" + ("; [...]: of the paired difference, 95 % by bootstrap"
                                          if Difference in kinds else ""))  # fmt: skip
     return "\n".join([*(line.rstrip() for line in lines), *legend])
 

@@ -17,9 +17,12 @@ from data import Pair, Pairs, byte_tokenizer, load_pairs, solution
 from eval import (
     Column,
     Figure,
-    mutual_information,
+    by_length,
+    information,
+    information_columns,
     pair_logps,
     pass_at_k,
+    preference_columns,
     preference_metrics,
     preference_row,
     preference_values,
@@ -51,21 +54,26 @@ def test_preference_values_by_hand():
     assert set(preference_values(logps, None, 0.5)) == {"logps/chosen", "logps/rejected"}
 
 
+def estimates(chosen, rejected):
+    found = information(torch.stack((chosen, rejected), dim=1))
+    return {name: column.mean() for name, column in found.items()}
+
+
 def test_mutual_information_is_zero_at_the_reference_and_below_its_ceilings():
     zero = torch.zeros(50)
-    assert all(abs(value) < 1e-12 for value in mutual_information(zero, zero).values())
+    assert all(abs(value) < 1e-12 for value in estimates(zero, zero).values())
     for scale in (1.0, 5.0, 30.0):
         chosen = scale * torch.rand(500, generator=torch.Generator().manual_seed(0))
-        found = mutual_information(chosen, chosen - 2 * scale)
-        assert found["mi/js"] <= math.log(4) - 0.954771 and found["mi/dv"] <= math.log(2)
-        assert found["mi/nwj"] <= found["mi/dv"] + 1e-9
+        found = estimates(chosen, chosen - 2 * scale)
+        assert found["js"] <= math.log(4) - 0.954771 and found["dv"] <= math.log(2)
+        assert found["nwj"] <= found["dv"] + 1e-9
     w, rejected = torch.tensor([0.5, -0.2]).double(), torch.tensor([-1.0, 0.3]).double()
-    found = mutual_information(w, rejected)
+    found = estimates(w, rejected)
     loss = pair_loss("mio", w, rejected, 0 * w, 0 * w, beta=1.0).mean()
-    assert found["mi/js"] == pytest.approx(math.log(4) - loss.item())
+    assert found["js"] == pytest.approx(math.log(4) - loss.item())
     mixture = (w.exp().mean() + rejected.exp().mean()) / 2
-    assert found["mi/dv"] == pytest.approx(0.15 - math.log(mixture))
-    assert found["mi/nwj"] == pytest.approx(1.15 - mixture.item())
+    assert found["dv"] == pytest.approx(0.15 - math.log(mixture))
+    assert found["nwj"] == pytest.approx(1.15 - mixture.item())
 
 
 def test_metrics_are_means_over_all_pairs():
@@ -73,6 +81,10 @@ def test_metrics_are_means_over_all_pairs():
     metrics = preference_metrics(logps, torch.full((3, 2), -4.0), beta=1.0)
     assert metrics["logps/chosen"] == -5.0 and metrics["rewards/margins"] == pytest.approx(-5 / 3)
     assert metrics["rewards/accuracies"] == pytest.approx(1 / 3)
+    assert metrics["mi/js"] == pytest.approx(estimates(*(logps + 4).T)["js"])
+    logps = torch.cat([logps, torch.tensor([[-9.0, torch.nan]])])  # a row without a rejected answer
+    more = preference_metrics(logps, torch.full((4, 2), -4.0), beta=1.0)
+    assert more == metrics | {"logps/chosen": -6.0, "rewards/chosen": -2.0}
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
@@ -86,10 +98,10 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
 
 
 def test_figure_has_the_standard_error_of_a_mean():
-    figure = Figure.of([1.0, 0.0, 0.0, 1.0])
+    figure = Column(np.array([1.0, 0.0, 0.0, 1.0])).figure()
     assert figure == (0.5, pytest.approx(math.sqrt(1 / 3) / 2), 4)
     logps, ref = torch.tensor([[1.0, 5.0], [9.0, 5.0], [3.0, 0.0]]), torch.tensor([[1.0, 1.0]] * 3)
-    pairs = Pairs([Pair([1], [2], [3]), Pair([1], [2], [3]), Pair([1], [2], [])])
+    pairs = Pairs([Pair([1], [2], [3]), Pair([4], [2], [3]), Pair([5], [2], [])])
     row = preference_row(logps[:2], ref[:2], pairs[:2])
     assert (row["Δ chosen"].mean, row["Δ rejected"].mean, row["reward"].mean) == (4.0, 4.0, 0.5)
     row = preference_row(logps, ref, pairs)  # a missing answer is not one of log-prob 0
@@ -132,19 +144,44 @@ def test_bootstrap_of_a_mean_is_the_closed_form_and_pairs_items():
     error = second.std(ddof=1) / 20  # of the paired difference, a tenth of the unpaired one's
     assert n == 400 and mean == pytest.approx(0.05 + second.mean())
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
-    assert resample(first, np.mean).std() == pytest.approx(first.std() / 20, rel=0.05)
+    assert resample(first, np.mean, np.arange(400)).std() == pytest.approx(
+        first.std() / 20, rel=0.05
+    )
     gaps = Column(np.where(np.arange(400) < 10, np.nan, first))
     assert gaps.figure().n == gaps.difference(other).n == 390
     assert column.difference(Column(first[:50])) is None  # other items
+
+
+def test_items_of_one_prompt_are_not_independent():
+    """The errors are as large as the figures' own spread over files drawn anew; without prompts
+    they are far too small. Of pairs, the prompts are those of the rows."""
+    random, found = np.random.default_rng(0), []
+    for _ in range(300):
+        prompts = np.repeat(np.arange(60), random.integers(1, 6, 60))
+        values = random.normal(0, 1, 60)[prompts] + random.normal(0, 0.3, len(prompts))
+        column = Column(values, prompts=prompts)
+        found.append((*column.figure()[:2], Column(values).figure().error))
+    spread, (_, error, naive) = np.std(found, axis=0)[0], np.mean(found, axis=0)
+    assert error == pytest.approx(spread, rel=0.1) and naive < 0.7 * spread
+    _, low, high, _ = column.difference(Column(0 * values))
+    assert (high - low) / 2 == pytest.approx(1.96 * found[-1][1], rel=0.1)
+    summed = Column(np.stack([values, values], 1), lambda x: x.mean(), prompts).figure()
+    assert summed.error == pytest.approx(found[-1][1], rel=0.1)
+    one = Column(values, prompts=0 * prompts)
+    assert one.figure().error is None and one.difference(one) is None
+    pairs = Pairs([Pair([1, i // 3], [2], [3]) for i in range(6)])
+    columns = preference_columns(torch.randn(6, 2), torch.zeros(6, 2), pairs, 1.0)
+    columns |= information_columns(columns) | by_length(columns, np.ones(6))
+    assert {tuple(column.prompts) for column in columns.values()} == {(0, 0, 0, 1, 1, 1)}
 
 
 def test_information_read_outs_have_bootstrap_errors_and_a_bound_on_kl():
     rewards = np.random.default_rng(0).normal((0.7, -3), 0.3, (200, 2))
     columns = {"margin": Column(rewards[:, 0]), "T chosen": Column(rewards[:, 0]),
                "T rejected": Column(rewards[:, 1])}  # fmt: skip
-    found = {k: c.figure() for k, c in evaluation.information_columns(columns).items()}
-    expected = mutual_information(*torch.from_numpy(rewards).T)
-    for name, figure in zip(("mi/dv", "mi/nwj", "mi/js"), found.values()):
+    found = {k: c.figure() for k, c in information_columns(columns).items()}
+    expected = estimates(*torch.from_numpy(rewards).T)
+    for name, figure in zip(("dv", "nwj", "js"), found.values()):
         assert figure.mean == pytest.approx(expected[name]) and 0 < figure.error < 0.2
     assert 0 < found["KL from js ≤0.693"].mean < math.log(2)
     assert evaluation.least_kl(0) == evaluation.least_kl(-1) == 0
@@ -162,7 +199,7 @@ def test_information_read_outs_have_bootstrap_errors_and_a_bound_on_kl():
 
 def test_quarters_by_length_split_the_pairs():
     lengths = np.arange(20)
-    parts = evaluation.by_length({"margin": Column(lengths / 10)}, lengths)
+    parts = by_length({"margin": Column(lengths / 10)}, lengths)
     assert [c.figure().n for c in parts.values()] == [5] * 4 and "margin 0-4" in parts
     assert sum(c.figure().mean for c in parts.values()) / 4 == pytest.approx(0.95)
 
