@@ -44,6 +44,7 @@ from data import (
     read_rows,
     row_masks,
     sees,
+    split_pairs,
 )
 from mio import chunked_logps
 from model import Llama, read_json, write_json
@@ -78,11 +79,13 @@ class Difference(NamedTuple):
 class Column(NamedTuple):
     """What is known of each item, (items,) or (items, parts), NaN where nothing is, and what makes
     a figure of them. Items of one prompt (items,) are not independent: errors are those of drawing
-    prompts. None: each item has its own."""
+    prompts. None: each item has its own. Names tell which items of two runs are the same; without
+    them it is their order."""
 
     values: np.ndarray
     statistic: Callable[[np.ndarray], float] = np.mean
     prompts: np.ndarray | None = None
+    names: np.ndarray | None = None
 
     def known(self) -> tuple[np.ndarray, np.ndarray]:
         """The values that are there, and numbers of their prompts."""
@@ -106,12 +109,14 @@ class Column(NamedTuple):
         return Figure(mean, error, n)
 
     def difference(self, first: "Column") -> Difference | None:
-        """Paired: a resample takes the same items of both. None where the items differ, or are of
-        one prompt."""
-        if self.values.shape != first.values.shape:
-            return None
-        both = self._replace(values=np.stack((self.values, first.values), axis=-1))
-        values, prompts = both.known()
+        """Paired, over the items of both: a resample takes the same of each. None where these are
+        not of two prompts at least."""
+        names = (np.arange(len(c.values)) if c.names is None else c.names for c in (self, first))
+        _, here, there = np.intersect1d(*names, assume_unique=True, return_indices=True)
+        there, here = there[here.argsort()], np.sort(here)
+        both = np.stack((self.values[here], first.values[there]), axis=-1)
+        prompts = None if self.prompts is None else self.prompts[here]
+        values, prompts = Column(both, prompts=prompts).known()
         if len(set(prompts)) < 2:
             return None
 
@@ -296,8 +301,8 @@ def information_columns(columns: dict[str, Column]) -> dict[str, Column]:
     kl = found["js"]._replace(statistic=lambda js: least_kl(js.mean() / 2))
     found = {"dv ≤0.693": found["dv"], "nwj ≤0.693": found["nwj"], "js ≤0.4315": found["js"],
              "KL from js ≤0.693": kl}  # fmt: skip
-    prompts = columns["margin"].prompts
-    return {name: column._replace(prompts=prompts) for name, column in found.items()}
+    _, _, prompts, names = columns["margin"]
+    return {n: column._replace(prompts=prompts, names=names) for n, column in found.items()}
 
 
 def least_kl(jsd: float) -> float:
@@ -700,31 +705,39 @@ def _columns(values: list[dict[str, float]]) -> dict[str, Column]:
     return {n: Column(np.array([one.get(n, np.nan) for one in values])) for n in names}
 
 
-def pair_columns(model, tokenizer, path, title, options, config) -> dict[str, dict[str, Column]]:
+def pair_columns(
+    model, tokenizer, path, title, pairs: Pairs, options, config
+) -> dict[str, dict[str, Column]]:
     """Blocks of columns on pairs, in the precision of training, against the checkpoint that the run
     was trained from."""
-    pairs = load_pairs(path, tokenizer, config["max_length"])
     layout = ROW_TOKENS, MICRO_TOKENS, getattr(torch, config["dtype"])
-    logps = pair_logps(model, pairs, *layout)
-    if config.get("init") is None:
-        return {title: preference_columns(logps, None, pairs, 1.0)}
-    reference = Llama.from_pretrained(config["init"], device=options.device)
-    if reference.config.vocab_size != model.config.vocab_size:
-        raise ValueError(f"{config['init']}: has {reference.config.vocab_size} ids, the model to "
-                         f"compare has {model.config.vocab_size}")  # fmt: skip
-    ref_logps = pair_logps(reference, pairs, *layout)
+    logps, ref_logps = pair_logps(model, pairs, *layout), None
+    if config["init"]:
+        reference = Llama.from_pretrained(config["init"], device=options.device)
+        if reference.config.vocab_size != model.config.vocab_size:
+            raise ValueError(f"{config['init']}: has {reference.config.vocab_size} ids, the model "
+                             f"to compare has {model.config.vocab_size}")  # fmt: skip
+        ref_logps = pair_logps(reference, pairs, *layout)
+    # A row is the same in two runs whatever their tokenizers made of it, or of those before it.
+    file = digest_file(path)[:16]
+    names = np.array([f"{file}:{line}" for line in pairs.lines])
     columns = preference_columns(logps, ref_logps, pairs, config["beta"])
-    blocks = {title: columns, f"{title}: critic": information_columns(columns)}
-    if options.kl_samples:
-        prompts = list(dict.fromkeys(tuple(pair.prompt) for pair in pairs))[: options.kl_samples]
+    columns = {name: column._replace(names=names) for name, column in columns.items()}
+    critic = information_columns(columns)
+    if ref_logps is not None and options.kl_samples:
+        first = {tuple(pairs[i].prompt): i for i in reversed(range(len(pairs)))}
+        prompts = list(map(list, sorted(first, key=first.get)))[: options.kl_samples]
         room = model.config.max_position_embeddings - max(map(len, prompts))
         new = max(1, min(options.max_new_tokens, room))
-        drawn = draw(model, list(map(list, prompts)), new, stop_ids=tokenizer.stop_ids,
-                     seed=options.seed, rows=options.batch_size)  # fmt: skip
-        rows = [[prompt, answer] for prompt, answer in zip(prompts, drawn)]
+        drawn = draw(model, prompts, new, stop_ids=tokenizer.stop_ids, seed=options.seed,
+                     rows=options.batch_size)  # fmt: skip
+        rows = list(zip(prompts, drawn))
         logps, ref = (torch.cat(answer_logps(m, rows, *layout)) for m in (model, reference))
-        blocks[f"{title}: critic"]["KL"] = Column((logps - ref).double().numpy())
-    blocks[f"{title}: by tokens of the chosen answer"] = by_length(columns, pairs.lengths()[:, 1])
+        names = names[sorted(first.values())[: len(prompts)]]
+        critic["KL"] = Column((logps - ref).double().numpy(), names=names)
+    quarters = by_length(columns, pairs.lengths()[:, 1])
+    blocks = {title: columns, f"{title}: critic": critic,
+              f"{title}: by tokens of the chosen answer": quarters}  # fmt: skip
     return {title: block for title, block in blocks.items() if block}
 
 
@@ -791,8 +804,11 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
                       for line in zip(*block)]  # fmt: skip
     heads = {word for column in columns for word in (column, column.split(" ")[0])}
     legend = [text for column, text in LEGEND.items() if column in heads]
-    legend.append("±: standard error over prompts" + ("; [...]: of the paired difference, 95 % by bootstrap"
-                                         if Difference in kinds else ""))  # fmt: skip
+    legend.append("±: standard error over prompts")
+    if Difference in kinds:
+        legend[-1] += "; [...]: of the paired difference, 95 % by bootstrap"
+    if not all(rows.values()):
+        legend.append("-: the two have no items in common")
     return "\n".join([*(line.rstrip() for line in lines), *legend])
 
 
@@ -823,8 +839,9 @@ def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
     (first, base), *others = runs.items()
     for name, run in others:
         found = {c: run[c].difference(base[c]) for c in run if c in base}
-        rows[f"{name} - {first}"] = {c: d for c, d in found.items() if d is not None}
-    return {name: row for name, row in rows.items() if row}
+        if found:
+            rows[f"{name} - {first}"] = {c: d for c, d in found.items() if d is not None}
+    return rows
 
 
 # --- Curves ---------------------------------------------------------------------------------------
@@ -927,17 +944,57 @@ def load_checkpoint(
     return model, tokenizer
 
 
+# What evaluation needs of a train_config.json: kind, and the value where there is none.
+TRAINED_WITH = {
+    "init": (str | None, None), "data": (str | None, None), "eval_data": (str | None, None),
+    "eval_fraction": (float, 0.0), "seed": (int, 0), "max_length": (int, 1024),
+    "beta": (float, 1.0), "dtype": (str, "float32"),
+}  # fmt: skip
+
+
 def trained_with(file: Path) -> dict:
-    """What evaluation needs of a train_config.json, and defaults where there is none."""
-    config = {"eval_data": None, "init": None, "max_length": 1024, "beta": 1.0, "dtype": "float32"}
-    kinds = {"eval_data": str | None, "init": str | None, "max_length": int, "beta": float}
-    config |= read_json(file) if file.is_file() else {}
-    for name, kind in kinds.items():
+    found = read_json(file) if file.is_file() else {}
+    config = {name: found.get(name, value) for name, (_, value) in TRAINED_WITH.items()}
+    for name, (kind, _) in TRAINED_WITH.items():
         if not isinstance(config[name], kind):
             raise ValueError(f"{file}: {name} is {config[name]!r:.60}")
     if config["dtype"] not in ("float32", "bfloat16"):
         raise ValueError(f"{file}: dtype is {config['dtype']!r:.60}")
     return config
+
+
+class Run(NamedTuple):
+    """A run or a checkpoint, and what it is asked."""
+
+    folder: Path
+    config: dict  # what evaluation needs of its training
+    asked: dict[str, tuple[str, list[Item] | Pairs]]  # title -> file, and its rows
+    built_in: bool  # the problems of the demonstration, too
+
+
+def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
+    """Asked is what is in the files, None standing for pairs; without any, the pairs that the run
+    was watched with in training, and, where it began with the demonstration's base, the built-in
+    problems. Raises ValueError where there is neither."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such checkpoint folder")
+    config, tokenizer = trained_with(folder / "train_config.json"), load_tokenizer(folder)
+    built_in = not files and (Path(config["init"] or folder) / "base.json").is_file()
+    load = functools.partial(load_pairs, tokenizer=tokenizer, max_length=config["max_length"])
+    data, fraction, asked = config["data"], config["eval_fraction"], {}
+    if not files and config["eval_data"]:
+        files = {config["eval_data"]: None}
+    elif not files and data and fraction and read_items(Path(data)) is None:
+        _, held_out = split_pairs(load(data), fraction, config["seed"])
+        asked = {f"{Path(data).name}, held out": (data, held_out)}
+    for path, items in files.items():
+        title = Path(path).name
+        title = path if sum(Path(other).name == title for other in files) > 1 else title
+        asked[title] = path, load(path) if items is None else items
+    if not (asked or built_in):
+        raise ValueError(f"{folder}: no pairs were held out in training it; --data FILE.jsonl says "
+                         "what to evaluate it on")  # fmt: skip
+    return Run(folder, config, asked, built_in)
 
 
 def within(kind: type, least: float, most: float = math.inf):
@@ -998,32 +1055,26 @@ def check_options(options) -> None:
         raise ValueError(f"--out {options.out}: exists; choose another name")
 
 
-def evaluate(folder: Path, files: dict[str, list[Item] | None], options) -> tuple[dict, dict]:
-    """A run on the files, None standing for pairs; without any on the built-in task's problems and
-    on the pairs that it was watched with in training. Returns title -> columns of a table, and
-    title -> the texts or the log-probs of choices of each item."""
-    config = trained_with(folder / "train_config.json")
+def evaluate(run: Run, shots: dict[str, str], options) -> tuple[dict, dict]:
+    """shots: file -> what stands before its prompts. Returns title -> columns of a table, and title
+    -> the texts or the log-probs of choices of each item."""
     blocks, answers = {}, {}
-    if not options.data:
-        files = {config["eval_data"]: None} if config["eval_data"] else {}
-    for path, items in files.items():
-        title = Path(path).name
-        title = path if sum(Path(other).name == title for other in files) > 1 else title
-        if items is None:
-            model, tokenizer = load_checkpoint(folder, options.device)
-            blocks |= pair_columns(model, tokenizer, path, title, options, config)
+    for title, (path, rows) in run.asked.items():
+        if isinstance(rows, Pairs):
+            model, tokenizer = load_checkpoint(run.folder, options.device)
+            blocks |= pair_columns(model, tokenizer, path, title, rows, options, run.config)
             continue
-        model, tokenizer = load_checkpoint(folder, options.device, options.dtype)
-        before = examples(options.shots, options.k, items)
+        model, tokenizer = load_checkpoint(run.folder, options.device, options.dtype)
+        before = shots[path]
         title += f", {options.k} shots" if before else ""
-        if items[0].choices:
-            found = choice_columns(model, tokenizer, path, items, before, options.dtype)
+        if rows[0].choices:
+            found = choice_columns(model, tokenizer, path, rows, before, options.dtype)
         else:
-            found = answer_columns(model, tokenizer, path, items, before, options)
+            found = answer_columns(model, tokenizer, path, rows, before, options)
             title += f", temperature {options.temperature:g}" if options.temperature else ", greedy"
         blocks[title], answers[title] = found
-    if not options.data:  # last, for the input may be bad
-        model, tokenizer = load_checkpoint(folder, options.device)
+    if run.built_in:
+        model, tokenizer = load_checkpoint(run.folder, options.device)
         samples = options.n if options.n > 1 else SAMPLES
         values = task_values(model, tokenizer, TEST_PROBLEMS, samples)
         columns = {name: Column(np.array(value)) for name, value in values.items()}
@@ -1031,17 +1082,19 @@ def evaluate(folder: Path, files: dict[str, list[Item] | None], options) -> tupl
     return blocks, answers
 
 
+def digest_file(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def record(figures: dict, blocks: dict, answers: dict, argv: list[str], options) -> dict:
     """What is kept of a run: figures, the values that they were made of, and what made them."""
-    hashes = {}
-    for file in filter(None, (*options.data, options.shots)):
-        with open(file, "rb") as content:
-            hashes[file] = hashlib.file_digest(content, "sha256").hexdigest()
+    files = filter(None, (*options.data, options.shots))
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     content = {
         "argv": argv,
         "options": vars(options) | {"dtype": str(options.dtype)},
-        "sha256": hashes,
+        "sha256": {file: digest_file(file) for file in files},
         "versions": versions | {"numpy": np.__version__},
         "figures": {t: {c: f._asdict() for c, f in row.items()} for t, row in figures.items()},
         "items": {t: {c: x.values.tolist() for c, x in b.items()} for t, b in blocks.items()},
@@ -1059,14 +1112,12 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     try:
         check_options(options)
         files = {path: read_items(Path(path)) for path in options.data}
-        for items in filter(None, files.values()):
-            examples(options.shots, options.k, items)  # what is wrong with them is seen at once
-        for run in runs.values():
-            if not Path(run).is_dir():
-                raise FileNotFoundError(f"{run}: there is no such checkpoint folder")
+        shots = {path: examples(options.shots, options.k, items)
+                 for path, items in files.items() if items}  # fmt: skip
+        asked = {name: read_run(Path(run), files) for name, run in runs.items()}
         if options.plot:
             plot({name: Path(run) for name, run in runs.items()}, Path(options.plot))
-        found = {name: evaluate(Path(run), files, options) for name, run in runs.items()}
+        found = {name: evaluate(run, shots, options) for name, run in asked.items()}
     except (OSError, ValueError) as error:
         parser.error(error)
     tables = {}

@@ -3,12 +3,13 @@
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import PAIR_ROWS, tiny_model, write_rows
 from test_data import random_pairs, single_logp
 
 import eval as evaluation
@@ -149,7 +150,12 @@ def test_bootstrap_of_a_mean_is_the_closed_form_and_pairs_items():
     )
     gaps = Column(np.where(np.arange(400) < 10, np.nan, first))
     assert gaps.figure().n == gaps.difference(other).n == 390
-    assert column.difference(Column(first[:50])) is None  # other items
+    names = np.array([f"file:{i}" for i in range(400)])
+    column, other = column._replace(names=names), other._replace(names=names)
+    some = Column(first[::-2], names=names[::-2])  # half of the items, in another order
+    assert some.difference(column)[:3] == (0, 0, 0) and column.difference(some).n == 200
+    assert other.difference(column) == (mean, low, high, n)
+    assert column.difference(Column(first, names=np.char.add("other ", names))) is None
 
 
 def test_items_of_one_prompt_are_not_independent():
@@ -265,6 +271,57 @@ def test_command_compares_a_run_with_what_it_started_from(checkpoint, pairs_file
     assert found[again]["Δ chosen"] == pytest.approx(summary["Δ chosen"]["mean"], abs=1e-4)
 
 
+def run_folder(checkpoint, folder, **config) -> str:
+    """As a run of train.py leaves it, with the weights that it began with."""
+    shutil.copytree(checkpoint, folder)
+    config = {"init": str(checkpoint), **config}
+    (folder / "train_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_command_compares_the_rows_that_two_runs_share(checkpoint, tmp_path, capsys):
+    """Of files of one name the same lines of the same content, which one run may have dropped."""
+    rows = [*PAIR_ROWS, {"prompt": "long?", "chosen": "x" * 90, "rejected": "y"}, PAIR_ROWS[0]]
+    file = write_rows(tmp_path / "pairs.jsonl", rows)
+    other = write_rows(tmp_path / "init" / "pairs.jsonl", rows[1:])
+    runs = {"a": (file, 99), "b": (file, 80), "c": (other, 99)}
+    runs = [run_folder(checkpoint, tmp_path / name, eval_data=str(file), max_length=length)
+            for name, (file, length) in runs.items()]  # fmt: skip
+    evaluation.main([*runs, "--kl_samples", "0"])
+    said = capsys.readouterr()
+    assert "1 of 25 rows dropped" in said.err and "-: the two have no items in common" in said.out
+    lines = [line.strip("| ").split(" | ") for line in said.out.splitlines()[:10]]
+    rows = {line[0]: line[1:] for line in lines}
+    assert set(rows["c - a"]) == {"-"} and rows["n"][0] == "24-25"
+    assert all(cell.startswith("+0.") for cell in rows["b - a"])
+
+
+def test_without_data_a_run_is_asked_what_its_training_held_out(
+    checkpoint, pairs_file, tmp_path, monkeypatch
+):
+    values = {"greedy": [0.0, 1.0]}
+    monkeypatch.setattr(evaluation, "task_values", lambda *_: values)
+    out = str(tmp_path / "out")
+    flags = ["--eval_fraction", "0.3", "--seed", "3", "--max_steps", "1", "--lr", "1e-3"]
+    train.main(["--init", str(checkpoint), "--data", str(pairs_file), *flags, "--out", out])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["table"]["mio"]
+    found = evaluation.main([out, "--kl_samples", "0"])[out]
+    assert found["Δ chosen"] == pytest.approx(summary["Δ chosen"]["mean"], abs=1e-5)
+    assert "greedy" not in found
+    (checkpoint / "base.json").write_text("{}")  # had it begun with the demonstration's base
+    assert evaluation.main([out, "--kl_samples", "0"])[out] == {"greedy": 0.5} | found
+    assert evaluation.main([str(checkpoint)])[str(checkpoint)] == {"greedy": 0.5}
+    questions = write_rows(tmp_path / "questions.jsonl", [{"question": "1?", "answer": "1"}])
+    for name, config in {
+        "none": {"data": str(pairs_file), "eval_fraction": 0.0},
+        "drawn": {"data": str(questions), "eval_fraction": 0.1},
+    }.items():
+        other = run_folder(checkpoint, tmp_path / name, **config)
+        (checkpoint / "base.json").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match="--data FILE.jsonl"):
+            evaluation.read_run(Path(other), {})
+
+
 def test_command_reports_pairs_and_refuses_what_it_cannot_read(
     checkpoint, pairs_file, tmp_path, capsys
 ):
@@ -274,7 +331,7 @@ def test_command_reports_pairs_and_refuses_what_it_cannot_read(
     logps = [single_logp(model, pair, 1).item() for pair in pairs]
     assert found[str(checkpoint)]["chosen"] == pytest.approx(np.mean(logps), rel=1e-5)
     capsys.readouterr()
-    for argv in (["nowhere"], [str(checkpoint), "--data", "gone.jsonl"], []):
+    for argv in (["nowhere"], [str(checkpoint), "--data", "gone.jsonl"], [], [str(checkpoint)]):
         with pytest.raises(SystemExit) as stop:
             evaluation.main(argv)
         error = capsys.readouterr().err
