@@ -346,7 +346,7 @@ def draw(
     answers: list[list[int]] = [[] for _ in prompts]
     began, tokens = time.perf_counter(), 0
     quick = len(prompts) <= GENERATION_ROWS and max_new_tokens <= ANSWER_TOKENS  # no bar is of use
-    with tqdm(total=len(order), desc="answers", unit="answer", leave=False, disable=quick) as bar:
+    with tqdm(total=len(order), desc="answers", unit="answer", leave=None, disable=quick) as bar:
 
         def progress(answer):
             nonlocal tokens
@@ -648,6 +648,20 @@ def check_room(path, items: list[Item], lengths: list[int], model: Llama) -> Non
                          "--max_new_tokens or -k")  # fmt: skip
 
 
+def watch(tokenizer: Tokenizer, stops: list[tuple[str, ...]]) -> Callable | None:
+    """is_over of `draw`: whether an answer has one of its stop texts. Decoded is what can hold one
+    that was not there at the last look, and the whole only to make sure of it."""
+    looked = [0] * len(stops)
+
+    def is_over(i: int, answer: list[int]) -> bool:
+        reach = max((len(stop.encode()) + 4 for stop in stops[i]), default=0)  # tokens, at most
+        tail = tokenizer.decode(answer[max(0, looked[i] - reach) :])
+        looked[i] = len(answer)
+        return any(stop in tail and stop in tokenizer.decode(answer) for stop in stops[i])
+
+    return is_over if any(stops) else None
+
+
 def answer_columns(
     model: Llama, tokenizer: Tokenizer, path, items: list[Item], before: str, options
 ):
@@ -656,14 +670,10 @@ def answer_columns(
     ids = [item.ids(tokenizer, before) for item in items for _ in range(n)]
     check_room(path, items, [len(prompt) + new for prompt in ids[::n]], model)
 
-    def is_over(i, answer):
-        stop = items[i // n].stop
-        return bool(stop) and any(s in tokenizer.decode(answer) for s in stop)
-
     answers = draw(
         model, ids, new, stop_ids=tokenizer.stop_ids, temperature=options.temperature,
         top_p=options.top_p, seed=options.seed, rows=options.batch_size,
-        is_over=is_over if any(item.stop for item in items) else None,
+        is_over=watch(tokenizer, [items[i // n].stop for i in range(len(ids))]),
     )  # fmt: skip
     texts, values = [], []
     for start, item in zip(range(0, len(ids), n), items):
@@ -706,25 +716,22 @@ def _columns(values: list[dict[str, float]]) -> dict[str, Column]:
 
 
 def pair_columns(
-    model, tokenizer, path, title, pairs: Pairs, options, config
+    model, tokenizer, reference, path, title, pairs: Pairs, options, config
 ) -> dict[str, dict[str, Column]]:
-    """Blocks of columns on pairs, in the precision of training, against the checkpoint that the run
-    was trained from."""
+    """Blocks of columns on pairs, in the precision of training, against the reference, if any."""
     layout = ROW_TOKENS, MICRO_TOKENS, getattr(torch, config["dtype"])
-    logps, ref_logps = pair_logps(model, pairs, *layout), None
-    if config["init"]:
-        reference = Llama.from_pretrained(config["init"], device=options.device)
-        if reference.config.vocab_size != model.config.vocab_size:
-            raise ValueError(f"{config['init']}: has {reference.config.vocab_size} ids, the model "
-                             f"to compare has {model.config.vocab_size}")  # fmt: skip
-        ref_logps = pair_logps(reference, pairs, *layout)
+    if reference and reference.config.vocab_size != model.config.vocab_size:
+        raise ValueError(f"{config['init']}: has {reference.config.vocab_size} ids, the model to "
+                         f"compare has {model.config.vocab_size}")  # fmt: skip
+    logps = pair_logps(model, pairs, *layout)
+    ref_logps = reference and pair_logps(reference, pairs, *layout)
     # A row is the same in two runs whatever their tokenizers made of it, or of those before it.
     file = digest_file(path)[:16]
     names = np.array([f"{file}:{line}" for line in pairs.lines])
     columns = preference_columns(logps, ref_logps, pairs, config["beta"])
     columns = {name: column._replace(names=names) for name, column in columns.items()}
     critic = information_columns(columns)
-    if ref_logps is not None and options.kl_samples:
+    if reference and options.kl_samples:
         first = {tuple(pairs[i].prompt): i for i in reversed(range(len(pairs)))}
         prompts = list(map(list, sorted(first, key=first.get)))[: options.kl_samples]
         room = model.config.max_position_embeddings - max(map(len, prompts))
@@ -1018,13 +1025,18 @@ def parse_options(argv: list[str] | None):
     add("--data", nargs="+", default=[], metavar="FILE.jsonl", help="questions, choices, pairs")
     add("--shots", metavar="FILE.jsonl", help="its first rows stand answered before each prompt")
     add("-k", type=count, metavar="N", help="as many of them (default: 5)")
-    add("--n", type=count, default=1, help="answers to each question, for pass@k and maj@n")
+    add(
+        "--n",
+        type=within(int, 1, 1024),
+        default=1,
+        help="answers to each question, for pass@k and maj@n",
+    )
     add("--temperature", type=within(float, 0), help="0 is greedy (default: 0, or 1 if --n > 1)")
     add("--top_p", type=within(float, 1e-6, 1), default=1.0, help="keep the likeliest tokens")
     add("--max_new_tokens", type=count, default=256, help="of an answer")
     add("--kl_samples", type=within(int, 0), default=64, help="answers drawn for KL; 0: no KL")
     add("--batch_size", type=count, help="answers in the making at a time (default: by length)")
-    add("--seed", type=within(int, 0), default=0, help="of the answers drawn")
+    add("--seed", type=within(int, 0, 2**31), default=0, help="of the answers drawn")
     add("--dtype", choices=("float32", "bfloat16"), help="(default: bfloat16 with cuda)")
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: auto)")
     add("--plot", metavar="FILE.png", help="draw the runs' metrics.jsonl")
@@ -1046,8 +1058,14 @@ def check_options(options) -> None:
     options.dtype = torch.bfloat16 if half else torch.float32
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install -r requirements-dev.txt")
-    if options.plot and not any(map(has_curves, map(Path, options.runs))):
+    if options.plot and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--plot {options.plot}: must end in .png, .pdf or .svg")
+    if options.plot and not read_curves({run: Path(run) for run in options.runs}):
         raise ValueError(f"--plot {options.plot}: none of the runs has a metrics.jsonl")
+    folders = [Path(run).resolve() for run in options.runs]
+    for i, run in enumerate(options.runs):
+        if folders[i] in folders[:i]:
+            raise ValueError(f"{run}: is named twice; a run is compared with others")
     for file in filter(None, (options.plot, options.out)):
         if Path(file).is_dir() or not Path(file).parent.is_dir():
             raise ValueError(f"{file}: is not the name of a file in a folder that exists")
@@ -1059,12 +1077,15 @@ def evaluate(run: Run, shots: dict[str, str], options) -> tuple[dict, dict]:
     """shots: file -> what stands before its prompts. Returns title -> columns of a table, and title
     -> the texts or the log-probs of choices of each item."""
     blocks, answers = {}, {}
+    load = functools.cache(lambda dtype: load_checkpoint(run.folder, options.device, dtype))
+    init = run.config["init"]
+    reference = functools.cache(lambda: init and Llama.from_pretrained(init, device=options.device))
     for title, (path, rows) in run.asked.items():
         if isinstance(rows, Pairs):
-            model, tokenizer = load_checkpoint(run.folder, options.device)
-            blocks |= pair_columns(model, tokenizer, path, title, rows, options, run.config)
+            models = *load(torch.float32), reference()
+            blocks |= pair_columns(*models, path, title, rows, options, run.config)
             continue
-        model, tokenizer = load_checkpoint(run.folder, options.device, options.dtype)
+        model, tokenizer = load(options.dtype)
         before = shots[path]
         title += f", {options.k} shots" if before else ""
         if rows[0].choices:
@@ -1074,9 +1095,8 @@ def evaluate(run: Run, shots: dict[str, str], options) -> tuple[dict, dict]:
             title += f", temperature {options.temperature:g}" if options.temperature else ", greedy"
         blocks[title], answers[title] = found
     if run.built_in:
-        model, tokenizer = load_checkpoint(run.folder, options.device)
         samples = options.n if options.n > 1 else SAMPLES
-        values = task_values(model, tokenizer, TEST_PROBLEMS, samples)
+        values = task_values(*load(torch.float32), TEST_PROBLEMS, samples)
         columns = {name: Column(np.array(value)) for name, value in values.items()}
         blocks = {"problems": columns} | blocks
     return blocks, answers
@@ -1114,10 +1134,12 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         files = {path: read_items(Path(path)) for path in options.data}
         shots = {path: examples(options.shots, options.k, items)
                  for path, items in files.items() if items}  # fmt: skip
+        if options.shots and not any(shots.values()):
+            raise ValueError(f"--shots {options.shots}: no --data has rows of its form")
         asked = {name: read_run(Path(run), files) for name, run in runs.items()}
+        found = {name: evaluate(run, shots, options) for name, run in asked.items()}
         if options.plot:
             plot({name: Path(run) for name, run in runs.items()}, Path(options.plot))
-        found = {name: evaluate(run, shots, options) for name, run in asked.items()}
     except (OSError, ValueError) as error:
         parser.error(error)
     tables = {}

@@ -33,6 +33,7 @@ from eval import (
     task_values,
 )
 from mio import pair_loss
+from model import Llama
 
 
 def test_pair_logps_are_those_of_single_sequences_in_order():
@@ -220,6 +221,11 @@ def test_command_measures_runs_draws_their_curves_and_keeps_every_value(
     capsys.readouterr()
     picture = tmp_path / "curves.png"
     flags = ["--plot", str(picture), "--max_new_tokens", "9", "--kl_samples", "5"]
+    bad = write_rows(tmp_path / "bad.jsonl", [*PAIR_ROWS, {"prompt": 1}])
+    with pytest.raises(SystemExit):
+        evaluation.main([*runs, "--data", str(pairs_file), str(bad), *flags])
+    assert not picture.exists()
+    assert "bad.jsonl:24" in capsys.readouterr().err
     found = evaluation.main([*runs, str(checkpoint), "--data", str(pairs_file), *flags])
     assert picture.read_bytes()[:4] == b"\x89PNG" and not (checkpoint / "eval.json").exists()
     ((label, curves),) = evaluation.read_curves({Path(r).name: Path(r) for r in runs}).items()
@@ -323,13 +329,21 @@ def test_without_data_a_run_is_asked_what_its_training_held_out(
 
 
 def test_command_reports_pairs_and_refuses_what_it_cannot_read(
-    checkpoint, pairs_file, tmp_path, capsys
+    checkpoint, pairs_file, tmp_path, monkeypatch, capsys
 ):
     found = evaluation.main([str(checkpoint), "--data", str(pairs_file)])
     pairs = evaluation.load_pairs(pairs_file, byte_tokenizer())
     model = tiny_model()
     logps = [single_logp(model, pair, 1).item() for pair in pairs]
     assert found[str(checkpoint)]["chosen"] == pytest.approx(np.mean(logps), rel=1e-5)
+    loaded, load = [], Llama.from_pretrained
+    monkeypatch.setattr(Llama, "from_pretrained", lambda *x, **y: loaded.append(x) or load(*x, **y))
+    file = write_rows(
+        tmp_path / "choices.jsonl", [{"prompt": "a", "choices": ["b"] * 2, "gold": 0}]
+    )
+    data = ["--data", str(pairs_file), str(file), "--dtype", "float32"]
+    found = evaluation.main([str(checkpoint), *data])[str(checkpoint)]
+    assert found["choices.jsonl: acc"] == 1 and len(loaded) == 1
     capsys.readouterr()
     for argv in (["nowhere"], [str(checkpoint), "--data", "gone.jsonl"], [], [str(checkpoint)]):
         with pytest.raises(SystemExit) as stop:
