@@ -49,8 +49,7 @@ from data import (
 from mio import chunked_logps
 from model import Llama, read_json, write_json
 
-SAMPLES = 8  # answers drawn at temperature 1 for each problem, for pass@k
-PASS_AT = (1, 8)
+SAMPLES = 8  # answers drawn at temperature 1 for each problem, for pass@1 and pass@8
 TEST_PROBLEMS = 1000
 ANSWER_TOKENS = 48  # a right answer of the built-in task has at most 35
 GENERATION_ROWS = 1000
@@ -329,19 +328,11 @@ def _lines_below_coins() -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(
-    model: Llama,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    *,
-    stop_ids,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    is_over: Callable[[int, list[int]], bool] | None = None,
-    rows: int | None = None,
-) -> list[list[int]]:
+    model: Llama, prompts: list[list[int]], max_new_tokens: int, *, seed: int = 0,
+    rows: int | None = None, is_over: Callable | None = None, **how,
+) -> list[list[int]]:  # fmt: skip
     """Continues lists of ids as `Llama.generate` does, like lengths together, `rows` at a time or
-    as many as GENERATION_TOKENS allows."""
+    as many as GENERATION_TOKENS allows. A long draw leaves its seconds and tokens a second."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     began, tokens = time.perf_counter(), 0
@@ -357,32 +348,20 @@ def draw(
         for start in range(0, len(order), GENERATION_ROWS):
             part = order[start : start + GENERATION_ROWS]
             longest = max(len(prompts[i]) for i in part) + max_new_tokens
+            over = is_over and (lambda row, ids, part=part: is_over(part[row], ids))
             found = model.generate(
-                [prompts[i] for i in part],
-                max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                stop_ids=stop_ids,
-                seed=seed + start,
-                rows=rows or max(1, GENERATION_TOKENS // longest),
-                is_over=is_over and (lambda row, ids, part=part: is_over(part[row], ids)),
-                progress=progress,
-            )
+                [prompts[i] for i in part], max_new_tokens, seed=seed + start, is_over=over,
+                rows=rows or max(1, GENERATION_TOKENS // longest), progress=progress, **how,
+            )  # fmt: skip
             for i, answer in zip(part, found):
                 answers[i] = answer
     return answers
 
 
 def sample_answers(
-    model: Llama,
-    tokenizer: Tokenizer,
-    prompts: list[str],
-    *,
-    samples: int = 1,
-    temperature: float = 1.0,
-    max_new_tokens: int = ANSWER_TOKENS,
-    seed: int = 0,
-) -> list[list[str]]:
+    model: Llama, tokenizer: Tokenizer, prompts: list[str], *, samples: int = 1,
+    temperature: float = 1.0, max_new_tokens: int = ANSWER_TOKENS, seed: int = 0,
+) -> list[list[str]]:  # fmt: skip
     """Draws answers to each prompt: `samples` texts each, "" for one that did not end in time."""
     ids = [tokenizer.prompt_ids(prompt) for prompt in prompts for _ in range(samples)]
     stop = tokenizer.stop_ids
@@ -408,10 +387,9 @@ def task_values(
     drawn = sample_answers(model, tokenizer, questions, samples=samples)
     correct = np.array([sum(is_correct(q, a) for a in row) for q, row in zip(questions, drawn)])
     accuracy = [float(is_correct(q, a)) for q, (a,) in zip(questions, greedy)]
-    return {"greedy": accuracy} | {
-        f"pass@{k}": pass_at_k(correct, samples, k).tolist()
-        for k in (PASS_AT if samples == SAMPLES else powers_of_two(samples))
-    }
+    ks = (1, SAMPLES) if samples == SAMPLES else powers_of_two(samples)
+    passed = {f"pass@{k}": pass_at_k(correct, samples, k).tolist() for k in ks}
+    return {"greedy": accuracy} | passed
 
 
 def powers_of_two(n: int) -> list[int]:
@@ -801,8 +779,9 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
     else:
         first, *rest = zip(*grid)
         while rest:
-            block = [first]
-            while rest and (len(block) == 1 or _width([*block, rest[0]]) <= width):
+            block, room = [first], width - max(map(len, first))
+            while rest and (len(block) == 1 or max(map(len, rest[0])) + 2 <= room):
+                room -= max(map(len, rest[0])) + 2
                 block.append(rest.pop(0))
             widths = [max(map(len, column)) for column in block]
             lines += [""] if lines else []
@@ -817,10 +796,6 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
     if not all(rows.values()):
         legend.append("-: the two have no items in common")
     return "\n".join([*(line.rstrip() for line in lines), *legend])
-
-
-def _width(block: list[tuple[str, ...]]) -> int:
-    return sum(max(map(len, column)) + 2 for column in block) - 2
 
 
 def _is_share(column: str) -> bool:
@@ -866,16 +841,12 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 STYLES = ("-", "--", "-.", ":")
 
 
-def has_curves(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("metrics.jsonl", "train_config.json"))
-
-
 def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray]]]:
     """label -> a set of curves a run: name -> (steps, values). Runs that differ in seed alone share
     a label. Held-out figures; those of training where there are none."""
     groups: dict[str, tuple[str, list]] = {}
     for name, folder in folders.items():
-        if not has_curves(folder):
+        if not all((folder / name).is_file() for name in ("metrics.jsonl", "train_config.json")):
             continue
         config = read_json(folder / "train_config.json")
         seed = config.pop("seed", None)
@@ -1025,12 +996,7 @@ def parse_options(argv: list[str] | None):
     add("--data", nargs="+", default=[], metavar="FILE.jsonl", help="questions, choices, pairs")
     add("--shots", metavar="FILE.jsonl", help="its first rows stand answered before each prompt")
     add("-k", type=count, metavar="N", help="as many of them (default: 5)")
-    add(
-        "--n",
-        type=within(int, 1, 1024),
-        default=1,
-        help="answers to each question, for pass@k and maj@n",
-    )
+    add("--n", type=within(int, 1, 1024), default=1, help="answers each, for pass@k and maj@n")
     add("--temperature", type=within(float, 0), help="0 is greedy (default: 0, or 1 if --n > 1)")
     add("--top_p", type=within(float, 1e-6, 1), default=1.0, help="keep the likeliest tokens")
     add("--max_new_tokens", type=count, default=256, help="of an answer")
@@ -1063,9 +1029,8 @@ def check_options(options) -> None:
     if options.plot and not read_curves({run: Path(run) for run in options.runs}):
         raise ValueError(f"--plot {options.plot}: none of the runs has a metrics.jsonl")
     folders = [Path(run).resolve() for run in options.runs]
-    for i, run in enumerate(options.runs):
-        if folders[i] in folders[:i]:
-            raise ValueError(f"{run}: is named twice; a run is compared with others")
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"{max(folders, key=folders.count)}: is named twice")
     for file in filter(None, (options.plot, options.out)):
         if Path(file).is_dir() or not Path(file).parent.is_dir():
             raise ValueError(f"{file}: is not the name of a file in a folder that exists")
