@@ -44,12 +44,12 @@ from data import (
     read_rows,
     row_masks,
     sees,
+    split_pairs,
 )
 from mio import chunked_logps
 from model import Llama, LoraConfig, read_json, write_json
 
-SAMPLES = 8  # answers drawn at temperature 1 for each problem, for pass@k
-PASS_AT = (1, 8)
+SAMPLES = 8  # answers drawn at temperature 1 for each problem, for pass@1 and pass@8
 TEST_PROBLEMS = 1000
 ANSWER_TOKENS = 48  # a right answer of the built-in task has at most 35
 GENERATION_ROWS = 1000
@@ -59,21 +59,15 @@ RESAMPLES = 2000  # of the bootstrap
 
 
 class Figure(NamedTuple):
-    """A mean with its standard error over n independent items, None for a single one."""
+    """A mean over n items with its standard error, None where all have one prompt."""
 
     mean: float
     error: float | None
     n: int
 
-    @classmethod
-    def of(cls, values) -> "Figure":
-        values = np.asarray(values, dtype=np.float64)
-        error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-        return cls(float(values.mean()), error, len(values))
-
 
 class Difference(NamedTuple):
-    """Of a run from the first one over the same n items, with its 95 % bootstrap interval."""
+    """Of a run from the first one over the n items of both, with its 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -83,41 +77,61 @@ class Difference(NamedTuple):
 
 class Column(NamedTuple):
     """What is known of each item, (items,) or (items, parts), NaN where nothing is, and what makes
-    a figure of them."""
+    a figure of them. Items of one prompt (items,) are not independent: errors are those of drawing
+    prompts. None: each item has its own. Names tell which items of two runs are the same; without
+    them it is their order."""
 
     values: np.ndarray
     statistic: Callable[[np.ndarray], float] = np.mean
+    prompts: np.ndarray | None = None
+    names: np.ndarray | None = None
 
-    def present(self) -> np.ndarray:
-        return ~np.isnan(self.values).any(axis=tuple(range(1, self.values.ndim)))
+    def known(self) -> tuple[np.ndarray, np.ndarray]:
+        """The values that are there, and numbers of their prompts."""
+        there = ~np.isnan(self.values).any(axis=tuple(range(1, self.values.ndim)))
+        prompts = np.arange(len(there)) if self.prompts is None else self.prompts
+        return self.values[there], np.unique(prompts[there], return_inverse=True)[1]
+
+    def mean(self) -> float:
+        values, _ = self.known()
+        return float(self.statistic(values)) if len(values) else math.nan
 
     def figure(self) -> Figure:
-        values = self.values[self.present()]
-        if self.statistic is np.mean:
-            return Figure.of(values)
-        error = float(resample(values, self.statistic).std(ddof=1))
-        return Figure(float(self.statistic(values)), error, len(values))
+        values, prompts = self.known()
+        n, groups, mean, error = len(values), len(set(prompts)), self.mean(), None
+        if groups > 1 and self.statistic is np.mean:
+            # Var(mean) = G/(G-1) sum_g (sum_{i in g} x_i - mean)^2 / n^2, s^2/n where G is n.
+            residuals = np.bincount(prompts, values - mean)
+            error = math.sqrt(groups / (groups - 1) * (residuals**2).sum()) / n
+        elif groups > 1:
+            error = float(resample(values, self.statistic, prompts).std(ddof=1))
+        return Figure(mean, error, n)
 
     def difference(self, first: "Column") -> Difference | None:
-        """Paired: a resample takes the same items of both. None where the items differ."""
-        if self.values.shape != first.values.shape:
-            return None
-        both = self.present() & first.present()
-        values = np.stack((self.values[both], first.values[both]), axis=1)
-        if not len(values):
+        """Paired, over the items of both: a resample takes the same of each. None where these are
+        not of two prompts at least."""
+        names = (np.arange(len(c.values)) if c.names is None else c.names for c in (self, first))
+        _, here, there = np.intersect1d(*names, assume_unique=True, return_indices=True)
+        there, here = there[here.argsort()], np.sort(here)
+        both = np.stack((self.values[here], first.values[there]), axis=-1)
+        prompts = None if self.prompts is None else self.prompts[here]
+        values, prompts = Column(both, prompts=prompts).known()
+        if len(set(prompts)) < 2:
             return None
 
         def statistic(values):
-            return float(self.statistic(values[:, 0]) - self.statistic(values[:, 1]))
+            return float(self.statistic(values[..., 0]) - self.statistic(values[..., 1]))
 
-        low, high = np.percentile(resample(values, statistic), (2.5, 97.5)).tolist()
+        low, high = np.percentile(resample(values, statistic, prompts), (2.5, 97.5)).tolist()
         return Difference(statistic(values), low, high, len(values))
 
 
-def resample(values: np.ndarray, statistic: Callable) -> np.ndarray:
-    """The bootstrap: the statistic of RESAMPLES draws of as many items, with replacement."""
-    random, n = np.random.default_rng(0), len(values)
-    return np.array([statistic(values[random.integers(0, n, n)]) for _ in range(RESAMPLES)])
+def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np.ndarray:
+    """The bootstrap: the statistic of RESAMPLES draws of as many prompts, with replacement, each
+    with all of its items. prompts: their numbers 0, 1, ... (items,)."""
+    random, n = np.random.default_rng(0), prompts.max() + 1
+    draws = (np.bincount(random.integers(0, n, n), minlength=n) for _ in range(RESAMPLES))
+    return np.array([statistic(np.repeat(values, drawn[prompts], axis=0)) for drawn in draws])
 
 
 def pick_device(name: str) -> str:
@@ -214,24 +228,20 @@ def preference_values(logps: Tensor, ref_logps: Tensor | None, beta: float) -> d
     return values
 
 
-def mutual_information(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, float]:
-    """Three estimates by the rewards as critic, in nats; the marginal is the half-and-half mixture.
+def information(rewards: Tensor) -> dict[str, Column]:
+    """Three estimates by the rewards (pairs, 2) as critic, in nats; the marginal is the half-and-
+    half mixture.
 
     `dv` and `nwj` bound the mutual information from below; `js` is twice the Jensen-Shannon
     divergence's own bound, log 4 minus the mio loss. With this mixture the divergences are at most
     log 2 (dv, nwj) and 0.4315 (js). All are 0 where the policy is the reference.
     """
-    rewards = torch.stack((chosen_rewards, rejected_rewards), dim=1).double()
-    values = {name: value.mean() for name, value in critic_values(rewards).items()}
-    names = {"mi/dv": donsker_varadhan(rewards.numpy()), "mi/js": values["js"]}
-    return {name: float(value) for name, value in {**names, "mi/nwj": values["nwj"]}.items()}
-
-
-def critic_values(rewards: Tensor) -> dict[str, Tensor]:
-    """What each pair (pairs, 2) adds to the read-outs that are means over pairs, (pairs,)."""
+    rewards = rewards.double()
     w, loser = rewards.unbind(dim=1)
     js = math.log(4) - F.softplus(-w) - (F.softplus(w) + F.softplus(loser)) / 2
-    return {"nwj": 1 + w - (w.exp() + loser.exp()) / 2, "js": js}
+    nwj = 1 + w - (w.exp() + loser.exp()) / 2
+    return {"dv": Column(rewards.numpy(), donsker_varadhan), "js": Column(js.numpy()),
+            "nwj": Column(nwj.numpy())}  # fmt: skip
 
 
 def donsker_varadhan(rewards: np.ndarray) -> float:
@@ -239,10 +249,12 @@ def donsker_varadhan(rewards: np.ndarray) -> float:
 
 
 def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float) -> dict[str, float]:
-    """Means over all pairs, with the mutual-information read-outs."""
+    """Means over the pairs that have what is measured, with the mutual-information read-outs."""
     values = preference_values(logps, ref_logps, beta)
-    metrics = {name: float(value.double().mean()) for name, value in values.items()}
-    return metrics | mutual_information(values["rewards/chosen"], values["rewards/rejected"])
+    columns = {name: Column(value.double().numpy()) for name, value in values.items()}
+    estimates = information(beta * (logps - ref_logps))
+    columns |= {f"mi/{name}": column for name, column in estimates.items()}
+    return {name: column.mean() for name, column in columns.items()}
 
 
 def preference_columns(
@@ -251,22 +263,18 @@ def preference_columns(
     """Two (pairs, 2) of log-probs, by policy and reference, as columns: rewards, which carry beta,
     log-ratios in nats, of answers and of their tokens, and log-probs. An answer that is missing is
     not one of log-prob 0."""
-    lengths = torch.from_numpy(pairs.lengths()[:, 1:])
-    values = preference_values(torch.where(lengths > 0, logps, torch.nan), ref_logps, beta)
-    columns = {"chosen": values["logps/chosen"], "rejected": values["logps/rejected"]}
+    lengths, seen, columns = torch.from_numpy(pairs.lengths()[:, 1:]), {}, {}
+    prompts = np.array([seen.setdefault(tuple(pair.prompt), len(seen)) for pair in pairs])
+    logps = torch.where(lengths > 0, logps, torch.nan)
+    values, parts = preference_values(logps, ref_logps, beta), {"": logps}
     if ref_logps is not None:
-        sides = ("chosen", "rejected")
-        ratios = dict(zip(sides, (torch.stack([columns[s] for s in sides], 1) - ref_logps).T))
-        columns = {
-            "reward": values["rewards/accuracies"],
-            "margin": values["rewards/margins"],
-            **{f"T {side}": values[f"rewards/{side}"] for side in sides},
-            **{f"Δ {side}": ratios[side] for side in sides},
-            **{f"Δ/token {s}": ratio / n for (s, ratio), n in zip(ratios.items(), lengths.T)},
-            **columns,
-        }
-    columns = {name: Column(value.double().numpy()) for name, value in columns.items()}
-    return {name: column for name, column in columns.items() if column.present().any()}
+        columns = {"reward": values["rewards/accuracies"], "margin": values["rewards/margins"]}
+        ratios = logps - ref_logps
+        parts = {"T ": beta * ratios, "Δ ": ratios, "Δ/token ": ratios / lengths} | parts
+    for name, part in parts.items():
+        columns |= {f"{name}chosen": part[:, 0], f"{name}rejected": part[:, 1]}
+    columns = {n: Column(v.double().numpy(), prompts=prompts) for n, v in columns.items()}
+    return {name: column for name, column in columns.items() if len(column.known()[0])}
 
 
 def by_length(columns: dict[str, Column], lengths: np.ndarray) -> dict[str, Column]:
@@ -278,24 +286,22 @@ def by_length(columns: dict[str, Column], lengths: np.ndarray) -> dict[str, Colu
             low, high = lengths[quarter == q].min(), lengths[quarter == q].max()
             values = np.where(quarter == q, columns[name].values, np.nan)
             if not np.isnan(values).all():
-                found[f"{name} {low}-{high}"] = Column(values)
+                found[f"{name} {low}-{high}"] = columns[name]._replace(values=values)
     return found
 
 
 def information_columns(columns: dict[str, Column]) -> dict[str, Column]:
-    """`mutual_information` of the rewards, and the lower bound on the Kullback-Leibler divergence
-    of chosen answers from the mixture that its Jensen-Shannon bound implies; with their ceilings.
-    """
+    """The estimates by the rewards, and the lower bound on the Kullback-Leibler divergence of
+    chosen answers from the mixture that the Jensen-Shannon bound implies; with their ceilings."""
     if "margin" not in columns:
         return {}
     rewards = np.stack([columns[f"T {side}"].values for side in ("chosen", "rejected")], axis=1)
-    values = {k: value.numpy() for k, value in critic_values(torch.from_numpy(rewards)).items()}
-    return {
-        "dv ≤0.693": Column(rewards, donsker_varadhan),
-        "nwj ≤0.693": Column(values["nwj"]),
-        "js ≤0.4315": Column(values["js"]),
-        "KL from js ≤0.693": Column(values["js"], lambda js: least_kl(js.mean() / 2)),
-    }
+    found = information(torch.from_numpy(rewards))
+    kl = found["js"]._replace(statistic=lambda js: least_kl(js.mean() / 2))
+    found = {"dv ≤0.693": found["dv"], "nwj ≤0.693": found["nwj"], "js ≤0.4315": found["js"],
+             "KL from js ≤0.693": kl}  # fmt: skip
+    _, _, prompts, names = columns["margin"]
+    return {n: column._replace(prompts=prompts, names=names) for n, column in found.items()}
 
 
 def least_kl(jsd: float) -> float:
@@ -322,24 +328,16 @@ def _lines_below_coins() -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(
-    model: Llama,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    *,
-    stop_ids,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    is_over: Callable[[int, list[int]], bool] | None = None,
-    rows: int | None = None,
-) -> list[list[int]]:
+    model: Llama, prompts: list[list[int]], max_new_tokens: int, *, seed: int = 0,
+    rows: int | None = None, is_over: Callable | None = None, **how,
+) -> list[list[int]]:  # fmt: skip
     """Continues lists of ids as `Llama.generate` does, like lengths together, `rows` at a time or
-    as many as GENERATION_TOKENS allows."""
+    as many as GENERATION_TOKENS allows. A long draw leaves its seconds and tokens a second."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     began, tokens = time.perf_counter(), 0
     quick = len(prompts) <= GENERATION_ROWS and max_new_tokens <= ANSWER_TOKENS  # no bar is of use
-    with tqdm(total=len(order), desc="answers", unit="answer", leave=False, disable=quick) as bar:
+    with tqdm(total=len(order), desc="answers", unit="answer", leave=None, disable=quick) as bar:
 
         def progress(answer):
             nonlocal tokens
@@ -350,32 +348,20 @@ def draw(
         for start in range(0, len(order), GENERATION_ROWS):
             part = order[start : start + GENERATION_ROWS]
             longest = max(len(prompts[i]) for i in part) + max_new_tokens
+            over = is_over and (lambda row, ids, part=part: is_over(part[row], ids))
             found = model.generate(
-                [prompts[i] for i in part],
-                max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                stop_ids=stop_ids,
-                seed=seed + start,
-                rows=rows or max(1, GENERATION_TOKENS // longest),
-                is_over=is_over and (lambda row, ids, part=part: is_over(part[row], ids)),
-                progress=progress,
-            )
+                [prompts[i] for i in part], max_new_tokens, seed=seed + start, is_over=over,
+                rows=rows or max(1, GENERATION_TOKENS // longest), progress=progress, **how,
+            )  # fmt: skip
             for i, answer in zip(part, found):
                 answers[i] = answer
     return answers
 
 
 def sample_answers(
-    model: Llama,
-    tokenizer: Tokenizer,
-    prompts: list[str],
-    *,
-    samples: int = 1,
-    temperature: float = 1.0,
-    max_new_tokens: int = ANSWER_TOKENS,
-    seed: int = 0,
-) -> list[list[str]]:
+    model: Llama, tokenizer: Tokenizer, prompts: list[str], *, samples: int = 1,
+    temperature: float = 1.0, max_new_tokens: int = ANSWER_TOKENS, seed: int = 0,
+) -> list[list[str]]:  # fmt: skip
     """Draws answers to each prompt: `samples` texts each, "" for one that did not end in time."""
     ids = [tokenizer.prompt_ids(prompt) for prompt in prompts for _ in range(samples)]
     stop = tokenizer.stop_ids
@@ -401,10 +387,9 @@ def task_values(
     drawn = sample_answers(model, tokenizer, questions, samples=samples)
     correct = np.array([sum(is_correct(q, a) for a in row) for q, row in zip(questions, drawn)])
     accuracy = [float(is_correct(q, a)) for q, (a,) in zip(questions, greedy)]
-    return {"greedy": accuracy} | {
-        f"pass@{k}": pass_at_k(correct, samples, k).tolist()
-        for k in (PASS_AT if samples == SAMPLES else powers_of_two(samples))
-    }
+    ks = (1, SAMPLES) if samples == SAMPLES else powers_of_two(samples)
+    passed = {f"pass@{k}": pass_at_k(correct, samples, k).tolist() for k in ks}
+    return {"greedy": accuracy} | passed
 
 
 def powers_of_two(n: int) -> list[int]:
@@ -476,12 +461,20 @@ def normalised(text: str) -> Fraction | str:
     return plain if top is None or not bottom else top / bottom
 
 
+# A capital, but neither the pronoun nor the article that begins a sentence.
+CAPITAL = r"((?:[B-HJ-Z]|[AI](?!['’]|\s+(?!because|since|as\b|is\b)\w))\b)"
+LETTERS = (
+    rf"(?i:\banswer|\bcorrect (?:choice|option))\**(?i:\s+is\b\**:?|:)[\s*(]*{CAPITAL}",
+    rf"(?:(?i:\boption)\s+[*(]*|\*\*\(?(?=\w[).]*\*\*)){CAPITAL}",
+    rf"\A\W*{CAPITAL}(?:[.:)](?!\w)|[ \t]*(?:\n|\Z))",
+    rf"\({CAPITAL}\)",
+)
+
+
 def letter(text: str) -> str | None:
-    """Of "answer is (C)" the last; else a letter that the answer begins with; else the last (C)."""
-    found = re.findall(r"answer(?: is|:)?:?\s*\**\(?([A-Z])\b", text, re.I)
-    found = found or re.findall(r"^\W*([A-Z])(?:[).:,]|\s*$)", text, re.M)[:1]
-    found = found or re.findall(r"\(([A-Z])\)", text)
-    return found[-1].upper() if found else None
+    """Of "answer is (C)" or "correct option: C" the last; else of "option C" or "**C**"; else a
+    letter by itself that the text begins with; else the last (C)."""
+    return next((found[-1] for way in LETTERS if (found := re.findall(way, text))), None)
 
 
 # grade -> how the key is read, and ways of reading an answer
@@ -633,6 +626,20 @@ def check_room(path, items: list[Item], lengths: list[int], model: Llama) -> Non
                          "--max_new_tokens or -k")  # fmt: skip
 
 
+def watch(tokenizer: Tokenizer, stops: list[tuple[str, ...]]) -> Callable | None:
+    """is_over of `draw`: whether an answer has one of its stop texts. Decoded is what can hold one
+    that was not there at the last look, and the whole only to make sure of it."""
+    looked = [0] * len(stops)
+
+    def is_over(i: int, answer: list[int]) -> bool:
+        reach = max((len(stop.encode()) + 4 for stop in stops[i]), default=0)  # tokens, at most
+        tail = tokenizer.decode(answer[max(0, looked[i] - reach) :])
+        looked[i] = len(answer)
+        return any(stop in tail and stop in tokenizer.decode(answer) for stop in stops[i])
+
+    return is_over if any(stops) else None
+
+
 def answer_columns(
     model: Llama, tokenizer: Tokenizer, path, items: list[Item], before: str, options
 ):
@@ -641,14 +648,10 @@ def answer_columns(
     ids = [item.ids(tokenizer, before) for item in items for _ in range(n)]
     check_room(path, items, [len(prompt) + new for prompt in ids[::n]], model)
 
-    def is_over(i, answer):
-        stop = items[i // n].stop
-        return bool(stop) and any(s in tokenizer.decode(answer) for s in stop)
-
     answers = draw(
         model, ids, new, stop_ids=tokenizer.stop_ids, temperature=options.temperature,
         top_p=options.top_p, seed=options.seed, rows=options.batch_size,
-        is_over=is_over if any(item.stop for item in items) else None,
+        is_over=watch(tokenizer, [items[i // n].stop for i in range(len(ids))]),
     )  # fmt: skip
     texts, values = [], []
     for start, item in zip(range(0, len(ids), n), items):
@@ -690,35 +693,36 @@ def _columns(values: list[dict[str, float]]) -> dict[str, Column]:
     return {n: Column(np.array([one.get(n, np.nan) for one in values])) for n in names}
 
 
-def pair_columns(model, tokenizer, path, title, options, config) -> dict[str, dict[str, Column]]:
-    """Blocks of columns on pairs, in the precision of training, against the checkpoint, or base and
-    adapter, that the run was trained from."""
-    pairs = load_pairs(path, tokenizer, config["max_length"])
+def pair_columns(
+    model, tokenizer, reference, path, title, pairs: Pairs, options, config
+) -> dict[str, dict[str, Column]]:
+    """Blocks of columns on pairs, in the precision of training, against the reference, if any."""
     layout = ROW_TOKENS, MICRO_TOKENS, getattr(torch, config["dtype"])
-    logps = pair_logps(model, pairs, *layout)
-    if config.get("init") is None:
-        return {title: preference_columns(logps, None, pairs, 1.0)}
-    reference = Llama.from_pretrained(config["init"], device=options.device)
-    if adapter := config["init_adapter"]:
-        reference.add_lora(LoraConfig.from_pretrained(adapter))
-        reference.load_adapter(adapter)
-        reference.merge_lora(torch.float32)
-    if reference.config.vocab_size != model.config.vocab_size:
+    if reference and reference.config.vocab_size != model.config.vocab_size:
         raise ValueError(f"{config['init']}: has {reference.config.vocab_size} ids, the model to "
                          f"compare has {model.config.vocab_size}")  # fmt: skip
-    ref_logps = pair_logps(reference, pairs, *layout)
+    logps = pair_logps(model, pairs, *layout)
+    ref_logps = reference and pair_logps(reference, pairs, *layout)
+    # A row is the same in two runs whatever their tokenizers made of it, or of those before it.
+    file = digest_file(path)[:16]
+    names = np.array([f"{file}:{line}" for line in pairs.lines])
     columns = preference_columns(logps, ref_logps, pairs, config["beta"])
-    blocks = {title: columns, f"{title}: critic": information_columns(columns)}
-    if options.kl_samples:
-        prompts = list(dict.fromkeys(tuple(pair.prompt) for pair in pairs))[: options.kl_samples]
+    columns = {name: column._replace(names=names) for name, column in columns.items()}
+    critic = information_columns(columns)
+    if reference and options.kl_samples:
+        first = {tuple(pairs[i].prompt): i for i in reversed(range(len(pairs)))}
+        prompts = list(map(list, sorted(first, key=first.get)))[: options.kl_samples]
         room = model.config.max_position_embeddings - max(map(len, prompts))
         new = max(1, min(options.max_new_tokens, room))
-        drawn = draw(model, list(map(list, prompts)), new, stop_ids=tokenizer.stop_ids,
-                     seed=options.seed, rows=options.batch_size)  # fmt: skip
-        rows = [[prompt, answer] for prompt, answer in zip(prompts, drawn)]
+        drawn = draw(model, prompts, new, stop_ids=tokenizer.stop_ids, seed=options.seed,
+                     rows=options.batch_size)  # fmt: skip
+        rows = list(zip(prompts, drawn))
         logps, ref = (torch.cat(answer_logps(m, rows, *layout)) for m in (model, reference))
-        blocks[f"{title}: critic"]["KL"] = Column((logps - ref).double().numpy())
-    blocks[f"{title}: by tokens of the chosen answer"] = by_length(columns, pairs.lengths()[:, 1])
+        names = names[sorted(first.values())[: len(prompts)]]
+        critic["KL"] = Column((logps - ref).double().numpy(), names=names)
+    quarters = by_length(columns, pairs.lengths()[:, 1])
+    blocks = {title: columns, f"{title}: critic": critic,
+              f"{title}: by tokens of the chosen answer": quarters}  # fmt: skip
     return {title: block for title, block in blocks.items() if block}
 
 
@@ -728,7 +732,7 @@ Row = dict[str, Figure | Difference]
 
 
 def task_row(values: dict[str, list]) -> Row:
-    return {name: Figure.of(value) for name, value in values.items()}
+    return {name: Column(np.array(value)).figure() for name, value in values.items()}
 
 
 def preference_row(logps: Tensor, ref_logps: Tensor, pairs: Pairs) -> Row:
@@ -775,8 +779,9 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
     else:
         first, *rest = zip(*grid)
         while rest:
-            block = [first]
-            while rest and (len(block) == 1 or _width([*block, rest[0]]) <= width):
+            block, room = [first], width - max(map(len, first))
+            while rest and (len(block) == 1 or max(map(len, rest[0])) + 2 <= room):
+                room -= max(map(len, rest[0])) + 2
                 block.append(rest.pop(0))
             widths = [max(map(len, column)) for column in block]
             lines += [""] if lines else []
@@ -785,13 +790,12 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
                       for line in zip(*block)]  # fmt: skip
     heads = {word for column in columns for word in (column, column.split(" ")[0])}
     legend = [text for column, text in LEGEND.items() if column in heads]
-    legend.append("±: standard error" + ("; [...]: of the paired difference, 95 % by bootstrap"
-                                         if Difference in kinds else ""))  # fmt: skip
+    legend.append("±: standard error over prompts")
+    if Difference in kinds:
+        legend[-1] += "; [...]: of the paired difference, 95 % by bootstrap"
+    if not all(rows.values()):
+        legend.append("-: the two have no items in common")
     return "\n".join([*(line.rstrip() for line in lines), *legend])
-
-
-def _width(block: list[tuple[str, ...]]) -> int:
-    return sum(max(map(len, column)) + 2 for column in block) - 2
 
 
 def _is_share(column: str) -> bool:
@@ -817,8 +821,9 @@ def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
     (first, base), *others = runs.items()
     for name, run in others:
         found = {c: run[c].difference(base[c]) for c in run if c in base}
-        rows[f"{name} - {first}"] = {c: d for c, d in found.items() if d is not None}
-    return {name: row for name, row in rows.items() if row}
+        if found:
+            rows[f"{name} - {first}"] = {c: d for c, d in found.items() if d is not None}
+    return rows
 
 
 # --- Curves ---------------------------------------------------------------------------------------
@@ -836,16 +841,12 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 STYLES = ("-", "--", "-.", ":")
 
 
-def has_curves(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("metrics.jsonl", "train_config.json"))
-
-
 def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray]]]:
     """label -> a set of curves a run: name -> (steps, values). Runs that differ in seed alone share
     a label. Held-out figures; those of training where there are none."""
     groups: dict[str, tuple[str, list]] = {}
     for name, folder in folders.items():
-        if not has_curves(folder):
+        if not all((folder / name).is_file() for name in ("metrics.jsonl", "train_config.json")):
             continue
         config = read_json(folder / "train_config.json")
         seed = config.pop("seed", None)
@@ -921,19 +922,67 @@ def load_checkpoint(
     return model, tokenizer
 
 
+def load_reference(config: dict, device: str) -> Llama:
+    """The model that a run began with: a checkpoint, or base and adapter."""
+    model = Llama.from_pretrained(config["init"], device=device)
+    if adapter := config["init_adapter"]:
+        model.add_lora(LoraConfig.from_pretrained(adapter))
+        model.load_adapter(adapter)
+        model.merge_lora(torch.float32)
+    return model
+
+
+# What evaluation needs of a train_config.json: kind, and the value where there is none.
+TRAINED_WITH = {
+    "init": (str | None, None), "init_adapter": (str | None, None), "data": (str | None, None), "eval_data": (str | None, None),
+    "eval_fraction": (float, 0.0), "seed": (int, 0), "max_length": (int, 1024),
+    "beta": (float, 1.0), "dtype": (str, "float32"),
+}  # fmt: skip
+
+
 def trained_with(file: Path) -> dict:
-    """What evaluation needs of a train_config.json, and defaults where there is none."""
-    config = {"eval_data": None, "init": None, "max_length": 1024, "beta": 1.0, "dtype": "float32"}
-    config |= {"init_adapter": None}
-    kinds = dict.fromkeys(("eval_data", "init", "init_adapter"), str | None)
-    kinds |= {"max_length": int, "beta": float}
-    config |= read_json(file) if file.is_file() else {}
-    for name, kind in kinds.items():
+    found = read_json(file) if file.is_file() else {}
+    config = {name: found.get(name, value) for name, (_, value) in TRAINED_WITH.items()}
+    for name, (kind, _) in TRAINED_WITH.items():
         if not isinstance(config[name], kind):
             raise ValueError(f"{file}: {name} is {config[name]!r:.60}")
     if config["dtype"] not in ("float32", "bfloat16"):
         raise ValueError(f"{file}: dtype is {config['dtype']!r:.60}")
     return config
+
+
+class Run(NamedTuple):
+    """A run or a checkpoint, and what it is asked."""
+
+    folder: Path
+    config: dict  # what evaluation needs of its training
+    asked: dict[str, tuple[str, list[Item] | Pairs]]  # title -> file, and its rows
+    built_in: bool  # the problems of the demonstration, too
+
+
+def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
+    """Asked is what is in the files, None standing for pairs; without any, the pairs that the run
+    was watched with in training, and, where it began with the demonstration's base, the built-in
+    problems. Raises ValueError where there is neither."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such checkpoint folder")
+    config, tokenizer = trained_with(folder / "train_config.json"), load_tokenizer(folder)
+    built_in = not files and (Path(config["init"] or folder) / "base.json").is_file()
+    load = functools.partial(load_pairs, tokenizer=tokenizer, max_length=config["max_length"])
+    data, fraction, asked = config["data"], config["eval_fraction"], {}
+    if not files and config["eval_data"]:
+        files = {config["eval_data"]: None}
+    elif not files and data and fraction and read_items(Path(data)) is None:
+        _, held_out = split_pairs(load(data), fraction, config["seed"])
+        asked = {f"{Path(data).name}, held out": (data, held_out)}
+    for path, items in files.items():
+        title = Path(path).name
+        title = path if sum(Path(other).name == title for other in files) > 1 else title
+        asked[title] = path, load(path) if items is None else items
+    if not (asked or built_in):
+        raise ValueError(f"{folder}: no pairs were held out in training it; --data FILE.jsonl says "
+                         "what to evaluate it on")  # fmt: skip
+    return Run(folder, config, asked, built_in)
 
 
 def within(kind: type, least: float, most: float = math.inf):
@@ -957,13 +1006,13 @@ def parse_options(argv: list[str] | None):
     add("--data", nargs="+", default=[], metavar="FILE.jsonl", help="questions, choices, pairs")
     add("--shots", metavar="FILE.jsonl", help="its first rows stand answered before each prompt")
     add("-k", type=count, metavar="N", help="as many of them (default: 5)")
-    add("--n", type=count, default=1, help="answers to each question, for pass@k and maj@n")
+    add("--n", type=within(int, 1, 1024), default=1, help="answers each, for pass@k and maj@n")
     add("--temperature", type=within(float, 0), help="0 is greedy (default: 0, or 1 if --n > 1)")
     add("--top_p", type=within(float, 1e-6, 1), default=1.0, help="keep the likeliest tokens")
     add("--max_new_tokens", type=count, default=256, help="of an answer")
     add("--kl_samples", type=within(int, 0), default=64, help="answers drawn for KL; 0: no KL")
     add("--batch_size", type=count, help="answers in the making at a time (default: by length)")
-    add("--seed", type=within(int, 0), default=0, help="of the answers drawn")
+    add("--seed", type=within(int, 0, 2**31), default=0, help="of the answers drawn")
     add("--dtype", choices=("float32", "bfloat16"), help="(default: bfloat16 with cuda)")
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: auto)")
     add("--plot", metavar="FILE.png", help="draw the runs' metrics.jsonl")
@@ -985,8 +1034,13 @@ def check_options(options) -> None:
     options.dtype = torch.bfloat16 if half else torch.float32
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install -r requirements-dev.txt")
-    if options.plot and not any(map(has_curves, map(Path, options.runs))):
+    if options.plot and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--plot {options.plot}: must end in .png, .pdf or .svg")
+    if options.plot and not read_curves({run: Path(run) for run in options.runs}):
         raise ValueError(f"--plot {options.plot}: none of the runs has a metrics.jsonl")
+    folders = [Path(run).resolve() for run in options.runs]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"{max(folders, key=folders.count)}: is named twice")
     for file in filter(None, (options.plot, options.out)):
         if Path(file).is_dir() or not Path(file).parent.is_dir():
             raise ValueError(f"{file}: is not the name of a file in a folder that exists")
@@ -994,50 +1048,48 @@ def check_options(options) -> None:
         raise ValueError(f"--out {options.out}: exists; choose another name")
 
 
-def evaluate(folder: Path, files: dict[str, list[Item] | None], options) -> tuple[dict, dict]:
-    """A run on the files, None standing for pairs; without any on the built-in task's problems and
-    on the pairs that it was watched with in training. Returns title -> columns of a table, and
-    title -> the texts or the log-probs of choices of each item."""
-    config = trained_with(folder / "train_config.json")
+def evaluate(run: Run, shots: dict[str, str], options) -> tuple[dict, dict]:
+    """shots: file -> what stands before its prompts. Returns title -> columns of a table, and title
+    -> the texts or the log-probs of choices of each item."""
     blocks, answers = {}, {}
-    if not options.data:
-        files = {config["eval_data"]: None} if config["eval_data"] else {}
-    for path, items in files.items():
-        title = Path(path).name
-        title = path if sum(Path(other).name == title for other in files) > 1 else title
-        if items is None:
-            model, tokenizer = load_checkpoint(folder, options.device)
-            blocks |= pair_columns(model, tokenizer, path, title, options, config)
+    load = functools.cache(lambda dtype: load_checkpoint(run.folder, options.device, dtype))
+    init = run.config["init"]
+    reference = functools.cache(lambda: init and load_reference(config, options.device))
+    for title, (path, rows) in run.asked.items():
+        if isinstance(rows, Pairs):
+            models = *load(torch.float32), reference()
+            blocks |= pair_columns(*models, path, title, rows, options, run.config)
             continue
-        model, tokenizer = load_checkpoint(folder, options.device, options.dtype)
-        before = examples(options.shots, options.k, items)
+        model, tokenizer = load(options.dtype)
+        before = shots[path]
         title += f", {options.k} shots" if before else ""
-        if items[0].choices:
-            found = choice_columns(model, tokenizer, path, items, before, options.dtype)
+        if rows[0].choices:
+            found = choice_columns(model, tokenizer, path, rows, before, options.dtype)
         else:
-            found = answer_columns(model, tokenizer, path, items, before, options)
+            found = answer_columns(model, tokenizer, path, rows, before, options)
             title += f", temperature {options.temperature:g}" if options.temperature else ", greedy"
         blocks[title], answers[title] = found
-    if not options.data:  # last, for the input may be bad
-        model, tokenizer = load_checkpoint(folder, options.device)
+    if run.built_in:
         samples = options.n if options.n > 1 else SAMPLES
-        values = task_values(model, tokenizer, TEST_PROBLEMS, samples)
+        values = task_values(*load(torch.float32), TEST_PROBLEMS, samples)
         columns = {name: Column(np.array(value)) for name, value in values.items()}
         blocks = {"problems": columns} | blocks
     return blocks, answers
 
 
+def digest_file(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def record(figures: dict, blocks: dict, answers: dict, argv: list[str], options) -> dict:
     """What is kept of a run: figures, the values that they were made of, and what made them."""
-    hashes = {}
-    for file in filter(None, (*options.data, options.shots)):
-        with open(file, "rb") as content:
-            hashes[file] = hashlib.file_digest(content, "sha256").hexdigest()
+    files = filter(None, (*options.data, options.shots))
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     content = {
         "argv": argv,
         "options": vars(options) | {"dtype": str(options.dtype)},
-        "sha256": hashes,
+        "sha256": {file: digest_file(file) for file in files},
         "versions": versions | {"numpy": np.__version__},
         "figures": {t: {c: f._asdict() for c, f in row.items()} for t, row in figures.items()},
         "items": {t: {c: x.values.tolist() for c, x in b.items()} for t, b in blocks.items()},
@@ -1055,14 +1107,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     try:
         check_options(options)
         files = {path: read_items(Path(path)) for path in options.data}
-        for items in filter(None, files.values()):
-            examples(options.shots, options.k, items)  # what is wrong with them is seen at once
-        for run in runs.values():
-            if not Path(run).is_dir():
-                raise FileNotFoundError(f"{run}: there is no such checkpoint folder")
+        shots = {path: examples(options.shots, options.k, items)
+                 for path, items in files.items() if items}  # fmt: skip
+        if options.shots and not any(shots.values()):
+            raise ValueError(f"--shots {options.shots}: no --data has rows of its form")
+        asked = {name: read_run(Path(run), files) for name, run in runs.items()}
+        found = {name: evaluate(run, shots, options) for name, run in asked.items()}
         if options.plot:
             plot({name: Path(run) for name, run in runs.items()}, Path(options.plot))
-        found = {name: evaluate(Path(run), files, options) for name, run in runs.items()}
     except (OSError, ValueError) as error:
         parser.error(error)
     tables = {}

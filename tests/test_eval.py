@@ -3,12 +3,13 @@
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import PAIR_ROWS, tiny_model, write_rows
 from test_data import random_pairs, single_logp
 
 import eval as evaluation
@@ -17,9 +18,12 @@ from data import Pair, Pairs, byte_tokenizer, load_pairs, solution
 from eval import (
     Column,
     Figure,
-    mutual_information,
+    by_length,
+    information,
+    information_columns,
     pair_logps,
     pass_at_k,
+    preference_columns,
     preference_metrics,
     preference_row,
     preference_values,
@@ -29,6 +33,7 @@ from eval import (
     task_values,
 )
 from mio import pair_loss
+from model import Llama
 
 
 def test_pair_logps_are_those_of_single_sequences_in_order():
@@ -51,21 +56,26 @@ def test_preference_values_by_hand():
     assert set(preference_values(logps, None, 0.5)) == {"logps/chosen", "logps/rejected"}
 
 
+def estimates(chosen, rejected):
+    found = information(torch.stack((chosen, rejected), dim=1))
+    return {name: column.mean() for name, column in found.items()}
+
+
 def test_mutual_information_is_zero_at_the_reference_and_below_its_ceilings():
     zero = torch.zeros(50)
-    assert all(abs(value) < 1e-12 for value in mutual_information(zero, zero).values())
+    assert all(abs(value) < 1e-12 for value in estimates(zero, zero).values())
     for scale in (1.0, 5.0, 30.0):
         chosen = scale * torch.rand(500, generator=torch.Generator().manual_seed(0))
-        found = mutual_information(chosen, chosen - 2 * scale)
-        assert found["mi/js"] <= math.log(4) - 0.954771 and found["mi/dv"] <= math.log(2)
-        assert found["mi/nwj"] <= found["mi/dv"] + 1e-9
+        found = estimates(chosen, chosen - 2 * scale)
+        assert found["js"] <= math.log(4) - 0.954771 and found["dv"] <= math.log(2)
+        assert found["nwj"] <= found["dv"] + 1e-9
     w, rejected = torch.tensor([0.5, -0.2]).double(), torch.tensor([-1.0, 0.3]).double()
-    found = mutual_information(w, rejected)
+    found = estimates(w, rejected)
     loss = pair_loss("mio", w, rejected, 0 * w, 0 * w, beta=1.0).mean()
-    assert found["mi/js"] == pytest.approx(math.log(4) - loss.item())
+    assert found["js"] == pytest.approx(math.log(4) - loss.item())
     mixture = (w.exp().mean() + rejected.exp().mean()) / 2
-    assert found["mi/dv"] == pytest.approx(0.15 - math.log(mixture))
-    assert found["mi/nwj"] == pytest.approx(1.15 - mixture.item())
+    assert found["dv"] == pytest.approx(0.15 - math.log(mixture))
+    assert found["nwj"] == pytest.approx(1.15 - mixture.item())
 
 
 def test_metrics_are_means_over_all_pairs():
@@ -73,6 +83,10 @@ def test_metrics_are_means_over_all_pairs():
     metrics = preference_metrics(logps, torch.full((3, 2), -4.0), beta=1.0)
     assert metrics["logps/chosen"] == -5.0 and metrics["rewards/margins"] == pytest.approx(-5 / 3)
     assert metrics["rewards/accuracies"] == pytest.approx(1 / 3)
+    assert metrics["mi/js"] == pytest.approx(estimates(*(logps + 4).T)["js"])
+    logps = torch.cat([logps, torch.tensor([[-9.0, torch.nan]])])  # a row without a rejected answer
+    more = preference_metrics(logps, torch.full((4, 2), -4.0), beta=1.0)
+    assert more == metrics | {"logps/chosen": -6.0, "rewards/chosen": -2.0}
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
@@ -86,10 +100,10 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
 
 
 def test_figure_has_the_standard_error_of_a_mean():
-    figure = Figure.of([1.0, 0.0, 0.0, 1.0])
+    figure = Column(np.array([1.0, 0.0, 0.0, 1.0])).figure()
     assert figure == (0.5, pytest.approx(math.sqrt(1 / 3) / 2), 4)
     logps, ref = torch.tensor([[1.0, 5.0], [9.0, 5.0], [3.0, 0.0]]), torch.tensor([[1.0, 1.0]] * 3)
-    pairs = Pairs([Pair([1], [2], [3]), Pair([1], [2], [3]), Pair([1], [2], [])])
+    pairs = Pairs([Pair([1], [2], [3]), Pair([4], [2], [3]), Pair([5], [2], [])])
     row = preference_row(logps[:2], ref[:2], pairs[:2])
     assert (row["Δ chosen"].mean, row["Δ rejected"].mean, row["reward"].mean) == (4.0, 4.0, 0.5)
     row = preference_row(logps, ref, pairs)  # a missing answer is not one of log-prob 0
@@ -132,19 +146,49 @@ def test_bootstrap_of_a_mean_is_the_closed_form_and_pairs_items():
     error = second.std(ddof=1) / 20  # of the paired difference, a tenth of the unpaired one's
     assert n == 400 and mean == pytest.approx(0.05 + second.mean())
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
-    assert resample(first, np.mean).std() == pytest.approx(first.std() / 20, rel=0.05)
+    assert resample(first, np.mean, np.arange(400)).std() == pytest.approx(
+        first.std() / 20, rel=0.05
+    )
     gaps = Column(np.where(np.arange(400) < 10, np.nan, first))
     assert gaps.figure().n == gaps.difference(other).n == 390
-    assert column.difference(Column(first[:50])) is None  # other items
+    names = np.array([f"file:{i}" for i in range(400)])
+    column, other = column._replace(names=names), other._replace(names=names)
+    some = Column(first[::-2], names=names[::-2])  # half of the items, in another order
+    assert some.difference(column)[:3] == (0, 0, 0) and column.difference(some).n == 200
+    assert other.difference(column) == (mean, low, high, n)
+    assert column.difference(Column(first, names=np.char.add("other ", names))) is None
+
+
+def test_items_of_one_prompt_are_not_independent():
+    """The errors are as large as the figures' own spread over files drawn anew; without prompts
+    they are far too small. Of pairs, the prompts are those of the rows."""
+    random, found = np.random.default_rng(0), []
+    for _ in range(300):
+        prompts = np.repeat(np.arange(60), random.integers(1, 6, 60))
+        values = random.normal(0, 1, 60)[prompts] + random.normal(0, 0.3, len(prompts))
+        column = Column(values, prompts=prompts)
+        found.append((*column.figure()[:2], Column(values).figure().error))
+    spread, (_, error, naive) = np.std(found, axis=0)[0], np.mean(found, axis=0)
+    assert error == pytest.approx(spread, rel=0.1) and naive < 0.7 * spread
+    _, low, high, _ = column.difference(Column(0 * values))
+    assert (high - low) / 2 == pytest.approx(1.96 * found[-1][1], rel=0.1)
+    summed = Column(np.stack([values, values], 1), lambda x: x.mean(), prompts).figure()
+    assert summed.error == pytest.approx(found[-1][1], rel=0.1)
+    one = Column(values, prompts=0 * prompts)
+    assert one.figure().error is None and one.difference(one) is None
+    pairs = Pairs([Pair([1, i // 3], [2], [3]) for i in range(6)])
+    columns = preference_columns(torch.randn(6, 2), torch.zeros(6, 2), pairs, 1.0)
+    columns |= information_columns(columns) | by_length(columns, np.ones(6))
+    assert {tuple(column.prompts) for column in columns.values()} == {(0, 0, 0, 1, 1, 1)}
 
 
 def test_information_read_outs_have_bootstrap_errors_and_a_bound_on_kl():
     rewards = np.random.default_rng(0).normal((0.7, -3), 0.3, (200, 2))
     columns = {"margin": Column(rewards[:, 0]), "T chosen": Column(rewards[:, 0]),
                "T rejected": Column(rewards[:, 1])}  # fmt: skip
-    found = {k: c.figure() for k, c in evaluation.information_columns(columns).items()}
-    expected = mutual_information(*torch.from_numpy(rewards).T)
-    for name, figure in zip(("mi/dv", "mi/nwj", "mi/js"), found.values()):
+    found = {k: c.figure() for k, c in information_columns(columns).items()}
+    expected = estimates(*torch.from_numpy(rewards).T)
+    for name, figure in zip(("dv", "nwj", "js"), found.values()):
         assert figure.mean == pytest.approx(expected[name]) and 0 < figure.error < 0.2
     assert 0 < found["KL from js ≤0.693"].mean < math.log(2)
     assert evaluation.least_kl(0) == evaluation.least_kl(-1) == 0
@@ -162,7 +206,7 @@ def test_information_read_outs_have_bootstrap_errors_and_a_bound_on_kl():
 
 def test_quarters_by_length_split_the_pairs():
     lengths = np.arange(20)
-    parts = evaluation.by_length({"margin": Column(lengths / 10)}, lengths)
+    parts = by_length({"margin": Column(lengths / 10)}, lengths)
     assert [c.figure().n for c in parts.values()] == [5] * 4 and "margin 0-4" in parts
     assert sum(c.figure().mean for c in parts.values()) / 4 == pytest.approx(0.95)
 
@@ -177,6 +221,11 @@ def test_command_measures_runs_draws_their_curves_and_keeps_every_value(
     capsys.readouterr()
     picture = tmp_path / "curves.png"
     flags = ["--plot", str(picture), "--max_new_tokens", "9", "--kl_samples", "5"]
+    bad = write_rows(tmp_path / "bad.jsonl", [*PAIR_ROWS, {"prompt": 1}])
+    with pytest.raises(SystemExit):
+        evaluation.main([*runs, "--data", str(pairs_file), str(bad), *flags])
+    assert not picture.exists()
+    assert "bad.jsonl:24" in capsys.readouterr().err
     found = evaluation.main([*runs, str(checkpoint), "--data", str(pairs_file), *flags])
     assert picture.read_bytes()[:4] == b"\x89PNG" and not (checkpoint / "eval.json").exists()
     ((label, curves),) = evaluation.read_curves({Path(r).name: Path(r) for r in runs}).items()
@@ -228,16 +277,75 @@ def test_command_compares_a_run_with_what_it_started_from(checkpoint, pairs_file
     assert found[again]["Δ chosen"] == pytest.approx(summary["Δ chosen"]["mean"], abs=1e-4)
 
 
+def run_folder(checkpoint, folder, **config) -> str:
+    """As a run of train.py leaves it, with the weights that it began with."""
+    shutil.copytree(checkpoint, folder)
+    config = {"init": str(checkpoint), **config}
+    (folder / "train_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_command_compares_the_rows_that_two_runs_share(checkpoint, tmp_path, capsys):
+    """Of files of one name the same lines of the same content, which one run may have dropped."""
+    rows = [*PAIR_ROWS, {"prompt": "long?", "chosen": "x" * 90, "rejected": "y"}, PAIR_ROWS[0]]
+    file = write_rows(tmp_path / "pairs.jsonl", rows)
+    other = write_rows(tmp_path / "init" / "pairs.jsonl", rows[1:])
+    runs = {"a": (file, 99), "b": (file, 80), "c": (other, 99)}
+    runs = [run_folder(checkpoint, tmp_path / name, eval_data=str(file), max_length=length)
+            for name, (file, length) in runs.items()]  # fmt: skip
+    evaluation.main([*runs, "--kl_samples", "0"])
+    said = capsys.readouterr()
+    assert "1 of 25 rows dropped" in said.err and "-: the two have no items in common" in said.out
+    lines = [line.strip("| ").split(" | ") for line in said.out.splitlines()[:10]]
+    rows = {line[0]: line[1:] for line in lines}
+    assert set(rows["c - a"]) == {"-"} and rows["n"][0] == "24-25"
+    assert all(cell.startswith("+0.") for cell in rows["b - a"])
+
+
+def test_without_data_a_run_is_asked_what_its_training_held_out(
+    checkpoint, pairs_file, tmp_path, monkeypatch
+):
+    values = {"greedy": [0.0, 1.0]}
+    monkeypatch.setattr(evaluation, "task_values", lambda *_: values)
+    out = str(tmp_path / "out")
+    flags = ["--eval_fraction", "0.3", "--seed", "3", "--max_steps", "1", "--lr", "1e-3"]
+    train.main(["--init", str(checkpoint), "--data", str(pairs_file), *flags, "--out", out])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["table"]["mio"]
+    found = evaluation.main([out, "--kl_samples", "0"])[out]
+    assert found["Δ chosen"] == pytest.approx(summary["Δ chosen"]["mean"], abs=1e-5)
+    assert "greedy" not in found
+    (checkpoint / "base.json").write_text("{}")  # had it begun with the demonstration's base
+    assert evaluation.main([out, "--kl_samples", "0"])[out] == {"greedy": 0.5} | found
+    assert evaluation.main([str(checkpoint)])[str(checkpoint)] == {"greedy": 0.5}
+    questions = write_rows(tmp_path / "questions.jsonl", [{"question": "1?", "answer": "1"}])
+    for name, config in {
+        "none": {"data": str(pairs_file), "eval_fraction": 0.0},
+        "drawn": {"data": str(questions), "eval_fraction": 0.1},
+    }.items():
+        other = run_folder(checkpoint, tmp_path / name, **config)
+        (checkpoint / "base.json").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match="--data FILE.jsonl"):
+            evaluation.read_run(Path(other), {})
+
+
 def test_command_reports_pairs_and_refuses_what_it_cannot_read(
-    checkpoint, pairs_file, tmp_path, capsys
+    checkpoint, pairs_file, tmp_path, monkeypatch, capsys
 ):
     found = evaluation.main([str(checkpoint), "--data", str(pairs_file)])
     pairs = evaluation.load_pairs(pairs_file, byte_tokenizer())
     model = tiny_model()
     logps = [single_logp(model, pair, 1).item() for pair in pairs]
     assert found[str(checkpoint)]["chosen"] == pytest.approx(np.mean(logps), rel=1e-5)
+    loaded, load = [], Llama.from_pretrained
+    monkeypatch.setattr(Llama, "from_pretrained", lambda *x, **y: loaded.append(x) or load(*x, **y))
+    file = write_rows(
+        tmp_path / "choices.jsonl", [{"prompt": "a", "choices": ["b"] * 2, "gold": 0}]
+    )
+    data = ["--data", str(pairs_file), str(file), "--dtype", "float32"]
+    found = evaluation.main([str(checkpoint), *data])[str(checkpoint)]
+    assert found["choices.jsonl: acc"] == 1 and len(loaded) == 1
     capsys.readouterr()
-    for argv in (["nowhere"], [str(checkpoint), "--data", "gone.jsonl"], []):
+    for argv in (["nowhere"], [str(checkpoint), "--data", "gone.jsonl"], [], [str(checkpoint)]):
         with pytest.raises(SystemExit) as stop:
             evaluation.main(argv)
         error = capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,7 +91,27 @@ def test_theerror_box_counts_with_its_braces_balanced():
         ("(A)", "A"),
         ("C. ducks", "C"),
         ("B", "B"),
+        ("C\nFor ducks swim", "C"),
+        ("C: ducks", "C"),
+        ("C) ducks", "C"),
+        ("(C) because (B) flies", "C"),
+        ("**C**", "C"),
+        ("A. ducks\nB. geese\n**B**", "B"),
+        ("So it must be option D", "D"),
+        ("The correct choice is C.", "C"),
+        ("**Correct option:** B, for option A cannot swim", "B"),
+        ("**Answer**: D", "D"),
+        ("the answer is (A). No: the answer is (B), not (C)", "B"),
+        ("the answer is A because it swims", "A"),
+        ("I", "I"),
+        # Words are no letters, and lines after the first begin nothing.
         ("A duck is what it is, (D)", "D"),
+        ("The answer is a duck: (B)", "B"),
+        ("Answer: A duck, so (B)", "B"),
+        ("The answer: I believe it is (C)", "C"),
+        ("I'd say\nC. ducks", None),
+        ("U.S. ducks", None),
+        ("option a", None),
         ("An apple", None),
         ("", None),
     ],
@@ -242,6 +263,21 @@ def test_published_rows_are_answered_after_shots_and_end_at_a_stop_text(
     assert kept["argv"][0] == str(checkpoint) and len(kept["sha256"][str(file)]) == 64
 
 
+def test_a_stop_text_is_found_at_the_look_that_a_whole_decoding_finds_it():
+    tokenizer, random, decoded = byte_tokenizer(), np.random.default_rng(0), []
+    spy = SimpleNamespace(decode=lambda ids: decoded.append(len(ids)) or tokenizer.decode(ids))
+    stops = [("bb",), ("ab", "é\n"), ("é é é", "Q")] * 40
+    is_over = evaluation.watch(spy, stops)
+    for i, stop in enumerate(stops):
+        answer = [*("".join(random.choice([*"abé \n"], 300)) + stop[-1]).encode()]
+        looks = [*range(1 + i % 7, len(answer), 1 + i % 11), len(answer)]
+        found = next(at for at in looks if any(s in tokenizer.decode(answer[:at]) for s in stop))
+        decoded.clear()
+        assert next(at for at in looks if is_over(i, answer[:at])) == found
+        assert sum(decoded) <= 2 * found + 20 * len(decoded)
+    assert evaluation.watch(spy, [(), ()]) is None
+
+
 BAD = {
     "no form": ({"prompt": "a", "gold": 1}, "its columns are prompt, gold"),
     "no prompt": ({"prompt": 3, "answer": "a", "grade": "exact"}, "its columns are"),
@@ -281,6 +317,7 @@ def test_flags_that_cannot_be_are_refused(checkpoint, tmp_path, capsys):
     empty.write_text("")
     file = str(write_rows(tmp_path / "gsm.jsonl", QUESTIONS))
     (tmp_path / "there.json").write_text("{}")
+    choices = str(write_rows(tmp_path / "choices.jsonl", CHOICES))
     for flags, fault in [
         (["--data", str(empty)], "the file is empty"),
         (["--data", file, "--shots", file, "-k", "4"], "-k 4, but it has 3 rows"),
@@ -288,6 +325,10 @@ def test_flags_that_cannot_be_are_refused(checkpoint, tmp_path, capsys):
         (["--data", file, "-k", "2"], "-k needs --shots"),
         (["--data", file, "--n", "4", "--temperature", "0"], "--n 4: greedy"),
         (["--data", file, "--n", "0"], "--n: 0: must be at least 1"),
+        (["--data", file, "--n", "1025"], "--n: 1025: must be at least 1 and at most 1024"),
+        (["--data", file, "--shots", choices, "-k", "1"], "no --data has rows of its form"),
+        ([f"{checkpoint}/", "--data", file], "is named twice"),
+        (["--data", file, "--plot", "curves.xyz"], "must end in .png"),
         (["--data", file, "--top_p", "0"], "--top_p: 0: must be"),
         (["--data", file, "--out", str(tmp_path / "there.json")], "exists"),
         (["--data", file, "--plot", str(tmp_path / "c.png")], "none of the runs has a metrics"),
