@@ -1382,18 +1382,15 @@ def kept_of_block(model: Llama, half: bool) -> tuple[int, int]:
     return s * sum(inputs.values()) + normed + attention + 3 * s * F, half * rounded
 
 
-def needs_on(config: ModelConfig, options: Options, gpus: int) -> Needs | None:
-    """Of pairs as long as --max_length lets them be, half of it prompt; None for less than a pair
-    in a GPU."""
-    if options.batch_size < gpus:
-        return None
+def needs_on(config: ModelConfig, options: Options, gpus: int) -> Needs:
+    """Of pairs as long as --max_length lets them be, half of it prompt, one in a GPU at least."""
     prompt = options.max_length // 2
     answer = options.max_length - prompt
     pair, share = prompt + 2 * (answer - 1), -(-options.batch_size // gpus)
     count = min(share, max(1, options.micro_tokens // pair))  # in a pass
     rows = [pair] * count
-    if options.compile != "off":
-        rows.append(max(0, options.micro_tokens - sum(rows)))  # passes have one length
+    if options.compile != "off":  # passes have one length
+        rows.append(max(0, options.micro_tokens - sum(rows)))
     return needs(config, options, rows, [answer] * 2 * count, -(-share // count), gpus)
 
 
@@ -1404,54 +1401,60 @@ def plan(options: Options) -> str:
     else:
         D, F, L, H, K, tied = PRESETS[options.plan]
         config = ModelConfig(128256, D, F, L, H, K, D // H, tie_word_embeddings=tied)
+    options = dataclasses.replace(options, init=options.init or options.plan, device="cuda")
     memory, *peaks, bandwidth = GPUS[options.gpu]
-    lora = {"lora_rank": 16, "lora_alpha": 32.0, "lora_targets": "all"}
-    lora |= {name: getattr(options, name) for name in lora if getattr(options, name)}
+    rank = options.lora_rank or min(16, config.num_key_value_heads * config.head_dim)
+    lora = {"lora_rank": rank, "lora_alpha": 1.0, "lora_targets": options.lora_targets or "all"}
     recompute, half = {"checkpointing": "on"}, {"dtype": "bfloat16"}
 
-    def of(changes: dict, gpus: int) -> tuple[Needs | None, bool]:
-        found = needs_on(config, dataclasses.replace(options, device="cuda", **changes), gpus)
-        return found, found is not None and found.peak <= memory * 1e9
+    def of(changes: dict, gpus: int = 1) -> Needs:
+        return needs_on(config, dataclasses.replace(options, **changes), gpus)
 
-    def first(counts: tuple, several: list[dict]) -> list[str]:
-        """Of counts of GPUs and changes of flags what fits first."""
-        for gpus, changes in itertools.product(counts, several):
-            if of(changes, gpus)[1]:
-                changes = {k: v for k, v in changes.items() if k not in LORA_OPTIONS[1:]}
-                words = [f"--{k} {v}" for k, v in changes.items() if v != getattr(options, k)]
-                return [" ".join([f"{gpus} GPUs"] * (gpus > 1) + words)]
+    def fits(found: Needs) -> bool:
+        return found.peak <= memory * 1e9
+
+    def first(ways) -> list[str]:
+        """The first of (GPUs, changes of flags) that fits, in words."""
+        for gpus, changes in (way for way in ways if fits(of(way[1], way[0]))):
+            words = [f"--{k} {v}" for k, v in changes.items()
+                     if k not in LORA_OPTIONS[1:] and v != getattr(options, k)]  # fmt: skip
+            return [" ".join([f"{gpus} GPUs"] * (gpus > 1) + words)]
         return []
 
-    title = (
-        f"{options.init or options.plan}, {options.dtype}, on one {options.gpu} of {memory} GB: "
-    )
-    lines = [title + "fits"]
-    if not of({}, 1)[1]:
+    lines = [
+        f"{Path(options.init).name[-32:]}, {options.dtype}, on one {options.gpu} of {memory} GB: "
+    ]
+    if fits(of({})):
+        lines[0] += "fits"
+    else:
         # What changes no result comes first, then rounding, then what is trained, then more GPUs.
         same = [recompute, half, recompute | half]
-        ways = first((1,), [*same, lora, lora | half, lora | recompute | half])
-        ways += first(GPU_COUNTS[1:], [{}, *same])
-        lines = [title + "does not fit", *(f"  it does with {way}" for way in ways)]
-    total = of({"lora_rank": None}, 1)[0].parameters
+        lora_too = [lora | changes for changes in ({}, half, recompute | half)]
+        counts = [gpus for gpus in GPU_COUNTS[1:] if gpus <= options.batch_size]
+        ways = first((1, changes) for changes in same + lora_too)
+        ways += first(itertools.product(counts, [{}, *same]))
+        lines[0] += "does not fit"
+        lines += [f"  it does with {way}" for way in ways]
+    kinds = {"all weights": {"lora_rank": None}, f"rank {rank}": lora}
+    parameters = of(kinds["all weights"]).parameters
     lines += [
         "",
-        f"{total:,} parameters, {options.batch_size} pairs a step of up to "
-        f"{options.max_length} tokens;",
-        "in each GPU GB, * where the peak fits; a step's "
-        f"PFLOP, TB moved, seconds at {options.mfu:.0%} of its best",
+        f"{parameters:,} parameters, {options.batch_size} pairs a step of up to "
+        f"{options.max_length} tokens.",
+        f"GB in each GPU, * fits; PFLOP, TB moved, seconds of a step at {options.mfu:.0%} of peak.",
         "",
-        "recomputed   GPUs weights gradients moments activations head  peak   PFLOP   TB     s",
+        "            GPU weight   grad moment   kept   head   peak   PFLOP    TB       s",
     ]
-    for kind, changes in ("all weights", {"lora_rank": None}), (f"LoRA {lora['lora_rank']}", lora):
-        for way, gpus in itertools.product(("off", "on"), GPU_COUNTS):
-            found, fits = of(changes | {"checkpointing": way}, gpus)
-            if found:
-                speed = 1e12 * options.mfu * peaks[options.dtype == "float32"]
-                seconds = max(found.flops / speed, found.traffic / (1e9 * bandwidth))
-                name = kind if (way, gpus) == ("off", 1) else "  recomputed" * (gpus == 1)
-                gb = "".join(f"{part / 1e9:8.1f}" for part in found[1:7])
-                lines.append(f"{name:13}{gpus:4}{gb}{'*' if fits else ' '}{found.flops / 1e15:7.2f}"
-                             f"{found.traffic / 1e12:6.2f}{seconds:8.2f}")  # fmt: skip
+    for (kind, changes), way in itertools.product(kinds.items(), ("off", "on")):
+        name = kind if way == "off" else "  recomputed"
+        for gpus in GPU_COUNTS:
+            found = of(changes | {"checkpointing": way}, gpus)
+            speed = 1e12 * options.mfu * peaks[options.dtype == "float32"]
+            seconds = max(found.flops / speed, found.traffic / (1e9 * bandwidth))
+            line = f"{name:12}{gpus:3}" + "".join(f"{part / 1e9:7.1f}" for part in found[1:7])
+            line += f"{'*' if fits(found) else ' '}{found.flops / 1e15:7.2f}"
+            lines.append(f"{line}{found.traffic / 1e12:6.2f}{seconds:8.1f}")
+            name = ""
     return "\n".join(lines)
 
 
