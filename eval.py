@@ -934,9 +934,9 @@ def load_reference(config: dict, device: str) -> Llama:
 
 # What evaluation needs of a train_config.json: kind, and the value where there is none.
 TRAINED_WITH = {
-    "init": (str | None, None), "init_adapter": (str | None, None), "data": (str | None, None), "eval_data": (str | None, None),
-    "eval_fraction": (float, 0.0), "seed": (int, 0), "max_length": (int, 1024),
-    "beta": (float, 1.0), "dtype": (str, "float32"),
+    "init": (str | None, None), "init_adapter": (str | None, None), "data": (str | None, None),
+    "eval_data": (str | None, None), "eval_fraction": (float, 0.0), "seed": (int, 0),
+    "max_length": (int, 1024), "beta": (float, 1.0), "dtype": (str, "float32"),
 }  # fmt: skip
 
 
@@ -1054,7 +1054,7 @@ def evaluate(run: Run, shots: dict[str, str], options) -> tuple[dict, dict]:
     blocks, answers = {}, {}
     load = functools.cache(lambda dtype: load_checkpoint(run.folder, options.device, dtype))
     init = run.config["init"]
-    reference = functools.cache(lambda: init and load_reference(config, options.device))
+    reference = functools.cache(lambda: init and load_reference(run.config, options.device))
     for title, (path, rows) in run.asked.items():
         if isinstance(rows, Pairs):
             models = *load(torch.float32), reference()

@@ -380,6 +380,7 @@ def pair_loss(
 # --- The head: hidden states of the answers' tokens, laid end to end, to losses ------------------
 # Completions come in the order chosen_0, rejected_0, chosen_1, rejected_1, ...: hidden (N, D) holds
 # the state that predicts each of their tokens, targets (N,) the tokens, lengths (2B,) the counts.
+CHUNK_TOKENS = 1024  # rows of logits at a time
 
 
 def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
@@ -393,7 +394,7 @@ def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: T
 @torch.no_grad()
 def chunked_logps(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor,
-    chunk_tokens: int = 1024, compiled: bool = False,
+    chunk_tokens: int = CHUNK_TOKENS, compiled: bool = False,
 ) -> Tensor:  # fmt: skip
     """naive_logps without a gradient, with at most `chunk_tokens` rows of logits at a time."""
     head = _Head(head_weight, hidden, min(chunk_tokens, len(hidden)), compiled)
@@ -411,7 +412,7 @@ def fused_pair_loss(
     name: str,
     *,
     beta: float,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = CHUNK_TOKENS,
     compiled: bool = False,
     **options,
 ) -> tuple[Tensor, Tensor]:
@@ -461,7 +462,7 @@ class FusedPairLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         accumulator = torch.promote_types(head_weight.dtype, torch.float32)
         grad_head = torch.empty_like(head_weight, dtype=accumulator) if need_head else None
-        chunks = list(_chunks_of_pairs(lengths.tolist(), chunk_tokens))
+        chunks = list(chunks_of_pairs(lengths.tolist(), chunk_tokens))
         most = max(tokens.stop - tokens.start for _, tokens in chunks)
         head = _Head(head_weight, hidden, most, compiled)
         owner = _owners(lengths, hidden.device)  # (N,) the completion of each token
@@ -574,7 +575,7 @@ def _sum_by(values: Tensor, owner: Tensor, count: int) -> Tensor:
     return sums.index_add_(0, owner, values.double()).to(values.dtype)
 
 
-def _chunks_of_pairs(lengths: list[int], chunk_tokens: int):
+def chunks_of_pairs(lengths: list[int], chunk_tokens: int):
     """Yields (slice of completions, slice of tokens): whole pairs, about `chunk_tokens` tokens."""
     first = start = end = 0
     for pair in range(0, len(lengths), 2):

@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
@@ -58,7 +59,16 @@ from data import (
     split_pairs,
     truncate,
 )
-from mio import LOSSES, Answers, chunked_logps, fused_pair_loss, loss_table, pair_loss
+from mio import (
+    CHUNK_TOKENS,
+    LOSSES,
+    Answers,
+    chunked_logps,
+    chunks_of_pairs,
+    fused_pair_loss,
+    loss_table,
+    pair_loss,
+)
 from model import (
     ADAPTER_FILES,
     LORA_TARGETS,
@@ -83,6 +93,18 @@ def option(default, text: str, **checks):
 
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16")
+# fmt: off
+# --plan: width, inner width, layers, heads, key-value heads, whether the head is tied.
+PRESETS = {"llama-3.2-1b": (2048, 8192, 16, 32, 8, True),
+           "llama-3.2-3b": (3072, 8192, 28, 24, 8, True),
+           "llama-3.1-8b": (4096, 14336, 32, 32, 8, False),
+           "llama-3.1-70b": (8192, 28672, 80, 64, 8, False)}
+GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+# By the makers' data sheets: GB (what a card has above that CUDA itself takes), TFLOP/s dense in
+# bfloat16 and float32, GB/s.
+GPUS = {"h100": (80, 989, 67, 3350), "a100": (80, 312, 19.5, 2039), "h200": (141, 989, 67, 4800),
+        "rtx4090": (24, 165, 82.6, 1008)}
+# fmt: on
 # What may differ from the run that --resume goes on with. The files' contents may not.
 # fmt: off
 MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out",
@@ -144,6 +166,11 @@ class Options:
     overwrite: bool = option(False, "replace the run that is in --out")
     tensorboard: bool = option(False, "write event files beside metrics.jsonl")
     device: str = option("auto", "cpu, cuda or cuda:N; auto is cuda where there is one")
+    plan: str | None = option(None, "say what a run needs, and do no more: of --init's config.json "
+                              "or of a model by name", const="init", choices=("init", *PRESETS))
+    gpu: str | None = option(None, "of --plan (default: h100)", choices=tuple(GPUS))
+    mfu: float | None = option(None, "of --plan: share of its peak speed that the GPU reaches "
+                               "(default: 0.4)", above=0, most=1)
     config: str | None = option(None, "JSON file of options, as train_config.json; flags win")
 
 
@@ -191,6 +218,8 @@ def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
         how = {"metavar": metavar if name != "loss" else "NAME"}
         if field.type is bool:
             how = {"action": "store_true", "default": None}
+        if "const" in field.metadata:
+            how |= {"nargs": "?", "const": field.metadata["const"]}
         parser.add_argument(f"--{name}", help=field.metadata["help"] + default, **how)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     if given.get("loss") == "help":
@@ -269,7 +298,9 @@ def _resumed(given: dict) -> dict:
 
 def _resolved(options: Options) -> Options:
     """Fills in the defaults that depend on other options."""
-    if bool(options.init) != bool(options.data):
+    if options.plan:
+        check_plan(options)
+    elif bool(options.init) != bool(options.data):
         absent = "--data FILE.jsonl" if options.init else "--init FOLDER"
         raise ValueError(f"{absent} is missing: --init and --data go together, or leave out both "
                          "for the built-in demonstration")  # fmt: skip
@@ -277,6 +308,9 @@ def _resolved(options: Options) -> Options:
         raise ValueError("--resume goes on with a run, --overwrite replaces it: choose one")
     if options.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard needs a package: pip install tensorboard")
+    for name in ("gpu", "mfu"):
+        if getattr(options, name) and not options.plan:
+            raise ValueError(f"--{name} needs --plan")
     for name in ("eval_data", "init_adapter"):
         if getattr(options, name) and not options.data:
             raise ValueError(f"--{name} needs --init and --data")
@@ -285,7 +319,7 @@ def _resolved(options: Options) -> Options:
             raise ValueError(f"--{name}: --init_adapter has its own; leave out --{name}")
         if not options.lora_rank:
             raise ValueError(f"--{name} needs --lora_rank")
-    if not options.init:
+    if not (options.init or options.plan):
         # The longest problem with its BOS, and answers that were cut off and so are not used.
         prompt, answer = 2 * OPERATIONS + 3, evaluation.ANSWER_TOKENS
         if (options.max_length or prompt + answer) < prompt + answer:
@@ -299,15 +333,26 @@ def _resolved(options: Options) -> Options:
         raise ValueError(f"--samples {options.samples}: must be even for --loss {options.loss}")
     if options.on_policy and (loss.mismatched or loss.answers == "drawn"):
         raise ValueError(f"--on_policy: --loss {options.loss} is not one of pairs")
-    own = CHECKPOINT if options.init else DEMONSTRATION
+    own = CHECKPOINT if options.init or options.plan else DEMONSTRATION
     sums = loss.needs_reference and loss.uses != "means"
     scale = DEMONSTRATION_BETA if sums and not options.init else 1
     own = own | {"beta": scale * loss.beta, "out": default_out(options)}
+    own |= {"gpu": "h100", "mfu": 0.4} if options.plan else {}
     own["lr"] *= LORA_LR if adapts(options) else 1
     if options.lora_rank:
         own |= {"lora_alpha": 2.0 * options.lora_rank, "lora_targets": "all"}
     own = {name: value for name, value in own.items() if getattr(options, name) is None}
     return dataclasses.replace(options, **own, device=evaluation.pick_device(options.device))
+
+
+def check_plan(options: Options) -> None:
+    if (options.plan == "init") != bool(options.init):
+        raise ValueError(
+            "--plan: name a model, or none and --init FOLDER, whose config.json is read"
+        )
+    if draws(options) or options.init_adapter:
+        name = "init_adapter" if options.init_adapter else "on_policy, --loss rlhf"
+        raise ValueError(f"--plan: is of pairs and new adapters; leave out --{name}")
 
 
 # --- Stages: what they make is kept, with the hash of what went into it ---------------------------
@@ -1237,6 +1282,193 @@ def strict_json(row: dict) -> str:
     return json.dumps(finite, allow_nan=False)
 
 
+# --- What a run needs, on paper: --plan -----------------------------------------------------------
+
+
+class Needs(NamedTuple):
+    """Of a step: bytes in each GPU by part and most at once, and what each computes and moves."""
+
+    parameters: int
+    weights: float  # with those of others, where several GPUs share them, while they are at work
+    gradients: float
+    moments: float
+    activations: float  # kept from the forward to the backward pass
+    head: float  # logits of a chunk, gradients of the head and of what it reads
+    peak: float
+    flops: float
+    traffic: float  # bytes read and written
+
+
+def needs(config: ModelConfig, options: Options, rows: list[int], lengths: list[int],
+          micros: int = 1, gpus: int = 1) -> Needs:  # fmt: skip
+    """Of a step of `micros` forward passes in each GPU. rows: tokens of each row of a pass;
+    lengths: of each of its answers. Counts tensors, not what an allocator or CUDA take beside them,
+    and what autograd keeps of eager blocks: compiled ones keep less.
+    """
+    with torch.device("meta"):  # a block stands for all
+        model = Llama(dataclasses.replace(config, num_hidden_layers=1))
+        if options.lora_rank:
+            add_adapters(model, options)
+    half, recompute = options.dtype == "bfloat16", options.checkpointing == "on"
+    cuda, several = options.device != "cpu", gpus > 1
+    compiled = cuda and options.compile != "off"
+    D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    T, N, squares, s = sum(rows), sum(lengths), sum(t * t for t in rows), 2 if half else 4
+    n = max(part.stop - part.start for _, part in chunks_of_pairs(lengths, CHUNK_TOKENS))
+
+    layer, head = model.model["layers"][0], model.head_weight
+    whole, block = list(model.parameters()), list(layer.parameters())
+    of_block = sum(p.nbytes for p in block)
+    root = sum(p.nbytes for p in whole) - of_block
+    trained, trained_block = (sum(p.numel() for p in one if p.requires_grad)
+                              for one in (whole, block))  # fmt: skip
+    trained += (L - 1) * trained_block
+    full = head.requires_grad
+    parameters = sum(p.numel() for p in whole) + (L - 1) * sum(p.numel() for p in block)
+
+    a_token, rounded = kept_of_block(model, half)
+    # SDPA keeps a mask as numbers, FlexAttention has none.
+    of_tokens = a_token * T + (0 if compiled else s * squares)
+    # Autocast keeps each weight that it rounds until the pass is over, the head's work included.
+    rounded *= 0 if several or (compiled and recompute) else L
+    activations = L * (4 * D * T if recompute else of_tokens) + rounded
+    activations += T * (8 * config.head_dim + 4 * D + 4 * D * full)  # rotary table, last norm
+    # Of an MLP's backward pass: gradients of both its factors, of the stream and of the norm.
+    at_work = T * (2 * F * s + 8 * D) + recompute * of_tokens
+    grad_head = 4 * head.numel() * full
+    logits = n * len(head) * (s + 4 * (half and cuda))  # and a float32 copy
+    logits += 2 * head.numel() * (half and head.dtype == torch.float32)  # the head, rounded
+    logits += 8 * D * (N + n)  # states and their gradients
+
+    # The root; two blocks, one on its way; a block's gradient before and after it is summed.
+    gathered = several * (root + 2 * of_block / (2 if half and full else 1) + 8 * trained_block)
+    gradients = 4 * trained / gpus
+    before = gradients * (micros > 1)  # a step begins without any
+    # A tied matrix has two gradients up to the end of a pass, that of earlier passes is a third.
+    last = grad_head * (config.tie_word_embeddings + (micros > 1))
+    phases = (before + activations + grad_head + max(logits, at_work),
+              gradients + max(at_work, last))  # fmt: skip
+    weights, moments = (root + L * of_block) / gpus + gathered, 8 * trained / gpus
+    peak = weights + moments + max(phases)
+
+    linears = [m.weight for m in layer.modules() if isinstance(m, nn.Linear)]
+    matrices = 2 * T * L * sum(w.numel() for w in linears)
+    learning = 2 * T * L * sum(w.numel() for w in linears if w.requires_grad)
+    attention = 4 * L * config.num_attention_heads * config.head_dim * squares
+    attention /= 2 if compiled else 1  # FlexAttention leaves out blocks of the future
+    to_head = 2 * N * head.numel()
+    # Backward: by inputs and by weights; attention has five products where it had two.
+    flops = 2 * matrices + learning + 3.5 * attention + to_head * (2 + full)
+    # Recomputing stops at the last thing that was kept: eager code leaves out the last product.
+    flops += recompute * (matrices + attention - (not compiled) * full * 2 * T * L * D * F)
+    flops += (not LOSSES[options.loss].pairwise) * (matrices + attention + to_head)
+    chunks = -(-N // n)
+    traffic = (2 + recompute) * s * matrices / (2 * T) + 2 * (activations + gradients)
+    traffic += 4 * s * N * len(head) + chunks * head.numel() * (2 * s + 8 * full)
+    # AdamW reads weight, gradient and moments, and writes all but the gradient.
+    return Needs(parameters, weights, gradients, moments, activations, grad_head + logits, peak,
+                 micros * flops, micros * traffic + 28 * trained / gpus)  # fmt: skip
+
+
+def kept_of_block(model: Llama, half: bool) -> tuple[int, int]:
+    """What autograd keeps of a block: bytes a token, without a mask, and of weights rounded."""
+    config, layer = model.config, model.model["layers"][0]
+    D, F, E, s = config.hidden_size, config.intermediate_size, config.head_dim, 2 if half else 4
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    # A trained matrix keeps what it multiplies. Queries, keys and values read the same, and so do
+    # gate and up, but autocast rounds it for each.
+    inputs = {}
+    for name, linear in linears.items():
+        if linear.weight.requires_grad:
+            alone = half or re.search("o_proj|down_proj|lora_B", name)
+            inputs[name if alone else name.partition(".")[0]] = linear.in_features
+    # A norm keeps its input, and normalised for its weight's sake, in float32.
+    normed = 2 * D + config.qk_norm * (H + K) * E
+    normed *= 8 if model.head_weight.requires_grad else 4
+    attention = s * (2 * H + 2 * K) * E + 4 * H  # q, k, v, what comes out, its log-sum-exp
+    rounded = sum(
+        2 * m.weight.numel() for m in linears.values() if m.weight.dtype != torch.bfloat16
+    )
+    return s * sum(inputs.values()) + normed + attention + 3 * s * F, half * rounded
+
+
+def needs_on(config: ModelConfig, options: Options, gpus: int) -> Needs:
+    """Of pairs as long as --max_length lets them be, half of it prompt, one in a GPU at least."""
+    prompt = options.max_length // 2
+    answer = options.max_length - prompt
+    pair, share = prompt + 2 * (answer - 1), -(-options.batch_size // gpus)
+    count = min(share, max(1, options.micro_tokens // pair))  # in a pass
+    rows = [pair] * count
+    if options.compile != "off":  # passes have one length
+        rows.append(max(0, options.micro_tokens - sum(rows)))
+    return needs(config, options, rows, [answer] * 2 * count, -(-share // count), gpus)
+
+
+def plan(options: Options) -> str:
+    """What a run needs, in 80 columns: whether it fits --gpu, or what would; then by part."""
+    if options.plan == "init":
+        config = ModelConfig.from_hf(read_json(Path(options.init) / "config.json"))
+    else:
+        D, F, L, H, K, tied = PRESETS[options.plan]
+        config = ModelConfig(128256, D, F, L, H, K, D // H, tie_word_embeddings=tied)
+    options = dataclasses.replace(options, init=options.init or options.plan, device="cuda")
+    memory, *peaks, bandwidth = GPUS[options.gpu]
+    rank = options.lora_rank or min(16, config.num_key_value_heads * config.head_dim)
+    lora = {"lora_rank": rank, "lora_alpha": 1.0, "lora_targets": options.lora_targets or "all"}
+    recompute, half = {"checkpointing": "on"}, {"dtype": "bfloat16"}
+
+    def of(changes: dict, gpus: int = 1) -> Needs:
+        return needs_on(config, dataclasses.replace(options, **changes), gpus)
+
+    def fits(found: Needs) -> bool:
+        return found.peak <= memory * 1e9
+
+    def first(ways) -> list[str]:
+        """The first of (GPUs, changes of flags) that fits, in words."""
+        for gpus, changes in (way for way in ways if fits(of(way[1], way[0]))):
+            words = [f"--{k} {v}" for k, v in changes.items()
+                     if k not in LORA_OPTIONS[1:] and v != getattr(options, k)]  # fmt: skip
+            return [" ".join([f"{gpus} GPUs"] * (gpus > 1) + words)]
+        return []
+
+    lines = [
+        f"{Path(options.init).name[-32:]}, {options.dtype}, on one {options.gpu} of {memory} GB: "
+    ]
+    if fits(of({})):
+        lines[0] += "fits"
+    else:
+        # What changes no result comes first, then rounding, then what is trained, then more GPUs.
+        same = [recompute, half, recompute | half]
+        lora_too = [lora | changes for changes in ({}, half, recompute | half)]
+        counts = [gpus for gpus in GPU_COUNTS[1:] if gpus <= options.batch_size]
+        ways = first((1, changes) for changes in same + lora_too)
+        ways += first(itertools.product(counts, [{}, *same]))
+        lines[0] += "does not fit"
+        lines += [f"  it does with {way}" for way in ways]
+    kinds = {"all weights": {"lora_rank": None}, f"rank {rank}": lora}
+    parameters = of(kinds["all weights"]).parameters
+    lines += [
+        "",
+        f"{parameters:,} parameters, {options.batch_size} pairs a step of up to "
+        f"{options.max_length} tokens.",
+        f"GB in each GPU, * fits; PFLOP, TB moved, seconds of a step at {options.mfu:.0%} of peak.",
+        "",
+        "            GPU weight   grad moment   kept   head   peak   PFLOP    TB       s",
+    ]
+    for (kind, changes), way in itertools.product(kinds.items(), ("off", "on")):
+        name = kind if way == "off" else "  recomputed"
+        for gpus in GPU_COUNTS:
+            found = of(changes | {"checkpointing": way}, gpus)
+            speed = 1e12 * options.mfu * peaks[options.dtype == "float32"]
+            seconds = max(found.flops / speed, found.traffic / (1e9 * bandwidth))
+            line = f"{name:12}{gpus:3}" + "".join(f"{part / 1e9:7.1f}" for part in found[1:7])
+            line += f"{'*' if fits(found) else ' '}{found.flops / 1e15:7.2f}"
+            lines.append(f"{line}{found.traffic / 1e12:6.2f}{seconds:8.1f}")
+            name = ""
+    return "\n".join(lines)
+
+
 # --- The whole path -------------------------------------------------------------------------------
 
 
@@ -1367,6 +1599,9 @@ def main(argv: list[str] | None = None) -> Path:
     folder, began = Path(options.out), time.perf_counter()
     with contextlib.ExitStack() as stack:
         try:
+            if options.plan:
+                print(plan(options))
+                parser.exit()
             check_out(options)
             job = load_job(options if options.init else demonstration(options))
             stack.enter_context(claimed(folder))

@@ -1,6 +1,7 @@
 """Speed and memory, as ratios within one run: python tests/bench.py [PART ...]
 
     training     steps of optimisation: ours, transformers twice, TRL; a process each
+    plan         the memory that train.py --plan foretells against that of a step
     lora         steps of adapters against steps of all weights
     head         the fused head against three bare matrix products, and how it grows
     prompts      shared prompts against a prompt for each answer
@@ -133,6 +134,10 @@ SIZES = {
         num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=2048,
         tie_word_embeddings=True,
     ),
+    "W3": ModelConfig(
+        vocab_size=128256, hidden_size=384, intermediate_size=2048, num_hidden_layers=6,
+        num_attention_heads=6, num_key_value_heads=6, head_dim=64, max_position_embeddings=2048,
+    ),
 }  # fmt: skip
 STEPS, BATCH, BETA, LR, TURNS = 4, 4, 0.2, 1e-5, 2
 QUICK, SLOW = ["ours", "lean", "ours-bf16", "lean-bf16"], ["ours-compiled", "full", "trl"]
@@ -166,10 +171,11 @@ def bench_training(sizes=("W1", "W2")) -> None:
     print("product; MB above: most memory of a step beyond weights, gradients, moments, imports")
 
 
-def in_process(name: str, folder: str) -> dict | None:
+def in_process(name: str, folder: str, **environment: str) -> dict | None:
     """What a contender measured in a process of its own; None, with a word, if it failed."""
     command = [sys.executable, __file__, "--worker", name, folder]
-    run = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | environment
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     if run.returncode:
         print(f"{name}: left out ({run.stderr.strip().splitlines()[-1]:.60})")
         return None
@@ -190,6 +196,27 @@ def bench_lora() -> None:
         seconds, resident = (min(one[key] for one in ones) for key in ("seconds", "resident"))
         print(f"    {name:14}{seconds:8.2f}{resident / 2**20:10.0f}")
     assert abs(found["ours"][0]["losses"][0] - found["ours-lora"][0]["losses"][0]) < 1e-5
+
+
+def bench_plan(sizes=("W1", "W2", "W3")) -> None:
+    """What train.py --plan says that a step needs at most, against what its process had."""
+    print("MB beyond weights, gradients, moments; freed memory given back (and as malloc has it)")
+    print(f"{'':32}{'planned':>9}{'measured':>18}{'ratio':>15}{'of all':>15}")
+    for size in sizes:
+        batch, micro = (10, 1024) if size == "W3" else (BATCH, 4096)
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(Path(folder), SIZES[size])
+            for checkpointing in ("off", "on"):
+                name = f"plan-{checkpointing}-{batch}-{micro}"
+                tensors = in_process(name, folder, MALLOC_MMAP_THRESHOLD_="65536")
+                malloc, planned = in_process(name, folder), tensors["planned"]
+                seen = [one["memory"] for one in (tensors, malloc)]
+                state = malloc["resident"] - malloc["memory"]
+                cells = [f"{m / 2**20:.0f}" for m in seen], [f"{planned / m:.2f}" for m in seen]
+                cells += ([f"{(planned + state) / (m + state):.2f}" for m in seen],)
+                line = f"{size}, {batch} pairs, checkpointing {checkpointing:4}"
+                line += f"{planned / 2**20:9.0f}"
+                print(line + "".join(f"{a:>8} ({b})" for a, b in cells))
 
 
 def bench_head() -> None:
@@ -344,7 +371,8 @@ def worker(name: str, folder: Path) -> None:
     content = json.loads((folder / "pairs.json").read_text())
     pairs, ref = Pairs(Pair(*pair) for pair in content["pairs"]), torch.tensor(content["ref"])
     losses: list[float] = []
-    run = {"ours": run_ours, "lean": run_transformers, "full": run_transformers, "trl": run_trl}
+    run = {"ours": run_ours, "lean": run_transformers, "full": run_transformers, "trl": run_trl,
+           "plan": run_planned}  # fmt: skip
     mark = Clock(folder)
     run[name.split("-")[0]](name, folder, pairs, ref, losses, mark)
     config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
@@ -359,7 +387,7 @@ def worker(name: str, folder: Path) -> None:
     result = {
         "seconds": float(np.median(mark.steps[1:])), "losses": losses, "tokens": tokens,
         "flops": float(flops), "peak": matmul_peak("bf16" in name), "memory": mark.memory(),
-        "resident": _resident("VmHWM") - mark.imported,
+        "resident": _resident("VmHWM") - mark.imported, "planned": mark.planned - mark.state,
     }  # fmt: skip
     print(json.dumps(result))
 
@@ -371,7 +399,7 @@ class Clock:
         self.steps, self.begun = [], 0.0
         weights = sum(p.numel() for p in Llama(_config_of(folder)).parameters())
         self.state = 16 * weights
-        self.imported = 0
+        self.imported = self.planned = 0
 
     def imports_done(self) -> None:
         self.imported = _resident("VmRSS")
@@ -421,6 +449,32 @@ def run_ours(name, folder, pairs, ref, losses, mark) -> None:
         loss, _, _ = train.train_step(model, optimizer, batches, options, ref)
         losses.append(loss.mean().item())
         mark.stop()
+
+
+def run_planned(name, folder, pairs, ref, losses, mark) -> None:
+    """Two steps, of which the second counts, and before them one of a small model, so that a
+    step's code is in memory."""
+    _, checkpointing, batch, micro = name.split("-")
+    options = train.Options(loss="mio", beta=BETA, lr=LR, device="cpu", micro_tokens=int(micro),
+                            checkpointing=checkpointing)  # fmt: skip
+    layout, batch = (options.row_tokens, options.micro_tokens), int(batch)
+    small = Llama(dataclasses.replace(SIZES["W1"], hidden_size=64, num_attention_heads=2))
+    optimizer = train.make_optimizer(small, options)
+    train.train_step(small, optimizer, make_batches(pairs, [0], *layout), options, ref)
+    del small, optimizer
+    mark.imports_done()
+    model = Llama.from_pretrained(folder)
+    model.checkpointing = checkpointing == "on"
+    optimizer = train.make_optimizer(model, options)
+    for start in (0, batch):
+        mark.start()
+        batches = make_batches(pairs, list(range(start, start + batch)), *layout)
+        train.train_step(model, optimizer, batches, options, ref)
+        mark.stop()
+    mark.planned = max(
+        train.needs(model.config, options, b.rows, b.lengths.tolist(), len(batches)).peak
+        for b in batches
+    )
 
 
 def run_transformers(name, folder, pairs, ref, losses, mark) -> None:
@@ -519,6 +573,7 @@ if __name__ == "__main__":
         sys.exit(worker(sys.argv[2], Path(sys.argv[3])))
     known = {
         "training": bench_training,
+        "plan": bench_plan,
         "lora": bench_lora,
         "head": bench_head,
         "prompts": bench_prompts,
