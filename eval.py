@@ -46,7 +46,7 @@ from data import (
     sees,
 )
 from mio import chunked_logps
-from model import Llama, read_json, write_json
+from model import Llama, LoraConfig, read_json, write_json
 
 SAMPLES = 8  # answers drawn at temperature 1 for each problem, for pass@k
 PASS_AT = (1, 8)
@@ -693,14 +693,18 @@ def _columns(values: list[dict[str, float]]) -> dict[str, Column]:
 
 
 def pair_columns(model, tokenizer, path, title, options, config) -> dict[str, dict[str, Column]]:
-    """Blocks of columns on pairs, in the precision of training, against the checkpoint that the run
-    was trained from."""
+    """Blocks of columns on pairs, in the precision of training, against the checkpoint, or base and
+    adapter, that the run was trained from."""
     pairs = load_pairs(path, tokenizer, config["max_length"])
     layout = ROW_TOKENS, MICRO_TOKENS, getattr(torch, config["dtype"])
     logps = pair_logps(model, pairs, *layout)
     if config.get("init") is None:
         return {title: preference_columns(logps, None, pairs, 1.0)}
     reference = Llama.from_pretrained(config["init"], device=options.device)
+    if adapter := config["init_adapter"]:
+        reference.add_lora(LoraConfig.from_pretrained(adapter))
+        reference.load_adapter(adapter)
+        reference.merge_lora(torch.float32)
     if reference.config.vocab_size != model.config.vocab_size:
         raise ValueError(f"{config['init']}: has {reference.config.vocab_size} ids, the model to "
                          f"compare has {model.config.vocab_size}")  # fmt: skip
@@ -922,7 +926,9 @@ def load_checkpoint(
 def trained_with(file: Path) -> dict:
     """What evaluation needs of a train_config.json, and defaults where there is none."""
     config = {"eval_data": None, "init": None, "max_length": 1024, "beta": 1.0, "dtype": "float32"}
-    kinds = {"eval_data": str | None, "init": str | None, "max_length": int, "beta": float}
+    config |= {"init_adapter": None}
+    kinds = dict.fromkeys(("eval_data", "init", "init_adapter"), str | None)
+    kinds |= {"max_length": int, "beta": float}
     config |= read_json(file) if file.is_file() else {}
     for name, kind in kinds.items():
         if not isinstance(config[name], kind):

@@ -50,6 +50,19 @@ ONLY_VALUE = {
     "pretraining_tp": 1,
     "partial_rotary_factor": 1.0,
 }
+# An adapter_config.json: keys that matter only while an adapter is made, and values that do.
+INERT_ADAPTER_KEYS = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core"),
+    *("peft_version", "qalora_group_size", "revision", "task_type"),
+}
+ADAPTER_VALUES = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),  # others change the base
+}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_TARGETS = {"all": LINEARS, "attention": LINEARS[:4]}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_SCALINGS = {"linear": ("factor",), "llama3": LLAMA3_ROPE}
 
@@ -318,6 +331,59 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What the adapters of a model are, under PEFT's names."""
+
+    r: int
+    lora_alpha: float
+    target_modules: list[str]  # names, or their ends, of linear modules of the blocks
+    use_rslora: bool = False
+
+    @property
+    def scaling(self) -> float:  # alpha / sqrt(r) is that of arXiv 2312.03732
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    @classmethod
+    def from_pretrained(cls, folder) -> "LoraConfig":
+        """Reads an adapter_config.json. Raises ValueError that names a feature not implemented."""
+        file, fields = Path(folder) / "adapter_config.json", dataclasses.fields(cls)
+        hf = {key: value for key, value in read_json(file).items() if value}
+        known = {field.name for field in fields} | INERT_ADAPTER_KEYS
+        for key, value in ({"peft_type": None} | hf).items():
+            if key not in known and value not in ADAPTER_VALUES.get(key, ()):
+                raise ValueError(f"{file}: {key} = {value!r:.60} is not implemented")
+        for key, kind in (("r", int), ("lora_alpha", (int, float)), ("target_modules", list)):
+            if not isinstance(hf.get(key), kind):
+                what = "a list of names" if kind is list else "a number above 0"
+                raise ValueError(f"{file}: {key} must be {what}, not {hf.get(key)!r:.60}")
+        return cls(**{field.name: hf[field.name] for field in fields if field.name in hf})
+
+
+class LoraLinear(nn.Linear):
+    """y = W x + b + s B A x with A (r, in) and B (out, r) to be trained, W and b as they were
+    (arXiv 2106.09685). B is 0 at the start and A uniform, as PEFT has them."""
+
+    def __init__(self, base: nn.Linear, lora: LoraConfig):
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight, self.bias, self.scaling = base.weight, base.bias, lora.scaling
+        self.lora_A = nn.Linear(base.in_features, lora.r, bias=False, device=base.weight.device)
+        self.lora_B = nn.Linear(lora.r, base.out_features, bias=False, device=base.weight.device)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.lora_B(self.scaling * self.lora_A(x))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The same in one matrix, summed in the adapters' precision and rounded to W's."""
+        base = nn.Linear(self.in_features, self.out_features, device="meta")
+        change = self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+        base.weight = nn.Parameter((self.weight + change).to(self.weight.dtype))
+        base.bias = self.bias
+        return base
+
+
 class Llama(nn.Module):
     """A Llama-compatible language model. Its forward pass ends before the head: which positions
     are worth projecting onto the vocabulary is for the objective to say (`mio.py`)."""
@@ -327,6 +393,7 @@ class Llama(nn.Module):
         self.config = config
         self.checkpointing = False  # recompute each block in the backward pass to save memory
         self.compiled = False
+        self.lora: LoraConfig | None = None
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -354,6 +421,34 @@ class Llama(nn.Module):
         self.compiled = True
         for block in self.model["layers"]:
             block.compile()
+
+    def add_lora(self, lora: LoraConfig, dtype: torch.dtype = torch.float32) -> None:
+        """Freezes all weights and puts float32 adapters beside the targets. `dtype` is that of the
+        products: linear modules keep their weights in it, which autocast would round to it anyway.
+        Raises ValueError for a target that is no linear module of a block, or a rank above it."""
+        linears = {n: m.to(dtype) for n, m in self.named_modules() if isinstance(m, nn.Linear)}
+        linears.pop("lm_head", None)
+        found = {}
+        for target in lora.target_modules:
+            ends = [name for name in linears if f".{name}".endswith(f".{target}")]
+            if not ends:
+                raise ValueError(f"LoRA target {target!r:.60}: choose from {', '.join(LINEARS)}")
+            found |= {name: linears[name] for name in ends}
+        most = min(min(linear.weight.shape) for linear in found.values())
+        if not 0 < lora.r <= most:
+            raise ValueError(f"LoRA rank {lora.r}: must be from 1 to {most}, a target's width")
+        self.requires_grad_(False)
+        self.lora = lora
+        for name, linear in found.items():
+            self.set_submodule(name, LoraLinear(linear, lora))
+
+    def merge_lora(self, dtype: torch.dtype) -> "Llama":
+        """Turns the adapters into a change of the weights, and all weights into dtype."""
+        for name, module in list(self.named_modules()):
+            if isinstance(module, LoraLinear):
+                self.set_submodule(name, module.merged())
+        self.lora = None
+        return self.to(dtype)
 
     def forward(
         self,
@@ -514,20 +609,7 @@ class Llama(nn.Module):
                 for name in sorted(tensors.keys()):
                     if name.endswith("rotary_emb.inv_freq"):
                         continue  # older files carry it; it follows from the configuration
-                    shape = tuple(tensors.get_slice(name).get_shape())
-                    if name not in missing:
-                        raise ValueError(f"{file}: unexpected tensor {name}")
-                    if shape != missing.pop(name):
-                        raise ValueError(
-                            f"{file}: {name} has shape {shape}, config.json asks for "
-                            f"{tuple(model.get_parameter(name).shape)}"
-                        )
-                    tensor = tensors.get_tensor(name)
-                    if not tensor.is_floating_point() or tensor.element_size() < 2:
-                        raise ValueError(f"{file}: {name} has unsupported type {tensor.dtype}")
-                    if not all(end.isfinite() for end in tensor.aminmax()):
-                        raise ValueError(f"{file}: {name} has values that are not finite")
-                    state[name] = tensor.to(dtype)
+                    state[name] = _checked_tensor(file, tensors, name, missing).to(dtype)
         if missing:
             raise ValueError(f"{folder}: tensor {min(missing)} is missing, {len(missing)} in all")
         model.load_state_dict(state, strict=True, assign=True)
@@ -560,6 +642,33 @@ class Llama(nn.Module):
         write_json(folder / "config.json", self.config.to_hf() | {"dtype": dtype})
         for name, shard in zip(names, shards):
             save_tensors(folder / name, shard, format="pt")
+
+    def load_adapter(self, folder) -> None:
+        """Reads adapters as PEFT names them into those that are here. Raises as from_pretrained."""
+        file = Path(folder) / "adapter_model.safetensors"
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder}: no adapter_model.safetensors in it, and no other "
+                                    "form of an adapter is read")  # fmt: skip
+        adapters = self._adapters()
+        missing = {name: tuple(p.shape) for name, p in adapters.items()}
+        with _opened(file) as tensors:
+            for name in sorted(tensors.keys()):
+                tensor = _checked_tensor(file, tensors, name, missing)
+                adapters[name].data.copy_(tensor)
+        if missing:
+            raise ValueError(f"{file}: tensor {min(missing)} is missing, {len(missing)} in all")
+
+    def save_adapter(self, folder, base: str) -> None:
+        """Writes the adapters for PEFT to load; base: what it says that they belong to."""
+        Path(folder).mkdir(exist_ok=True)
+        tensors = {name: p.detach() for name, p in self._adapters().items()}
+        save_tensors(Path(folder) / "adapter_model.safetensors", tensors, format="pt")
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+        write_json(Path(folder) / "adapter_config.json", config | dataclasses.asdict(self.lora))
+
+    def _adapters(self) -> dict[str, nn.Parameter]:
+        named = self.named_parameters()
+        return {f"base_model.model.{name}": p for name, p in named if ".lora_" in name}
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, luck: Tensor) -> Tensor:
@@ -618,6 +727,21 @@ def _opened(file: Path, device: str = "cpu"):
             yield tensors
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def _checked_tensor(file: Path, tensors, name: str, missing: dict[str, tuple]) -> Tensor:
+    """A tensor of those that are `missing`, by name and shape, which it is no longer."""
+    if name not in missing:
+        raise ValueError(f"{file}: unexpected tensor {name}")
+    shape, wanted = tuple(tensors.get_slice(name).get_shape()), missing.pop(name)
+    if shape != wanted:
+        raise ValueError(f"{file}: {name} has shape {shape}, this model's is {wanted}")
+    tensor = tensors.get_tensor(name)
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise ValueError(f"{file}: {name} has unsupported type {tensor.dtype}")
+    if not all(end.isfinite() for end in tensor.aminmax()):
+        raise ValueError(f"{file}: {name} has values that are not finite")
+    return tensor
 
 
 def _tensor_names(file: Path, listed: set[str] | None) -> set[str]:

@@ -62,7 +62,10 @@ from data import (
 )
 from mio import LOSSES, Answers, chunked_logps, fused_pair_loss, loss_table, pair_loss
 from model import (
+    ADAPTER_FILES,
+    LORA_TARGETS,
     Llama,
+    LoraConfig,
     ModelConfig,
     flush_to_disk,
     read_json,
@@ -172,6 +175,8 @@ def whole_model(model: Llama) -> Llama:
         return model
     with torch.device("meta"):
         one = Llama(model.config)
+        if model.lora:
+            one.add_lora(model.lora)
     one.load_state_dict(whole(model.state_dict()), strict=is_first(), assign=True)
     return one
 
@@ -204,7 +209,7 @@ DTYPES = ("float32", "bfloat16")
 MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out",
               "tensorboard")
 # fmt: on
-FILES = ("init", "data", "eval_data")
+FILES = ("init", "init_adapter", "data", "eval_data")
 
 
 # fmt: off
@@ -232,7 +237,17 @@ class Options:
     max_length: int | None = option(None, "tokens of a prompt and its longer answer", least=2)
     row_tokens: int = option(evaluation.ROW_TOKENS, "up to which pairs share a row", least=1)
     micro_tokens: int = option(evaluation.MICRO_TOKENS, "tokens in a forward pass", least=1)
-    lr: float | None = option(None, "peak learning rate", above=0)
+    lora_rank: int | None = option(None, "train adapters of this rank beside frozen weights, which "
+                                   "are kept in --dtype", least=1)
+    lora_alpha: float | None = option(None, "over the rank, it scales them (default: twice the "
+                                      "rank)", above=0, most=1e6)
+    lora_targets: str | None = option(None, "linear modules that get one: all, attention, or names "
+                                      "as q_proj,v_proj (default: all)")
+    lora_rslora: bool = option(False, "their scale is alpha over the square root of the rank")
+    init_adapter: str | None = option(None, "folder of an adapter, as PEFT's, to train on; with it "
+                                      "--init is also the reference")
+    lr: float | None = option(None, "peak learning rate, by default ten times as high for adapters",
+                              above=0)
     warmup: float = option(0.1, "of the steps, in which the learning rate rises", least=0, most=1)
     schedule: str = option("cosine", "of the learning rate after that", choices=SCHEDULES)
     weight_decay: float = option(0.0, "AdamW's, on matrices only", least=0)
@@ -260,7 +275,9 @@ CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6,  # 
               "max_new_tokens": 256}
 # The demonstration's answers are short, so its summed log-ratios are too: their beta times this.
 DEMONSTRATION_BETA = 5
+LORA_LR = 10  # times the default of --lr, for adapters
 # fmt: on
+LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_targets", "lora_rslora")
 LOSS_OPTIONS = {name for loss in LOSSES.values() for name in loss.options}  # fields of Options
 
 
@@ -273,6 +290,11 @@ def loss_options(options: Options) -> dict[str, float]:
 def draws(options: Options) -> bool:
     """Whether answers are drawn from the policy, and --data has only questions."""
     return options.on_policy or LOSSES[options.loss].answers == "drawn"
+
+
+def adapts(options: Options) -> bool:
+    """Whether adapters are trained, beside weights that stay."""
+    return bool(options.lora_rank or options.init_adapter)
 
 
 def default_out(options: Options) -> str:
@@ -357,7 +379,8 @@ def _resumed(given: dict) -> dict:
     if "device" in given:
         given["device"] = evaluation.pick_device(given["device"])
     for name, value in given.items():
-        free = name in (*MAY_CHANGE, *FILES, "resume", "overwrite", "config")
+        free = name in (*MAY_CHANGE, "resume", "overwrite", "config")
+        free |= name in FILES and stored[name] is not None
         if value != stored[name] and not free:
             raise ValueError(f"--{name} {value}: the run in {folder} has {stored[name]}; with "
                              f"--resume leave out --{name}")  # fmt: skip
@@ -374,8 +397,14 @@ def _resolved(options: Options) -> Options:
         raise ValueError("--resume goes on with a run, --overwrite replaces it: choose one")
     if options.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard needs a package: pip install tensorboard")
-    if options.eval_data and not options.data:
-        raise ValueError("--eval_data needs --init and --data")
+    for name in ("eval_data", "init_adapter"):
+        if getattr(options, name) and not options.data:
+            raise ValueError(f"--{name} needs --init and --data")
+    for name in (name for name in LORA_OPTIONS if getattr(options, name)):
+        if options.init_adapter:
+            raise ValueError(f"--{name}: --init_adapter has its own; leave out --{name}")
+        if not options.lora_rank:
+            raise ValueError(f"--{name} needs --lora_rank")
     if not options.init:
         # The longest problem with its BOS, and answers that were cut off and so are not used.
         prompt, answer = 2 * OPERATIONS + 3, evaluation.ANSWER_TOKENS
@@ -394,6 +423,9 @@ def _resolved(options: Options) -> Options:
     sums = loss.needs_reference and loss.uses != "means"
     scale = DEMONSTRATION_BETA if sums and not options.init else 1
     own = own | {"beta": scale * loss.beta, "out": default_out(options)}
+    own["lr"] *= LORA_LR if adapts(options) else 1
+    if options.lora_rank:
+        own |= {"lora_alpha": 2.0 * options.lora_rank, "lora_targets": "all"}
     own = {name: value for name, value in own.items() if getattr(options, name) is None}
     options = dataclasses.replace(options, **own, device=evaluation.pick_device(options.device))
     if several():
@@ -628,16 +660,28 @@ def load_job(options: Options) -> Job:
     checkpoint = newest_checkpoint(Path(options.out)) if options.resume else None
     record = read_json(checkpoint / "training.json") if checkpoint else {}  # checked by _resumed
     device = "cpu" if several() else options.device  # sharding moves it, a block at a time
-    model, tokenizer = evaluation.load_checkpoint(checkpoint or options.init, device)
+    held_out, questions, reference = Pairs(), None, None
+    if adapts(options):
+        model, tokenizer = evaluation.load_checkpoint(options.init, "cpu")  # smaller when it moves
+        add_adapters(model, options)
+        model.to(device)
+        if draws(options):  # with the same frozen weights, and adapters of its own
+            frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+            reference = copy.deepcopy(model, frozen)
+        if checkpoint:
+            model.load_adapter(checkpoint)
+    else:
+        start = checkpoint or options.init
+        model, tokenizer = evaluation.load_checkpoint(start, device)
+        if draws(options):
+            reference = Llama.from_pretrained(options.init, device=device)
     model.checkpointing = options.checkpointing == "on"
     if options.compile == "on" or (options.compile == "auto" and options.device != "cpu"):
         model.compile_blocks()
-    held_out, questions, reference = Pairs(), None, None
     if options.eval_data:
         held_out = load_pairs(options.eval_data, tokenizer, options.max_length)
     if draws(options):
         pairs, questions = Pairs(), load_questions(options, tokenizer)
-        reference = Llama.from_pretrained(options.init, device=options.device)
     else:
         pairs = load_pairs(options.data, tokenizer, options.max_length)
         if not options.eval_data:
@@ -652,8 +696,11 @@ def load_job(options: Options) -> Job:
                          "--max_new_tokens")  # fmt: skip
     found = {"data": digest_pairs(pairs), "eval_data": digest_pairs(held_out)}
     found |= {"data": digest(questions)} if questions else {}
+    folder = options.init_adapter
+    adapter = [Path(folder) / name for name in ADAPTER_FILES] if folder else []
+    found |= {"init_adapter": digest(*adapter) if folder else ""}
     inputs = record.get("inputs", {}) | found
-    if not record or reference or options.init != record["options"]["init"]:
+    if not record or reference or model.lora or options.init != record["options"]["init"]:
         weights = sorted(weight_files(Path(options.init)))
         inputs["init"] = digest(*weights, Path(options.init) / "config.json")
     job = Job(options, model, tokenizer, pairs, held_out, inputs, checkpoint, record,
@@ -665,6 +712,23 @@ def load_job(options: Options) -> Job:
     if record:
         check_resumed(job)
     return job
+
+
+def add_adapters(model: Llama, options: Options) -> None:
+    """Those of --init_adapter, or new ones by the flags; raises ValueError that names a folder."""
+    folder, targets = options.init_adapter, options.lora_targets
+    if folder:
+        lora = LoraConfig.from_pretrained(folder)
+    else:
+        targets = LORA_TARGETS.get(targets) or targets.split(",")
+        lora = LoraConfig(options.lora_rank, options.lora_alpha, targets, options.lora_rslora)
+    torch.manual_seed(options.seed)
+    try:
+        model.add_lora(lora, getattr(torch, options.dtype))
+    except ValueError as error:
+        raise ValueError(f"{folder or options.init}: {error}") from None
+    if folder:
+        model.load_adapter(folder)
 
 
 def load_questions(options: Options, tokenizer: Tokenizer) -> list[evaluation.Item]:
@@ -716,7 +780,8 @@ def check_answers(options: Options, pairs: Pairs, held_out: Pairs) -> None:
 def check_out(options: Options) -> None:
     """Refuses an --out that holds anything but a run, or what this run starts from."""
     folder = Path(options.out)
-    for source in (options.init or base_folder(options), options.data, options.eval_data):
+    base = options.init or base_folder(options)
+    for source in (base, options.init_adapter, options.data, options.eval_data):
         if source and Path(source).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"--out {folder}: {source} lies there; choose another folder")
     if folder.exists() and not folder.is_dir():
@@ -761,7 +826,8 @@ def claimed(folder: Path, wait: str = ""):
 
 def clear(folder: Path, checkpoints: bool) -> None:
     """Takes a run's results out of its folder, with its checkpoints or without."""
-    names = ("summary.json", "eval.json", "config.json", "model*.safetensors*", "*.partial")
+    names = ("summary.json", "eval.json", "config.json", "model*.safetensors*", "*.partial",
+             "adapter")  # fmt: skip
     everything = ("metrics.jsonl", "checkpoints", "tensorboard")
     names += everything if checkpoints else ("checkpoints/*.partial",)
     for path in [path for name in (*names, *TOKENIZER_FILES) for path in folder.glob(name)]:
@@ -808,7 +874,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def save_checkpoint(job: Job, progress: Progress) -> None:
-    """checkpoints/step-NNNNNN/: a model folder as any other, and what training needs to go on."""
+    """checkpoints/step-NNNNNN/: a model folder as any other, or an adapter's without the frozen
+    weights, and what training needs to go on."""
     folder = Path(job.options.out)
     tensors = {f"moments.{name}": moment for name, moment in progress.moments.items()}
     tensors |= {"start": progress.start, "random.cpu": torch.get_rng_state()}
@@ -829,8 +896,11 @@ def save_checkpoint(job: Job, progress: Progress) -> None:
     target = folder / "checkpoints" / f"step-{progress.step:06}"
     target.parent.mkdir(exist_ok=True)
     with written_whole(target) as partial:
-        job.model.save_pretrained(partial)
-        job.tokenizer.save(partial)
+        if job.model.lora:
+            job.model.save_adapter(partial, job.options.init)
+        else:
+            job.model.save_pretrained(partial)
+            job.tokenizer.save(partial)
         save_tensors(partial / "training.safetensors", tensors)
         write_json(partial / "training.json", record)
         (partial / "SHA256SUMS").write_text(checksums(partial))
@@ -882,6 +952,8 @@ def check_tensors(job: Job) -> None:
     found.pop("random.cuda", None)
     if any(name.startswith("moments") for name in found):  # none before a step has found pairs
         for name, parameter in job.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             shapes = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": ()}
             wanted |= {f"moments.{key}.{name}": ("F32", list(s)) for key, s in shapes.items()}
     for name in sorted(wanted.keys() | found.keys()):
@@ -929,7 +1001,8 @@ def reference_logps(job: Job) -> Tensor:
     """Log-probs of the training pairs under the initial weights (pairs, 2), from the cache if
     weights, ids and dtype are the same. Nothing else of the reference stays in memory."""
     options = job.options
-    key = digest(job.inputs["init"], digest_pairs(job.pairs), options.dtype)
+    start = job.inputs["init"], job.inputs["init_adapter"]
+    key = digest(*start, digest_pairs(job.pairs), options.dtype)
     file = Path(options.out).parent / "cache" / f"reference-{key[:16]}.safetensors"
     same = False
     if file.is_file():
@@ -967,8 +1040,8 @@ def logps_of(job: Job, pairs: Pairs, model: Llama | None = None) -> Tensor:
 
 
 def make_optimizer(model: Llama, options: Options) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    norms = [p for p in model.parameters() if p.dim() <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, norms = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
     groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, options.lr, weight_decay=options.weight_decay, fused=True)
 
@@ -1207,8 +1280,11 @@ def draw_pairs(job: Job, step: int) -> tuple[Job, Tensor, Tensor, dict]:
     options, k = job.options, job.options.samples
     items = [job.questions[i] for i in step_rows(job, step)]
     prompts = [item.ids(job.tokenizer, "") for item in items for _ in range(k)]
+    policy = job.model
+    if policy.lora:
+        policy = copy.deepcopy(policy).merge_lora(getattr(torch, options.dtype))
     answers = evaluation.draw(
-        job.model, prompts, options.max_new_tokens, stop_ids=job.tokenizer.stop_ids,
+        policy, prompts, options.max_new_tokens, stop_ids=job.tokenizer.stop_ids,
         seed=int(np.random.default_rng([options.seed, step]).integers(2**62)),
     )  # fmt: skip
     grades = [evaluation.grade_drawn(item, job.tokenizer, answers[i * k + j])
@@ -1319,6 +1395,7 @@ def describe(job: Job) -> str:
     if job.questions:
         rows = f"{len(job.questions)} questions, {options.samples} answers drawn to each"
     parameters = sum(p.numel() for p in job.model.parameters())
+    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     processes = f", {dist.get_world_size()} processes" if several() else ""
     return "\n".join(
         [
@@ -1326,8 +1403,8 @@ def describe(job: Job) -> str:
             f"  log-probs as {loss.uses} over an answer's tokens, "
             f"{', '.join(f'{name} {value:g}' for name, value in own.items())}, "
             f"{'with' if loss.needs_reference else 'without'} a reference",
-            f"  {options.init}: {parameters:,} parameters, {options.dtype} products on "
-            f"{options.device}{processes}",
+            f"  {options.init}: {parameters:,} parameters, {trained:,} of them trained, "
+            f"{options.dtype} products on {options.device}{processes}",
             f"  {rows}, {len(job.held_out)} held out; steps "
             f"{job.record.get('step', 0) + 1} to {job.stop} of {job.steps}, {options.batch_size} "
             f"pairs each; lr {options.lr:g}, {options.schedule}, seed {options.seed}",
@@ -1384,9 +1461,35 @@ def begin(job: Job, progress: Progress) -> None:
         partial.write_bytes(kept)
 
 
+def merge(job: Job) -> None:
+    """Writes the adapters and merges them into the weights, and says what that does to logits."""
+    options = job.options
+    job.model.save_adapter(Path(options.out) / "adapter", options.init)
+    before = some_logits(job)
+    job.model.merge_lora(getattr(torch, options.dtype))
+    if len(before):
+        change = (some_logits(job) - before).abs().max()
+        print(f"  merged in {options.dtype}: logits move by at most {change:.1e}")
+
+
+@torch.no_grad()
+def some_logits(job: Job) -> Tensor:
+    """Of the first tokens of a held-out pair or two: (tokens, V), none where there is no pair."""
+    options, model = job.options, job.model
+    pairs = (job.held_out or job.pairs)[:2]
+    layout = options.row_tokens, options.micro_tokens, evaluation.fixed_length(model)
+    for batch in make_batches(pairs, list(range(len(pairs))), *layout)[:1]:
+        with evaluation.autocast(model.head_weight.device, getattr(torch, options.dtype)):
+            hidden = evaluation.answer_states(model, batch.to(model.head_weight.device))[:64]
+            return (hidden @ model.head_weight.T).float()
+    return torch.zeros(0)
+
+
 def finish(job: Job, start: Tensor, end: Tensor, last: dict, began: float) -> None:
     """Writes the checkpoint and summary.json, and prints the table."""
     options, folder = job.options, Path(job.options.out)
+    if job.model.lora:
+        merge(job)
     job.model.save_pretrained(folder)
     job.tokenizer.save(folder)
     rows = {options.loss: evaluation.preference_row(end, start, job.held_out)}

@@ -1,6 +1,7 @@
 """Speed and memory, as ratios within one run: python tests/bench.py [PART ...]
 
     training     steps of optimisation: ours, transformers twice, TRL; a process each
+    lora         steps of adapters against steps of all weights
     head         the fused head against three bare matrix products, and how it grows
     prompts      shared prompts against a prompt for each answer
     generation   greedy answers to GSM8K questions: ours against transformers
@@ -41,7 +42,7 @@ from data import (
     solution,
 )
 from mio import fused_pair_loss
-from model import Llama, ModelConfig
+from model import LINEARS, Llama, LoraConfig, ModelConfig
 
 ROUNDS = 5
 
@@ -149,13 +150,8 @@ def bench_training(sizes=("W1", "W2")) -> None:
             prepare(Path(folder), SIZES[size])
             found: dict[str, dict] = {}
             for name in names:
-                command = [sys.executable, __file__, "--worker", name, folder]
-                run = subprocess.run(command, capture_output=True, text=True)
-                if run.returncode:
-                    print(f"{size} {name}: left out ({run.stderr.strip().splitlines()[-1]:.60})")
-                    continue
-                one = json.loads(run.stdout.splitlines()[-1])
-                found[name] = min(one, found.get(name, one), key=lambda one: one["seconds"])
+                if one := in_process(name, folder):
+                    found[name] = min(one, found.get(name, one), key=lambda one: one["seconds"])
         print(f"{size:18}{'s/step':>8}{'ratio':>7}{'tokens/s':>10}{'peak':>7}{'MB above':>10}"
               f"{'last loss':>11}")  # fmt: skip
         for name, one in found.items():
@@ -168,6 +164,31 @@ def bench_training(sizes=("W1", "W2")) -> None:
     print("ours: float32, no compilation; lean, full: transformers with logits of the completions")
     print("or of all tokens; tokens: prompts once, and answers; peak: share of a measured matrix")
     print("product; MB above: most memory of a step beyond weights, gradients, moments, imports")
+
+
+def in_process(name: str, folder: str) -> dict | None:
+    """What a contender measured in a process of its own; None, with a word, if it failed."""
+    command = [sys.executable, __file__, "--worker", name, folder]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        print(f"{name}: left out ({run.stderr.strip().splitlines()[-1]:.60})")
+        return None
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def bench_lora() -> None:
+    """W2 in float32, all weights and adapters of rank 8 at all linear modules, in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), SIZES["W2"])
+        found = {name: [in_process(name, folder) for _ in range(TURNS)]
+                 for name in ("ours", "ours-lora")}  # fmt: skip
+    print(
+        f"W2, {torch.get_num_threads()} threads: s/step, MB beyond imports, the better of {TURNS}"
+    )
+    for name, ones in found.items():
+        seconds, resident = (min(one[key] for one in ones) for key in ("seconds", "resident"))
+        print(f"    {name:14}{seconds:8.2f}{resident / 2**20:10.0f}")
+    assert abs(found["ours"][0]["losses"][0] - found["ours-lora"][0]["losses"][0]) < 1e-5
 
 
 def bench_head() -> None:
@@ -337,6 +358,7 @@ def worker(name: str, folder: Path) -> None:
     result = {
         "seconds": float(np.median(mark.steps[1:])), "losses": losses, "tokens": tokens,
         "flops": float(flops), "peak": matmul_peak("bf16" in name), "memory": mark.memory(),
+        "resident": mark.memory() + mark.state,
     }  # fmt: skip
     print(json.dumps(result))
 
@@ -385,6 +407,8 @@ def run_ours(name, folder, pairs, ref, losses, mark) -> None:
     model = Llama.from_pretrained(folder)
     if "compiled" in name:
         model.compile_blocks()
+    if "lora" in name:
+        model.add_lora(LoraConfig(8, 16, list(LINEARS)))
     options = train.Options(
         loss="mio", beta=BETA, lr=LR, dtype="bfloat16" if "bf16" in name else "float32"
     )
@@ -494,6 +518,7 @@ if __name__ == "__main__":
         sys.exit(worker(sys.argv[2], Path(sys.argv[3])))
     known = {
         "training": bench_training,
+        "lora": bench_lora,
         "head": bench_head,
         "prompts": bench_prompts,
         "generation": bench_generation,

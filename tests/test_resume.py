@@ -105,7 +105,7 @@ def test_a_changed_flag_or_file_is_refused_by_name(checkpoint, pairs_file, tmp_p
     changes |= {"label_smoothing": "0.2", "epsilon": "0.2"}
     same = {*train.MAY_CHANGE, *train.FILES, "device", "config", "resume", "overwrite"}
     for name in {field.name for field in dataclasses.fields(train.Options)} - same:
-        value = [] if name == "on_policy" else [changes.get(name, "77")]
+        value = [] if name in ("on_policy", "lora_rslora") else [changes.get(name, "77")]
         error = refused(capsys, *resume, f"--{name}", *value)
         assert f"--{name}" in error and f"leave out --{name}" in error
     other = write_rows(tmp_path / "other.jsonl", PAIR_ROWS[1:])
