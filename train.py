@@ -80,7 +80,7 @@ from model import (
 
 @contextlib.contextmanager
 def processes():
-    """Joins torchrun's processes. All but the first are silent; one that crashes waits for none, so
+    """Joins torchrun's processes; all but the first are silent. One that fails waits for none, so
     that torchrun sees it and ends the others."""
     if not dist.is_torchelastic_launched():
         yield
@@ -95,11 +95,8 @@ def processes():
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
-            yield
-        finally:
-            if not isinstance(sys.exception(), Exception):
-                dist.destroy_process_group()
+        yield
+    dist.destroy_process_group()
 
 
 def several() -> bool:
@@ -1349,7 +1346,8 @@ def training_metrics(job: Job, index: list[int], logps: Tensor, ref: Tensor | No
 
 
 def check_weights(job: Job, step: int) -> None:
-    if not all(p.isfinite().all() for p in job.model.parameters()):
+    fine = all(p.isfinite().all() for p in job.model.parameters())  # of sharded ones the own part
+    if not gathered(torch.tensor([int(fine)])).all():
         raise FloatingPointError(f"step {step}: weights not finite; try a lower --lr")
 
 
