@@ -150,28 +150,30 @@ def pick_device(name: str) -> str:
 
 
 def pair_logps(
-    model: Llama, pairs: Pairs, row_tokens: int, micro_tokens: int, dtype: torch.dtype
-) -> Tensor:
+    model: Llama, pairs: Pairs, row_tokens: int, micro_tokens: int, dtype: torch.dtype,
+    batches: Callable[..., list[Batch]] = make_batches,
+) -> Tensor:  # fmt: skip
     """Summed log-probabilities of chosen and rejected answers, (pairs, 2) in nats, on the CPU."""
-    logps = answer_logps(model, pairs, row_tokens, micro_tokens, dtype)
+    logps = answer_logps(model, pairs, row_tokens, micro_tokens, dtype, batches)
     return torch.stack(logps) if logps else torch.empty(0, 2)
 
 
 @torch.no_grad()
 def answer_logps(
-    model: Llama, rows: Sequence, row_tokens: int, micro_tokens: int, dtype: torch.dtype
-) -> list[Tensor]:
+    model: Llama, rows: Sequence, row_tokens: int, micro_tokens: int, dtype: torch.dtype,
+    batches: Callable[..., list[Batch]] = make_batches,
+) -> list[Tensor]:  # fmt: skip
     """Summed log-probabilities of the answers of each row, (answers,) in nats, on the CPU.
 
     rows: ids of a prompt and of any number of answers. The same packing, head and autocast as in
-    training.
+    training. batches: lays rows out, some of them where others are for other processes; 0 there.
     """
     device = model.head_weight.device
-    logps: list = [None] * len(rows)
+    logps = [torch.zeros(len(row) - 1) for row in rows]
     with tqdm(total=len(rows), desc="log-probs", unit="row", leave=False) as bar:
         for start in range(0, len(rows), 256):  # as many are packed together
             index = list(range(start, min(start + 256, len(rows))))
-            for batch in make_batches(rows, index, row_tokens, micro_tokens, fixed_length(model)):
+            for batch in batches(rows, index, row_tokens, micro_tokens, fixed_length(model)):
                 batch = batch.to(device)
                 with autocast(device, dtype):
                     hidden, head = answer_states(model, batch), model.head_weight

@@ -499,7 +499,8 @@ class FusedPairLoss(torch.autograd.Function):
     def backward(ctx, grad_losses, _):
         grad_hidden, grad_head = ctx.saved_tensors
         # The chunks are summed already, so one factor must do for all pairs: NaN where it cannot.
-        factor = torch.where((grad_losses == grad_losses[0]).all(), grad_losses[0], torch.nan)
+        first = grad_losses[:1].sum()  # 0 where there are no pairs
+        factor = torch.where((grad_losses == first).all(), first, torch.nan)
         if factor.is_cuda or factor != 1:  # of losses.sum() it is 1: no copy of (V, D) on a CPU
             grad_hidden = (
                 None if grad_hidden is None else grad_hidden * factor.to(grad_hidden.dtype)

@@ -12,6 +12,7 @@ a stage makes is kept under a hash of what went into it, for the next run to fin
 import contextlib
 import copy
 import dataclasses
+import datetime
 import fcntl
 import hashlib
 import importlib.util
@@ -31,6 +32,7 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -82,6 +84,122 @@ from model import (
     write_json,
     written_whole,
 )
+
+# --- Several processes: torchrun starts them, FSDP2 shards the model; one alone does none of it ---
+
+
+@contextlib.contextmanager
+def processes():
+    """Joins torchrun's processes; all but the first are silent. One that fails waits for none, so
+    that torchrun sees it and ends the others."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    patience = datetime.timedelta(minutes=30)  # the others wait while the first writes a checkpoint
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
+    with contextlib.ExitStack() as stack:
+        if not is_first():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+    dist.destroy_process_group()
+
+
+def several() -> bool:
+    return dist.is_initialized()
+
+
+def is_first() -> bool:
+    return not several() or dist.get_rank() == 0
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The rows (n, ...) of all processes, the first one's first; n may differ."""
+    if not several():
+        return rows
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.long)
+    counts[dist.get_rank()] = len(rows)
+    dist.all_reduce(counts)
+    every = rows.new_zeros(int(counts.sum()), *rows.shape[1:])
+    every.split(counts.tolist())[dist.get_rank()].copy_(rows)
+    dist.all_reduce(every)
+    return every
+
+
+@contextlib.contextmanager
+def agreed():
+    """Bad input in one process is bad input in all: its OSError or ValueError is raised in each."""
+    errors: list = [None]
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        errors = [error]
+    if several():
+        errors *= dist.get_world_size()
+        dist.all_gather_object(errors, errors[0])
+    for error in filter(None, errors):
+        raise error
+
+
+def shard(model: Llama, options: "Options") -> None:
+    """Each process keeps its part of every parameter and sees a block whole while it is at work.
+    Gradients are sums over the processes, as they are over a step's batches. In bfloat16 blocks
+    travel so; residual stream and head are of one process's precision."""
+    if not several():
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = dist.init_device_mesh(torch.device(options.device).type, (dist.get_world_size(),))
+    half = torch.bfloat16 if options.dtype == "bfloat16" else None
+    policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+    for block in model.model["layers"]:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+    for module in (*model.model["layers"], model):
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A sharded tensor in one piece; all processes take part."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sharded tensors in one piece each, on the first process's CPU; the others have none."""
+    if not several():
+        return tensors
+    pieces = ((name, full(tensor)) for name, tensor in tensors.items())
+    return {name: piece.cpu() for name, piece in pieces if is_first()}
+
+
+def whole_model(model: Llama) -> Llama:
+    if not several():
+        return model
+    with torch.device("meta"):
+        one = Llama(model.config)
+        if model.lora:
+            one.add_lora(model.lora)
+    one.load_state_dict(whole(model.state_dict()), strict=is_first(), assign=True)
+    return one
+
+
+def own_batches(pairs: Pairs, index: list[int], *layout) -> list[Batch]:
+    """make_batches of this process's share of the pairs: as many batches as any process has, since
+    every pass is one of all processes. What lacks is filled up with a prompt without answers."""
+    if not several():
+        return make_batches(pairs, index, *layout)
+    index = sorted(index, key=lambda i: row_length(pairs[i]))
+    batches = make_batches(pairs, index[dist.get_rank() :: dist.get_world_size()], *layout)
+    most = int(gathered(torch.tensor([len(batches)])).max())
+    (idle,), none = make_batches(pairs, index[:1], *layout), torch.zeros(0, dtype=torch.long)
+    idle = idle._replace(source=none, targets=none, lengths=none, index=[])
+    return batches + [idle] * (most - len(batches))
+
 
 # --- Options: a line each; the parser, its help and its checks are made from them -----------------
 
@@ -226,18 +344,21 @@ def parse_options(argv: list[str] | None) -> tuple[Options, Parser]:
         print(loss_table())
         parser.exit()
     try:
-        if "config" in given:
-            file = read_json(Path(given["config"]))
-            for name in file.keys() - fields.keys() - provenance().keys():
-                raise ValueError(f"{given['config']}: there is no option {name!r}")
-            file = {name: file[name] for name in fields.keys() & file.keys()}
-            if given.get("loss", file.get("loss")) != file.get("loss", given.get("loss")):
-                file = {k: v for k, v in file.items() if k not in ("beta", "out", *LOSS_OPTIONS)}
-            given = file | given
-        given = {name: _checked(fields[name], value) for name, value in given.items()}
-        if given.get("resume"):
-            given = _resumed(given)
-        return _resolved(Options(**given)), parser
+        with agreed():
+            if "config" in given:
+                file = read_json(Path(given["config"]))
+                for name in file.keys() - fields.keys() - provenance().keys():
+                    raise ValueError(f"{given['config']}: there is no option {name!r}")
+                file = {name: file[name] for name in fields.keys() & file.keys()}
+                if given.get("loss", file.get("loss")) != file.get("loss", given.get("loss")):
+                    own = ("beta", "out", *LOSS_OPTIONS)
+                    file = {name: value for name, value in file.items() if name not in own}
+                given = file | given
+            given = {name: _checked(fields[name], value) for name, value in given.items()}
+            if given.get("resume"):
+                given = _resumed(given)
+            options = _resolved(Options(**given))
+        return options, parser
     except (OSError, ValueError) as error:
         parser.error(error)
 
@@ -342,7 +463,23 @@ def _resolved(options: Options) -> Options:
     if options.lora_rank:
         own |= {"lora_alpha": 2.0 * options.lora_rank, "lora_targets": "all"}
     own = {name: value for name, value in own.items() if getattr(options, name) is None}
-    return dataclasses.replace(options, **own, device=evaluation.pick_device(options.device))
+    options = dataclasses.replace(options, **own, device=evaluation.pick_device(options.device))
+    if several():
+        check_several(options)
+    return options
+
+
+def check_several(options: Options) -> None:
+    count = dist.get_world_size()
+    if not options.init:
+        raise ValueError("torchrun: the demonstration is made by one process; run it without "
+                         "torchrun, or name --init and --data")  # fmt: skip
+    if draws(options):
+        raise ValueError("torchrun: answers are drawn by one process; run --on_policy and --loss "
+                         "rlhf without torchrun")  # fmt: skip
+    if options.batch_size < count:
+        raise ValueError(f"--batch_size {options.batch_size}: {count} processes need a pair each; "
+                         f"start {options.batch_size}, or raise --batch_size")  # fmt: skip
 
 
 def check_plan(options: Options) -> None:
@@ -608,11 +745,12 @@ def load_job(options: Options) -> Job:
 
 def load_model(options: Options, checkpoint: Path | None) -> tuple[Llama, Tokenizer, Llama | None]:
     """The policy as --init or a checkpoint has it, and where answers are drawn the reference."""
+    device = "cpu" if several() else options.device  # sharding moves it, a block at a time
     reference = None
     if adapts(options):
         model, tokenizer = evaluation.load_checkpoint(options.init, "cpu")  # smaller when it moves
         add_adapters(model, options)
-        model.to(options.device)
+        model.to(device)
         if draws(options):  # the same frozen weights, and adapters that stay
             frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
             reference = copy.deepcopy(model, frozen)
@@ -620,9 +758,9 @@ def load_model(options: Options, checkpoint: Path | None) -> tuple[Llama, Tokeni
             model.load_adapter(checkpoint)
     else:
         start = checkpoint or options.init
-        model, tokenizer = evaluation.load_checkpoint(start, options.device)
+        model, tokenizer = evaluation.load_checkpoint(start, device)
         if draws(options):
-            reference = Llama.from_pretrained(options.init, device=options.device)
+            reference = Llama.from_pretrained(options.init, device=device)
     model.checkpointing = options.checkpointing == "on"
     if options.compile == "on" or (options.compile == "auto" and options.device != "cpu"):
         model.compile_blocks()
@@ -920,23 +1058,23 @@ def reference_logps(job: Job) -> Tensor:
     start = job.inputs["init"], job.inputs["init_adapter"]
     key = digest(*start, digest_pairs(job.pairs), options.dtype)
     file = Path(options.out).parent / "cache" / f"reference-{key[:16]}.safetensors"
+    same = False
     if file.is_file():
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                logps = tensors.get_tensor("logps")
-                said = (tensors.metadata() or {}).get("key")
-                same = said == digest(key, logps.numpy().tobytes())
-        except SafetensorError:
-            same = False
-        if same and logps.shape == (len(job.pairs), 2) and bool(logps.isfinite().all()):
-            print(f"reference log-probs: found in {file}")
-            return logps
+        with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as tensors:
+            logps = tensors.get_tensor("logps")
+            said = (tensors.metadata() or {}).get("key")
+            same = said == digest(key, logps.numpy().tobytes())
+            same = same and logps.shape == (len(job.pairs), 2) and bool(logps.isfinite().all())
+    if gathered(torch.tensor([int(same)])).all():
+        print(f"reference log-probs: found in {file}")
+        return logps
     with stage("reference log-probs: the initial weights on the training pairs") as notes:
         logps = logps_of(job, job.pairs)
         if not logps.isfinite().all():
             raise FloatingPointError(f"{options.init}: its log-probs are not finite")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(file, {"logps": logps}, key=digest(key, logps.numpy().tobytes()))
+        if is_first():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(file, {"logps": logps}, key=digest(key, logps.numpy().tobytes()))
         notes.append(f"in {file}")
     return logps
 
@@ -945,7 +1083,11 @@ def logps_of(job: Job, pairs: Pairs, model: Llama | None = None) -> Tensor:
     """(pairs, 2) by the policy or another model."""
     options = job.options
     layout = options.row_tokens, options.micro_tokens, getattr(torch, options.dtype)
-    return evaluation.pair_logps(model or job.model, pairs, *layout)
+    logps = evaluation.pair_logps(model or job.model, pairs, *layout, own_batches)
+    if several():
+        dist.all_reduce(logps)
+        job.model.reshard()  # which the backward pass does else
+    return logps
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -968,7 +1110,13 @@ def put_moments(model: Llama, optimizer: torch.optim.Optimizer, moments: dict) -
     for name, moment in moments.items():
         key, _, parameter = name.partition(".")
         parameter = model.get_parameter(parameter)
-        optimizer.state[parameter][key] = moment.to(parameter.device)
+        moment = moment.to(parameter.device)
+        if several() and key != "step":
+            from torch.distributed.tensor import distribute_tensor
+
+            where = parameter.device_mesh, parameter.placements
+            moment = distribute_tensor(moment, *where, src_data_rank=None)  # each has it whole
+        optimizer.state[parameter][key] = moment
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
@@ -1001,7 +1149,7 @@ def shared_term(model: Llama, batches: list[Batch], ref_logps: Tensor, options: 
         logps.append(sums)
     ref = torch.cat([ref_logps[batch.index].flatten() for batch in batches])
     lengths = torch.cat([batch.lengths for batch in batches])
-    terms = [torch.cat(logps), ref.to(device), lengths.to(device)]  # (2B,) each
+    terms = [gathered(x.to(device)) for x in (torch.cat(logps), ref, lengths)]  # (2B,) each
     sides = (Answers(*(x[side::2] for x in terms), options.beta) for side in (0, 1))
     return LOSSES[options.loss].shared(*sides)
 
@@ -1018,11 +1166,10 @@ def train_step(
     the same of their prompts with other rows' answers, for a loss that asks for them.
 
     Returns the loss of each pair (B,), log-probs (B, 2), both in the order of the batches' index,
-    and the gradient's norm before clipping, all on the model's device: nothing here waits for it.
-    When a loss or the gradient is not finite, the weights stay as they are.
+    of all processes, and the gradient's norm before clipping, all on the model's device: nothing
+    here waits for it. When a loss or the gradient is not finite, the weights stay as they are.
     """
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
-    pairs = sum(len(batch.index) for batch in batches)
     losses, logps, own = [], [], loss_options(options)
     if not LOSSES[options.loss].pairwise:
         assert LOSSES[options.loss].mismatched == (mismatched is not None)
@@ -1039,9 +1186,10 @@ def train_step(
         loss.sum().backward()
         losses.append(loss.detach())
         logps.append(logp.view(-1, 2))
-    losses, logps = torch.cat(losses), torch.cat(logps)
+    losses, logps = gathered(torch.cat(losses)), gathered(torch.cat(logps))
+    pairs = len(losses)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    grad_norm = get_total_norm(gradients) / pairs  # of the mean, however the step was cut up
+    grad_norm = full(get_total_norm(gradients)) / pairs  # of the mean, however the step was cut up
     # The fused update divides gradients by the one, which makes means of sums and clips them, and
     # does nothing at all where the other is 1.
     excess = (grad_norm.float() + 1e-6) / (options.grad_clip or torch.inf)
@@ -1104,6 +1252,7 @@ def train(job: Job, progress: Progress, noted: list[int]) -> tuple[Tensor, dict]
                 now, ref_logps, given, extra = draw_pairs(job, step)
             batches = step_batches(now, step)
             index = [i for batch in batches for i in batch.index]
+            index = gathered(torch.tensor(index, dtype=torch.long)).tolist()
             lr = set_lr(optimizer, learning_rate(options, step, steps))
             others = job.mismatched and step_batches(job, step, job.mismatched)
             losses, logps, grad_norm = torch.zeros(0), torch.zeros(0, 2), torch.zeros(())
@@ -1117,7 +1266,8 @@ def train(job: Job, progress: Progress, noted: list[int]) -> tuple[Tensor, dict]
             # What is written at a step depends on the step alone, not on where this run stops.
             evaluate = step % options.eval_every == 0 or step == steps
             wanted = evaluate or step % options.log_every == 0
-            last, stopped = step == job.stop, bool(noted)
+            last, signals = step == job.stop, gathered(torch.tensor(noted, dtype=torch.long))
+            stopped = len(signals) > 0
             every = options.save_every
             save = stopped if every is None else stopped or last or step % every == 0
             if not (wanted or save or last or step == 1):
@@ -1143,10 +1293,13 @@ def train(job: Job, progress: Progress, noted: list[int]) -> tuple[Tensor, dict]
             row |= held_out
             if save:
                 check_weights(job, step)
-                moments = get_moments(model, optimizer)
+                moments = whole(get_moments(model, optimizer))
                 now = progress._replace(step=step, num_tokens=tokens, moments=moments)
-                save_checkpoint(job, now)
+                saved = job._replace(model=whole_model(model))
+                if is_first():
+                    save_checkpoint(saved, now)
             if stopped:
+                noted[:] = gathered(signals).tolist()  # waits until that is saved
                 break
             began, read, tokens_read = time.perf_counter(), step, tokens
     check_weights(job, row["step"])
@@ -1166,7 +1319,7 @@ def step_batches(job: Job, step: int, pairs: Pairs | None = None) -> list[Batch]
     options, pairs = job.options, pairs or job.pairs
     index = step_rows(job, step) if job.questions is None else list(range(len(pairs)))
     layout = options.row_tokens, options.micro_tokens, evaluation.fixed_length(job.model)
-    return make_batches(pairs, index, *layout)
+    return own_batches(pairs, index, *layout)
 
 
 def draw_pairs(job: Job, step: int) -> tuple[Job, Tensor, Tensor, dict]:
@@ -1217,6 +1370,9 @@ def draw_pairs(job: Job, step: int) -> tuple[Job, Tensor, Tensor, dict]:
 def metrics_log(job: Job):
     """Yields the last row of metrics.jsonl, or {}, and a function that adds one; with --tensorboard
     to event files too."""
+    if not is_first():
+        yield {}, lambda row: None
+        return
     folder, board = Path(job.options.out), None
     if job.options.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -1247,7 +1403,8 @@ def training_metrics(job: Job, index: list[int], logps: Tensor, ref: Tensor | No
 
 
 def check_weights(job: Job, step: int) -> None:
-    if not all(p.isfinite().all() for p in job.model.parameters()):
+    fine = all(p.isfinite().all() for p in job.model.parameters())  # of sharded ones the own part
+    if not gathered(torch.tensor([int(fine)])).all():
         raise FloatingPointError(f"step {step}: weights not finite; try a lower --lr")
 
 
@@ -1481,6 +1638,7 @@ def describe(job: Job) -> str:
         rows = f"{len(job.questions)} questions, {options.samples} answers drawn to each"
     parameters = sum(p.numel() for p in job.model.parameters())
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    processes = f", {dist.get_world_size()} processes" if several() else ""
     return "\n".join(
         [
             f"{options.loss}: {loss.formula}   [{loss.source}]",
@@ -1488,7 +1646,7 @@ def describe(job: Job) -> str:
             f"{', '.join(f'{name} {value:g}' for name, value in own.items())}, "
             f"{'with' if loss.needs_reference else 'without'} a reference",
             f"  {options.init}: {parameters:,} parameters, {trained:,} of them trained, "
-            f"{options.dtype} products on {options.device}",
+            f"{options.dtype} products on {options.device}{processes}",
             f"  {rows}, {len(job.held_out)} held out; steps "
             f"{job.record.get('step', 0) + 1} to {job.stop} of {job.steps}, {options.batch_size} "
             f"{'prompts' if job.questions else 'pairs'} each; lr {options.lr:g}, "
@@ -1518,6 +1676,7 @@ def provenance() -> dict:
         "commit": commit or None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "processes": dist.get_world_size() if several() else 1,
     }
 
 
@@ -1595,30 +1754,38 @@ def finish(job: Job, start: Tensor, end: Tensor, last: dict, began: float) -> No
 
 def main(argv: list[str] | None = None) -> Path:
     """Runs the command line `argv` and returns the run folder."""
-    options, parser = parse_options(argv)
-    folder, began = Path(options.out), time.perf_counter()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(processes())
+        options, parser = parse_options(argv)
+        folder, began = Path(options.out), time.perf_counter()
         try:
             if options.plan:
                 print(plan(options))
                 parser.exit()
-            check_out(options)
-            job = load_job(options if options.init else demonstration(options))
-            stack.enter_context(claimed(folder))
-            check_free(options)
+            with agreed():
+                if is_first():
+                    check_out(options)
+                job = load_job(options if options.init else demonstration(options))
+                if is_first():
+                    stack.enter_context(claimed(folder))
+                    check_free(options)
         except (OSError, ValueError) as error:
             parser.error(error)
         print(describe(job), flush=True)
         warn_of_slow_bfloat16(options)
         try:
+            shard(job.model, options)
             progress = load_progress(job)
-            begin(job, progress)
+            if is_first():
+                begin(job, progress)
             noted = stack.enter_context(noted_signals())
             with stage(f"training: {options.loss}") as notes:
                 end, last = train(job, progress, noted)
                 notes.append(f"metrics.jsonl in {folder}")
             if last["step"] == job.stop:
-                finish(job, progress.start, end, last, began)
+                job = job._replace(model=whole_model(job.model))
+                if is_first():
+                    finish(job, progress.start, end, last, began)
                 return folder
         except OSError as error:
             saved = newest_checkpoint(folder)
@@ -1626,8 +1793,8 @@ def main(argv: list[str] | None = None) -> Path:
             parser.error(f"{error.filename or folder}: {error.strerror}{whole}")
         except FloatingPointError as error:
             parser.error(error)
-    goes_on = f"python train.py --resume --out {folder}"
-    parser.exit(128 + noted[0], f"train.py: step {last['step']} is saved; {goes_on} goes on\n")
+        goes_on = f"python train.py --resume --out {folder}"
+        parser.exit(128 + noted[0], f"train.py: step {last['step']} is saved; {goes_on} goes on\n")
 
 
 if __name__ == "__main__":

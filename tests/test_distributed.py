@@ -1,0 +1,205 @@
+"""Several processes under torchrun against one, which FSDP2 has no part in.
+
+`python tests/test_distributed.py` prints the table of losses, processes and differences.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PAIR_ROWS, tiny_model, write_rows
+from safetensors.torch import load_file
+
+import train
+from data import byte_tokenizer
+
+# Micro-batches of a pair or two, and 5 pairs in a step: one process has two passes, another three.
+# 21 pairs: in the last step of an epoch one of two processes has none.
+FLAGS = ("--batch_size", "5", "--micro_tokens", "150", "--lr", "1e-3", "--weight_decay", "0.1")
+
+
+# --- Jobs under torchrun --------------------------------------------------------------------------
+
+
+def start(folder: Path, count: int, name: str, commands: list) -> subprocess.Popen:
+    """torchrun of `count` processes. Each does all the commands, (a signal that the last process
+    sends itself in step 3, or 0; flags of train.py), as if torchrun had just started it."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in commands]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    (folder / f"{name}.json").write_text(json.dumps(list(zip(ports, commands))))
+    torchrun = ("torch.distributed.run", "--standalone", f"--nproc_per_node={count}")
+    with open(folder / f"{name}.out", "w") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", *torchrun, __file__, folder / f"{name}.json"],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+
+def work(file: Path) -> None:
+    """One of the processes: writes the exit status and standard error of every command."""
+    rank, ended, step = int(os.environ["RANK"]), [], train.train_step
+    last = rank == int(os.environ["WORLD_SIZE"]) - 1
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # which knows of one start only
+    for port, (number, argv) in json.loads(file.read_text()):
+        numbers = iter([0, 0, number if last else 0])
+
+        def signalled(*args, numbers=numbers):
+            if number := next(numbers, 0):
+                os.kill(os.getpid(), number)
+            return step(*args)
+
+        train.train_step, os.environ["MASTER_PORT"] = signalled, str(port)
+        status, error = 0, io.StringIO()
+        with contextlib.redirect_stderr(error):
+            try:
+                train.main(argv)
+            except SystemExit as stop:
+                status = stop.code
+                torch.distributed.destroy_process_group()
+        ended.append((status, error.getvalue().rpartition("\r")[2]))
+    file.with_suffix(f".{rank}").write_text(json.dumps(ended))
+
+
+def inputs(folder: Path) -> None:
+    for name, changes in {"init": {}, "tied": {"tie_word_embeddings": True}}.items():
+        tiny_model(**changes).save_pretrained(folder / name)
+        byte_tokenizer().save(folder / name)
+    write_rows(folder / "pairs.jsonl", PAIR_ROWS)
+
+
+def command(folder: Path, out: str, kind: str, *flags: str) -> list[str]:
+    init = "tied" if kind == "tied" else "init"
+    files = ("--init", folder / init, "--data", folder / "pairs.jsonl", "--out", folder / out)
+    return [*map(str, files), *FLAGS, *flags, *(("--lora_rank", "4") if kind == "lora" else ())]
+
+
+def difference(one: Path, other: Path) -> tuple[float, float]:
+    """The largest of a figure in metrics.jsonl, relative above 1, and of a weight."""
+    rows = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (one, other)
+    ]
+    assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
+    figures = [
+        abs(a[name] - b[name]) / max(1, abs(a[name]))
+        for a, b in zip(*rows)
+        for name in a.keys() - {"step_seconds", "tokens_per_second"}
+        if a[name] is not None or b[name] is not None
+    ]
+    weights = [load_file(folder / "model.safetensors") for folder in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    return max(figures), max((weights[0][k] - weights[1][k]).abs().max().item() for k in weights[0])
+
+
+# --- Tests: one job of two processes, and one that dies -------------------------------------------
+
+RUNS = {"mio": "init", "dv": "tied", "kto": "lora"}
+HALF = ("--max_steps", "4", "--save_every", "2")
+REFUSED = {
+    "2 processes need a pair each": ("--batch_size", "1"),
+    "without torchrun": ("--on_policy",),
+    "together": ("--data", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """The folder of all runs, and how the commands of both processes ended, by name."""
+    folder = tmp_path_factory.mktemp("distributed")
+    inputs(folder)
+    killed = start(folder, 2, "killed", [(signal.SIGKILL, command(folder, "k", "init"))])
+    train.main(command(folder, "half-1", "init", *HALF))
+    resume = ["--resume", "--max_steps", "10", "--out"]
+    stop = signal.SIGTERM
+    commands = {f"{loss}-2": (0, command(folder, f"{loss}-2", kind, "--loss", loss))
+                for loss, kind in RUNS.items()}  # fmt: skip
+    commands["stopped"] = stop, command(folder, "stopped", "init")
+    commands["half-1"] = 0, [*resume, str(folder / "half-1")]
+    commands |= {word: (0, command(folder, "bad", "init", *bad)) for word, bad in REFUSED.items()}
+    job = start(folder, 2, "job", list(commands.values()))
+    for loss, kind in RUNS.items():
+        train.main(command(folder, f"{loss}-1", kind, "--loss", loss))
+    assert job.wait(300) == 0, (folder / "job.out").read_text()[-3000:]
+    processes = [json.loads((folder / f"job.{rank}").read_text()) for rank in (0, 1)]
+    return folder, dict(zip(commands, zip(*processes))), killed
+
+
+@pytest.mark.parametrize("loss", RUNS)
+def test_two_processes_train_as_one_does(loss, ended):
+    folder, _, _ = ended
+    figures, weights = difference(folder / f"{loss}-1", folder / f"{loss}-2")
+    assert figures <= 1e-5 and weights <= 1e-5
+
+
+def test_a_signal_to_one_process_stops_all_and_any_number_of_them_goes_on(ended):
+    folder, how, _ = ended
+    (first, said), (second, unsaid) = how["stopped"]
+    assert first == second == 128 + signal.SIGTERM and "step 3 is saved" in said and unsaid == ""
+    assert [path.name for path in train.checkpoints(folder / "stopped")] == ["step-000003"]
+    train.main(["--resume", "--out", str(shutil.copytree(folder / "stopped", folder / "one"))])
+    for resumed in ("one", "half-1"):  # by one process, by two
+        figures, weights = difference(folder / "mio-1", folder / resumed)
+        assert figures <= 1e-5 and weights <= 1e-5
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_bad_input_is_one_line_of_the_first_process(word, ended):
+    folder, how, _ = ended
+    (first, said), (second, unsaid) = how[word]
+    assert first == second == 2 and unsaid == ""
+    assert word in said and said.startswith("train.py: error: ") and said.count("\n") == 1
+    assert not (folder / "bad").exists()
+
+
+def test_where_one_process_dies_the_job_ends(ended):
+    folder, _, killed = ended
+    assert killed.wait(300) != 0
+    assert "SIGKILL" in (folder / "killed.out").read_text()
+    assert not (folder / "k" / "summary.json").exists()
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+
+def table() -> None:
+    losses, kinds = ("mio", "dpo", "ipo", "kto", "sft", "dv"), ("init", "tied", "lora")
+    runs = list(itertools.product(losses, kinds))
+    flags = ("--epochs", "4", "--eval_every", "7", "--loss")
+    print("| loss | model | processes | steps | figures | weights |\n|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        inputs(folder)
+        for loss, kind in runs:
+            with contextlib.redirect_stdout(io.StringIO()):
+                train.main(command(folder, f"{loss}-{kind}-1", kind, *flags, loss))
+        for count in (2, 3):
+            commands = [(0, command(folder, f"{loss}-{kind}-{count}", kind, *flags, loss))
+                        for loss, kind in runs]  # fmt: skip
+            assert start(folder, count, f"table-{count}", commands).wait() == 0
+            for loss, kind in runs:
+                one, many = (folder / f"{loss}-{kind}-{n}" for n in (1, count))
+                figure, weight = difference(one, many)
+                steps = json.loads((many / "summary.json").read_text())["step"]
+                print(f"| {loss} | {kind} | {count} | {steps} | {figure:.1e} | {weight:.1e} |")
+
+
+if __name__ == "__main__":
+    if torch.distributed.is_torchelastic_launched():
+        work(Path(sys.argv[1]))
+    else:
+        table()
