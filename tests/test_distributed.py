@@ -26,7 +26,18 @@ from data import byte_tokenizer
 
 # Micro-batches of a pair or two, and 5 pairs in a step: one process has two passes, another three.
 # 21 pairs: in the last step of an epoch one of two processes has none.
-FLAGS = ("--batch_size", "5", "--micro_tokens", "150", "--lr", "1e-3", "--weight_decay", "0.1")
+FLAGS = (
+    "--batch_size",
+    "5",
+    "--micro_tokens",
+    "150",
+    "--lr",
+    "1e-3",
+    "--weight_decay",
+    "0.1",
+    "--eval_every",
+    "3",
+)
 
 
 # --- Jobs under torchrun --------------------------------------------------------------------------
@@ -46,7 +57,7 @@ def start(folder: Path, count: int, name: str, commands: list) -> subprocess.Pop
             [sys.executable, "-m", *torchrun, __file__, folder / f"{name}.json"],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
         )
 
 
@@ -72,7 +83,7 @@ def work(file: Path) -> None:
                 status = stop.code
                 torch.distributed.destroy_process_group()
         ended.append((status, error.getvalue().rpartition("\r")[2]))
-    file.with_suffix(f".{rank}").write_text(json.dumps(ended))
+        file.with_suffix(f".{rank}").write_text(json.dumps(ended))
 
 
 def inputs(folder: Path) -> None:
@@ -88,25 +99,34 @@ def command(folder: Path, out: str, kind: str, *flags: str) -> list[str]:
     return [*map(str, files), *FLAGS, *flags, *(("--lora_rank", "4") if kind == "lora" else ())]
 
 
-def difference(one: Path, other: Path) -> tuple[float, float]:
-    """The largest of a figure in metrics.jsonl, relative above 1, and of a weight."""
+def differences(one: Path, other: Path) -> tuple[float, float, float]:
+    """The largest of a loss and of another figure in metrics.jsonl, relative above 1, and of a
+    weight."""
     rows = [
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (one, other)
     ]
     assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
-    figures = [
-        abs(a[name] - b[name]) / max(1, abs(a[name]))
+    figures = {
+        (name, a["step"]): abs(a[name] - b[name]) / max(1, abs(a[name]))
         for a, b in zip(*rows)
         for name in a.keys() - {"step_seconds", "tokens_per_second"}
         if a[name] is not None or b[name] is not None
-    ]
+    }
+    losses = {key: figures.pop(key) for key in list(figures) if key[0].endswith("loss")}
     weights = [load_file(folder / "model.safetensors") for folder in (one, other)]
     assert weights[0].keys() == weights[1].keys()
-    return max(figures), max((weights[0][k] - weights[1][k]).abs().max().item() for k in weights[0])
+    apart = max((weights[0][k] - weights[1][k]).abs().max().item() for k in weights[0])
+    return max(losses.values()), max(figures.values()), apart
 
 
-# --- Tests: one job of two processes, and one that dies -------------------------------------------
+def assert_same(one: Path, other: Path) -> None:
+    losses, figures, weights = differences(one, other)
+    assert losses <= 1e-5 and weights <= 1e-5
+    assert figures <= 1e-4  # norms of gradients, small sums of large terms
+
+
+# --- Tests: one job of two processes, which ends when one of them dies ----------------------------
 
 RUNS = {"mio": "init", "dv": "tied", "kto": "lora"}
 HALF = ("--max_steps", "4", "--save_every", "2")
@@ -122,7 +142,6 @@ def ended(tmp_path_factory):
     """The folder of all runs, and how the commands of both processes ended, by name."""
     folder = tmp_path_factory.mktemp("distributed")
     inputs(folder)
-    killed = start(folder, 2, "killed", [(signal.SIGKILL, command(folder, "k", "init"))])
     train.main(command(folder, "half-1", "init", *HALF))
     resume = ["--resume", "--max_steps", "10", "--out"]
     stop = signal.SIGTERM
@@ -131,35 +150,35 @@ def ended(tmp_path_factory):
     commands["stopped"] = stop, command(folder, "stopped", "init")
     commands["half-1"] = 0, [*resume, str(folder / "half-1")]
     commands |= {word: (0, command(folder, "bad", "init", *bad)) for word, bad in REFUSED.items()}
+    commands["killed"] = signal.SIGKILL, command(folder, "killed", "init")
     job = start(folder, 2, "job", list(commands.values()))
     for loss, kind in RUNS.items():
         train.main(command(folder, f"{loss}-1", kind, "--loss", loss))
-    assert job.wait(300) == 0, (folder / "job.out").read_text()[-3000:]
+    assert job.wait(300) != 0
     processes = [json.loads((folder / f"job.{rank}").read_text()) for rank in (0, 1)]
-    return folder, dict(zip(commands, zip(*processes))), killed
+    assert len(processes[0]) == len(commands) - 1, (folder / "job.out").read_text()[-3000:]
+    return folder, dict(zip(commands, zip(*processes)))
 
 
 @pytest.mark.parametrize("loss", RUNS)
 def test_two_processes_train_as_one_does(loss, ended):
-    folder, _, _ = ended
-    figures, weights = difference(folder / f"{loss}-1", folder / f"{loss}-2")
-    assert figures <= 1e-5 and weights <= 1e-5
+    folder, _ = ended
+    assert_same(folder / f"{loss}-1", folder / f"{loss}-2")
 
 
 def test_a_signal_to_one_process_stops_all_and_any_number_of_them_goes_on(ended):
-    folder, how, _ = ended
+    folder, how = ended
     (first, said), (second, unsaid) = how["stopped"]
     assert first == second == 128 + signal.SIGTERM and "step 3 is saved" in said and unsaid == ""
     assert [path.name for path in train.checkpoints(folder / "stopped")] == ["step-000003"]
     train.main(["--resume", "--out", str(shutil.copytree(folder / "stopped", folder / "one"))])
     for resumed in ("one", "half-1"):  # by one process, by two
-        figures, weights = difference(folder / "mio-1", folder / resumed)
-        assert figures <= 1e-5 and weights <= 1e-5
+        assert_same(folder / "mio-1", folder / resumed)
 
 
 @pytest.mark.parametrize("word", REFUSED)
 def test_bad_input_is_one_line_of_the_first_process(word, ended):
-    folder, how, _ = ended
+    folder, how = ended
     (first, said), (second, unsaid) = how[word]
     assert first == second == 2 and unsaid == ""
     assert word in said and said.startswith("train.py: error: ") and said.count("\n") == 1
@@ -167,10 +186,10 @@ def test_bad_input_is_one_line_of_the_first_process(word, ended):
 
 
 def test_where_one_process_dies_the_job_ends(ended):
-    folder, _, killed = ended
-    assert killed.wait(300) != 0
-    assert "SIGKILL" in (folder / "killed.out").read_text()
-    assert not (folder / "k" / "summary.json").exists()
+    folder, _ = ended
+    assert "SIGKILL" in (folder / "job.out").read_text()
+    assert (folder / "killed" / "metrics.jsonl").exists()
+    assert not (folder / "killed" / "summary.json").exists()
 
 
 # --- The table ------------------------------------------------------------------------------------
@@ -180,7 +199,7 @@ def table() -> None:
     losses, kinds = ("mio", "dpo", "ipo", "kto", "sft", "dv"), ("init", "tied", "lora")
     runs = list(itertools.product(losses, kinds))
     flags = ("--epochs", "4", "--eval_every", "7", "--loss")
-    print("| loss | model | processes | steps | figures | weights |\n|---|---|---|---|---|---|")
+    print("| loss | model | processes | steps | loss | others | weights |\n" + 7 * "|---" + "|")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         inputs(folder)
@@ -193,9 +212,9 @@ def table() -> None:
             assert start(folder, count, f"table-{count}", commands).wait() == 0
             for loss, kind in runs:
                 one, many = (folder / f"{loss}-{kind}-{n}" for n in (1, count))
-                figure, weight = difference(one, many)
+                apart = " | ".join(f"{one:.1e}" for one in differences(one, many))
                 steps = json.loads((many / "summary.json").read_text())["step"]
-                print(f"| {loss} | {kind} | {count} | {steps} | {figure:.1e} | {weight:.1e} |")
+                print(f"| {loss} | {kind} | {count} | {steps} | {apart} |")
 
 
 if __name__ == "__main__":
