@@ -108,9 +108,9 @@ def moved(folder: str, side: str) -> tuple[list[int], list[float]]:
     return steps, [value - values[0] for value in values]
 
 
-def spread(values: list[float], digits: int = 2) -> str:
+def spread(values: list[float], digits: int = 2, sign: str = "+") -> str:
     """Mean of seeds, and the lowest and the highest."""
-    one = f"{{:+.{digits}f}}".format
+    one = f"{{:{sign}.{digits}f}}".format
     return f"{one(np.mean(values))} ({one(min(values))}, {one(max(values))})"
 
 
