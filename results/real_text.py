@@ -24,9 +24,10 @@ apart better?
 accuracy within the standard error, which at {held_out} pairs is about {error:.0f} points.
 
 `python results/real_text.py CHECKPOINT PAIRS.jsonl` (sha256 {hashes}):
-{provenance}. {epochs} epoch, {batch} pairs a step, learning rate {rate:g}, beta 0.1 for dpo and 0.2 for mio; a tenth of
-the pairs, by prompts, held out, another for each of the seeds {seeds}. Means of seeds (lowest,
-highest).
+{provenance}.
+{epochs} epoch, {batch} pairs a step, learning rate {rate:g}, beta 0.1 for dpo and 0.2 for mio; a
+tenth of the pairs, by prompts, held out, another for each of the seeds {seeds}. Means of seeds
+(lowest, highest).
 
 ![Curves](real_text.png)
 
@@ -92,8 +93,9 @@ def main() -> None:
     rows = []
     for loss in BETAS:
         margins = [c - r for c, r in zip(ends[loss, "chosen"], ends[loss, "rejected"])]
-        rows.append(f"| {loss} | {spread(right[loss], 1, sign="")} | {spread(ends[loss, 'chosen'])} | "
-                    f"{spread(ends[loss, 'rejected'])} | {spread(margins)} |")  # fmt: skip
+        cells = [spread(right[loss], 1, sign=""), spread(ends[loss, "chosen"]),
+                 spread(ends[loss, "rejected"]), spread(margins)]  # fmt: skip
+        rows.append(f"| {loss} | {' | '.join(cells)} |")
     table = made[outs["dpo", 0]]["summary"]["table"]
     held_out = table["dpo"]["Δ chosen"]["n"]
     files = [Path(checkpoint) / "model.safetensors", Path(data)]
