@@ -7,14 +7,14 @@ compared on test problems of the other seeds: the same bases, pairs and order fo
 from pathlib import Path
 
 import numpy as np
-from pool import SEEDS, bases, graded, moved, on_pairs, provenance, spread, train_all
+from pool import bases, graded, moved, on_pairs, provenance, spread, train_all
 
 import eval as evaluation
 import train
 
 LOSSES = ("dpo", "mio", "bce", "nwj", "dv", "ipo", "kto", "simpo", "orpo", "rpo", "apo_zero", "sft")
 RATES, SCALES = (1e-4, 3e-4), (0.25, 1.0)  # learning rates; times the demonstration's beta
-TUNED_ON, PAIRS, EPOCHS = 0, 2000, 2
+TUNED_ON, TESTED_ON, PAIRS, EPOCHS = 0, (1, 2, 3), 2000, 2
 
 TEXT = """# Best against best
 
@@ -64,21 +64,20 @@ def main() -> None:
     made = train_all({out: job(*key, TUNED_ON) for key, out in grid.items()}, grade=True)
     scores = {key: graded(out)["validation"].mean() for key, out in grid.items()}
     best = {loss: max((k for k in scores if k[0] == loss), key=scores.get) for loss in LOSSES}
-    seeds = [seed for seed in SEEDS if seed != TUNED_ON]
-    finals = {(loss, seed): folder(*best[loss], seed) for loss in LOSSES for seed in seeds}
+    finals = {(loss, seed): folder(*best[loss], seed) for loss in LOSSES for seed in TESTED_ON}
     made |= train_all({finals[loss, s]: job(*best[loss], s) for loss, s in finals}, grade=True)
 
-    start = {seed: graded(f"{base[seed]}/start")["test"] for seed in seeds}
+    start = {seed: graded(f"{base[seed]}/start")["test"] for seed in TESTED_ON}
     right = {key: graded(out)["test"] for key, out in finals.items()}
-    gains = {loss: [100 * (right[loss, s] - start[s]).mean() for s in seeds] for loss in LOSSES}
+    gains = {loss: [100 * (right[loss, s] - start[s]).mean() for s in TESTED_ON] for loss in LOSSES}
     order = sorted(LOSSES, key=lambda loss: -np.mean(gains[loss]))
     rows, differences = [], []
-    together = {loss: evaluation.Column(np.concatenate([right[loss, s] for s in seeds]) * 1.0)
+    together = {loss: evaluation.Column(np.concatenate([right[loss, s] for s in TESTED_ON]) * 1.0)
                 for loss in LOSSES}  # fmt: skip
     for loss in order:
         _, rate, _ = best[loss]
-        beta = made[finals[loss, seeds[0]]]["train_config"]["beta"]
-        moves = [spread([moved(finals[loss, s], side)[1][-1] for s in seeds])
+        beta = made[finals[loss, TESTED_ON[0]]]["train_config"]["beta"]
+        moves = [spread([moved(finals[loss, s], side)[1][-1] for s in TESTED_ON])
                  for side in ("chosen", "rejected")]  # fmt: skip
         score = f"{100 * scores[best[loss]]:.1f}"
         beta = "" if loss == "sft" else f"{beta:g}"
@@ -93,9 +92,9 @@ def main() -> None:
         f"{order.index('mio') + 1}, dpo number {order.index('dpo') + 1}.",
         provenance=provenance(made), rates=" and ".join(f"{r:g}" for r in RATES),
         scales=", ".join(f"{s:g}" for s in SCALES), tuned_on=TUNED_ON, pairs=PAIRS, epochs=EPOCHS,
-        seeds=", ".join(map(str, seeds)), table="\n".join(rows), count=len(seeds),
+        seeds=", ".join(map(str, TESTED_ON)), table="\n".join(rows), count=len(TESTED_ON),
         differences="\n".join(differences),
-        base=", ".join(f"{100 * start[s].mean():.1f} %" for s in seeds),
+        base=", ".join(f"{100 * start[s].mean():.1f} %" for s in TESTED_ON),
     )  # fmt: skip
     Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

@@ -24,7 +24,7 @@ LOOK = {
     "rlhf": ("#CC79A7", "--"),
     "mio, on policy": ("#56B4E9", "-"),
 }
-SEEDS, SAMPLES = (0, 1, 2, 3, 4), 64
+SEEDS, SAMPLES = (0, 1, 2), 64
 
 TEXT = """# Beyond the base?
 
