@@ -464,7 +464,7 @@ def _resolved(options: Options) -> Options:
         own |= {"lora_alpha": 2.0 * options.lora_rank, "lora_targets": "all"}
     own = {name: value for name, value in own.items() if getattr(options, name) is None}
     options = dataclasses.replace(options, **own, device=evaluation.pick_device(options.device))
-    if several():
+    if several() and not options.plan:
         check_several(options)
     return options
 
@@ -1579,7 +1579,7 @@ def plan(options: Options) -> str:
         return needs_on(config, dataclasses.replace(options, **changes), gpus)
 
     def fits(found: Needs) -> bool:
-        return found.peak <= memory * 1e9
+        return 1.1 * found.peak <= memory * 1e9  # by as much the estimate may be off
 
     def first(ways) -> list[str]:
         """The first of (GPUs, changes of flags) that fits, in words."""
@@ -1595,21 +1595,21 @@ def plan(options: Options) -> str:
     if fits(of({})):
         lines[0] += "fits"
     else:
-        # What changes no result comes first, then rounding, then what is trained, then more GPUs.
-        same = [recompute, half, recompute | half]
-        lora_too = [lora | changes for changes in ({}, half, recompute | half)]
-        counts = [gpus for gpus in GPU_COUNTS[1:] if gpus <= options.batch_size]
-        ways = first((1, changes) for changes in same + lora_too)
-        ways += first(itertools.product(counts, [{}, *same]))
+        # The fewest GPUs, then what takes the least time; of --lora_rank, too.
+        counts = [gpus for gpus in GPU_COUNTS if gpus <= options.batch_size]
+        flags = [{}, half, recompute, recompute | half]
+        ways = first(itertools.product(counts, flags))
+        ways += first(itertools.product(counts, [lora | changes for changes in flags]))
         lines[0] += "does not fit"
-        lines += [f"  it does with {way}" for way in ways]
+        lines += [f"  it does with {way}" for way in dict.fromkeys(ways)]
     kinds = {"all weights": {"lora_rank": None}, f"rank {rank}": lora}
     parameters = of(kinds["all weights"]).parameters
     lines += [
         "",
         f"{parameters:,} parameters, {options.batch_size} pairs a step of up to "
         f"{options.max_length} tokens.",
-        f"GB in each GPU, * fits; PFLOP, TB moved, seconds of a step at {options.mfu:.0%} of peak.",
+        "GB in each GPU, * fits with a tenth to spare; then of a step PFLOP, TB moved,",
+        f"seconds at {options.mfu:.0%} of peak.",
         "",
         "            GPU weight   grad moment   kept   head   peak   PFLOP    TB       s",
     ]

@@ -149,21 +149,19 @@ def test_plan_reads_config_alone_and_writes_nothing(tmp_path, capsys, monkeypatc
     assert [path.name for path in tmp_path.rglob("*")] == ["init", "config.json"]
 
 
-def verdict(capsys, *flags: str) -> list[str]:
+def printed(capsys, *flags: str) -> list[str]:
     with pytest.raises(SystemExit, match="0"):
-        train.main(["--plan", *flags])
-    return capsys.readouterr().out.split("\n\n")[0].splitlines()
+        train.main(["--plan", "llama-3.1-8b", *flags])
+    return capsys.readouterr().out.splitlines()
 
 
-def test_what_a_verdict_advises_fits(capsys):
-    first, *ways = verdict(capsys, "llama-3.1-8b")
-    assert first.endswith("does not fit") and len(ways) == 2
-    for way in ways:
-        flags = way.removeprefix("  it does with ").split()
-        if "GPUs" not in flags:
-            assert verdict(capsys, "llama-3.1-8b", *flags) == [
-                first.replace("does not fit", "fits")
-            ]
+def test_what_a_verdict_advises_fits_and_fewer_gpus_do_not(capsys):
+    first, full, lora, *_ = table = printed(capsys)
+    assert first == "llama-3.1-8b, float32, on one h100 of 80 GB: does not fit"
+    assert full == "  it does with 4 GPUs --checkpointing on"
+    recomputed = next(i for i, line in enumerate(table) if line.startswith("  recomputed"))
+    assert ["*" in line for line in table[recomputed:][:4]] == [False, False, True, True]
+    assert printed(capsys, *lora.removeprefix("  it does with ").split())[0].endswith(": fits")
 
 
 BAD = {
