@@ -1766,6 +1766,7 @@ def main(argv: list[str] | None = None) -> Path:
                 if is_first():
                     check_out(options)
                 job = load_job(options if options.init else demonstration(options))
+            with agreed():  # nothing is written before all have read their files
                 if is_first():
                     stack.enter_context(claimed(folder))
                     check_free(options)
