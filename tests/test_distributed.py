@@ -26,18 +26,8 @@ from data import byte_tokenizer
 
 # Micro-batches of a pair or two, and 5 pairs in a step: one process has two passes, another three.
 # 21 pairs: in the last step of an epoch one of two processes has none.
-FLAGS = (
-    "--batch_size",
-    "5",
-    "--micro_tokens",
-    "150",
-    "--lr",
-    "1e-3",
-    "--weight_decay",
-    "0.1",
-    "--eval_every",
-    "3",
-)
+FLAGS = ["--batch_size", "5", "--micro_tokens", "150", "--lr", "1e-3", "--weight_decay", "0.1",
+         "--eval_every", "3"]  # fmt: skip
 
 
 # --- Jobs under torchrun --------------------------------------------------------------------------

@@ -134,8 +134,14 @@ def test_the_head_has_its_gradient_a_chunk_of_logits_and_states():
     assert planned(config, options, batches).head == head
     one, many = (needs(config, options, [99], [40, 40], micros) for micros in (1, 2))
     assert many.peak - one.peak == pytest.approx(one.gradients)  # that wait for the second pass
-    half = needs(config, options, [99], [40, 40], 1, gpus=2)
-    assert half.moments == one.moments / 2
+
+
+def test_gpus_share_what_stays_and_borrow_what_is_at_work():
+    step = (tiny_config(), options_of(), [99], [40, 40])
+    one, two, four = (needs(*step, gpus=gpus) for gpus in (1, 2, 4))
+    assert (two.gradients, two.moments) == (one.gradients / 2, one.moments / 2)
+    assert two.weights - four.weights == one.weights / 4  # they borrow alike
+    assert two.weights > one.weights / 2
 
 
 def test_plan_reads_config_alone_and_writes_nothing(tmp_path, capsys, monkeypatch):
