@@ -222,16 +222,12 @@ GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 # bfloat16 and float32, GB/s.
 GPUS = {"h100": (80, 989, 67, 3350), "a100": (80, 312, 19.5, 2039), "h200": (141, 989, 67, 4800),
         "rtx4090": (24, 165, 82.6, 1008)}
-# fmt: on
 # What may differ from the run that --resume goes on with. The files' contents may not.
-# fmt: off
 MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out",
               "tensorboard")
-# fmt: on
 FILES = ("init", "init_adapter", "data", "eval_data")
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True)
 class Options:
     loss: str = option("mio", "the objective; help lists them", choices=tuple(LOSSES))
@@ -464,7 +460,7 @@ def _resolved(options: Options) -> Options:
         own |= {"lora_alpha": 2.0 * options.lora_rank, "lora_targets": "all"}
     own = {name: value for name, value in own.items() if getattr(options, name) is None}
     options = dataclasses.replace(options, **own, device=evaluation.pick_device(options.device))
-    if several():
+    if several() and not options.plan:
         check_several(options)
     return options
 
@@ -1467,45 +1463,45 @@ def needs(config: ModelConfig, options: Options, rows: list[int], lengths: list[
         if options.lora_rank:
             add_adapters(model, options)
     half, recompute = options.dtype == "bfloat16", options.checkpointing == "on"
-    cuda, several = options.device != "cpu", gpus > 1
+    cuda, sharded = options.device != "cpu", gpus > 1
     compiled = cuda and options.compile != "off"
     D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     T, N, squares, s = sum(rows), sum(lengths), sum(t * t for t in rows), 2 if half else 4
     n = max(part.stop - part.start for _, part in chunks_of_pairs(lengths, CHUNK_TOKENS))
 
     layer, head = model.model["layers"][0], model.head_weight
-    whole, block = list(model.parameters()), list(layer.parameters())
+    every, block = list(model.parameters()), list(layer.parameters())
     of_block = sum(p.nbytes for p in block)
-    root = sum(p.nbytes for p in whole) - of_block
+    root = sum(p.nbytes for p in every) - of_block
     trained, trained_block = (sum(p.numel() for p in one if p.requires_grad)
-                              for one in (whole, block))  # fmt: skip
+                              for one in (every, block))  # fmt: skip
     trained += (L - 1) * trained_block
-    full = head.requires_grad
-    parameters = sum(p.numel() for p in whole) + (L - 1) * sum(p.numel() for p in block)
+    dense = head.requires_grad
+    parameters = sum(p.numel() for p in every) + (L - 1) * sum(p.numel() for p in block)
 
     a_token, rounded = kept_of_block(model, half)
     # SDPA keeps a mask as numbers, FlexAttention has none.
     of_tokens = a_token * T + (0 if compiled else s * squares)
     # Autocast keeps each weight that it rounds until the pass is over, the head's work included.
-    rounded *= 0 if several or (compiled and recompute) else L
+    rounded *= 0 if sharded or (compiled and recompute) else L
     activations = L * (4 * D * T if recompute else of_tokens) + rounded
-    activations += T * (8 * config.head_dim + 4 * D + 4 * D * full)  # rotary table, last norm
+    activations += T * (8 * config.head_dim + 4 * D + 4 * D * dense)  # rotary table, last norm
     # Of an MLP's backward pass: gradients of both its factors, of the stream and of the norm.
     at_work = T * (2 * F * s + 8 * D) + recompute * of_tokens
-    grad_head = 4 * head.numel() * full
+    grad_head = 4 * head.numel() * dense
     logits = n * len(head) * (s + 4 * (half and cuda))  # and a float32 copy
     logits += 2 * head.numel() * (half and head.dtype == torch.float32)  # the head, rounded
     logits += 8 * D * (N + n)  # states and their gradients
 
     # The root; two blocks, one on its way; a block's gradient before and after it is summed.
-    gathered = several * (root + 2 * of_block / (2 if half and full else 1) + 8 * trained_block)
+    borrowed = sharded * (root + 2 * of_block / (2 if half and dense else 1) + 8 * trained_block)
     gradients = 4 * trained / gpus
     before = gradients * (micros > 1)  # a step begins without any
     # A tied matrix has two gradients up to the end of a pass, that of earlier passes is a third.
     last = grad_head * (config.tie_word_embeddings + (micros > 1))
     phases = (before + activations + grad_head + max(logits, at_work),
               gradients + max(at_work, last))  # fmt: skip
-    weights, moments = (root + L * of_block) / gpus + gathered, 8 * trained / gpus
+    weights, moments = (root + L * of_block) / gpus + borrowed, 8 * trained / gpus
     peak = weights + moments + max(phases)
 
     linears = [m.weight for m in layer.modules() if isinstance(m, nn.Linear)]
@@ -1515,13 +1511,13 @@ def needs(config: ModelConfig, options: Options, rows: list[int], lengths: list[
     attention /= 2 if compiled else 1  # FlexAttention leaves out blocks of the future
     to_head = 2 * N * head.numel()
     # Backward: by inputs and by weights; attention has five products where it had two.
-    flops = 2 * matrices + learning + 3.5 * attention + to_head * (2 + full)
+    flops = 2 * matrices + learning + 3.5 * attention + to_head * (2 + dense)
     # Recomputing stops at the last thing that was kept: eager code leaves out the last product.
-    flops += recompute * (matrices + attention - (not compiled) * full * 2 * T * L * D * F)
+    flops += recompute * (matrices + attention - (not compiled) * dense * 2 * T * L * D * F)
     flops += (not LOSSES[options.loss].pairwise) * (matrices + attention + to_head)
     chunks = -(-N // n)
     traffic = (2 + recompute) * s * matrices / (2 * T) + 2 * (activations + gradients)
-    traffic += 4 * s * N * len(head) + chunks * head.numel() * (2 * s + 8 * full)
+    traffic += 4 * s * N * len(head) + chunks * head.numel() * (2 * s + 8 * dense)
     # AdamW reads weight, gradient and moments, and writes all but the gradient.
     return Needs(parameters, weights, gradients, moments, activations, grad_head + logits, peak,
                  micros * flops, micros * traffic + 28 * trained / gpus)  # fmt: skip
@@ -1579,7 +1575,7 @@ def plan(options: Options) -> str:
         return needs_on(config, dataclasses.replace(options, **changes), gpus)
 
     def fits(found: Needs) -> bool:
-        return found.peak <= memory * 1e9
+        return 1.1 * found.peak <= memory * 1e9  # by as much the estimate may be off
 
     def first(ways) -> list[str]:
         """The first of (GPUs, changes of flags) that fits, in words."""
@@ -1595,21 +1591,21 @@ def plan(options: Options) -> str:
     if fits(of({})):
         lines[0] += "fits"
     else:
-        # What changes no result comes first, then rounding, then what is trained, then more GPUs.
-        same = [recompute, half, recompute | half]
-        lora_too = [lora | changes for changes in ({}, half, recompute | half)]
-        counts = [gpus for gpus in GPU_COUNTS[1:] if gpus <= options.batch_size]
-        ways = first((1, changes) for changes in same + lora_too)
-        ways += first(itertools.product(counts, [{}, *same]))
+        # The fewest GPUs, then what takes the least time; of --lora_rank, too.
+        counts = [gpus for gpus in GPU_COUNTS if gpus <= options.batch_size]
+        flags = [{}, half, recompute, recompute | half]
+        ways = first(itertools.product(counts, flags))
+        ways += first(itertools.product(counts, [lora | changes for changes in flags]))
         lines[0] += "does not fit"
-        lines += [f"  it does with {way}" for way in ways]
+        lines += [f"  it does with {way}" for way in dict.fromkeys(ways)]
     kinds = {"all weights": {"lora_rank": None}, f"rank {rank}": lora}
     parameters = of(kinds["all weights"]).parameters
     lines += [
         "",
         f"{parameters:,} parameters, {options.batch_size} pairs a step of up to "
         f"{options.max_length} tokens.",
-        f"GB in each GPU, * fits; PFLOP, TB moved, seconds of a step at {options.mfu:.0%} of peak.",
+        "GB in each GPU, * fits with a tenth to spare; then of a step PFLOP, TB moved,",
+        f"seconds at {options.mfu:.0%} of peak.",
         "",
         "            GPU weight   grad moment   kept   head   peak   PFLOP    TB       s",
     ]
@@ -1766,6 +1762,7 @@ def main(argv: list[str] | None = None) -> Path:
                 if is_first():
                     check_out(options)
                 job = load_job(options if options.init else demonstration(options))
+            with agreed():  # nothing is written before all have read their files
                 if is_first():
                     stack.enter_context(claimed(folder))
                     check_free(options)

@@ -26,18 +26,8 @@ from data import byte_tokenizer
 
 # Micro-batches of a pair or two, and 5 pairs in a step: one process has two passes, another three.
 # 21 pairs: in the last step of an epoch one of two processes has none.
-FLAGS = (
-    "--batch_size",
-    "5",
-    "--micro_tokens",
-    "150",
-    "--lr",
-    "1e-3",
-    "--weight_decay",
-    "0.1",
-    "--eval_every",
-    "3",
-)
+FLAGS = ["--batch_size", "5", "--micro_tokens", "150", "--lr", "1e-3", "--weight_decay", "0.1",
+         "--eval_every", "3"]  # fmt: skip
 
 
 # --- Jobs under torchrun --------------------------------------------------------------------------
@@ -57,6 +47,7 @@ def start(folder: Path, count: int, name: str, commands: list) -> subprocess.Pop
             [sys.executable, "-m", *torchrun, __file__, folder / f"{name}.json"],
             stdout=out,
             stderr=subprocess.STDOUT,
+            cwd=folder,
             env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
         )
 
@@ -78,7 +69,7 @@ def work(file: Path) -> None:
         status, error = 0, io.StringIO()
         with contextlib.redirect_stderr(error):
             try:
-                train.main(argv)
+                train.main([arg.replace("RANK", str(rank)) for arg in argv])
             except SystemExit as stop:
                 status = stop.code
                 torch.distributed.destroy_process_group()
@@ -133,7 +124,7 @@ HALF = ("--max_steps", "4", "--save_every", "2")
 REFUSED = {
     "2 processes need a pair each": ("--batch_size", "1"),
     "without torchrun": ("--on_policy",),
-    "together": ("--data", ""),
+    "pairs-1.jsonl: No such file": ("--data", "pairs-RANK.jsonl"),  # the other one is there
 }
 
 
@@ -149,7 +140,9 @@ def ended(tmp_path_factory):
                 for loss, kind in RUNS.items()}  # fmt: skip
     commands["stopped"] = stop, command(folder, "stopped", "init")
     commands["half-1"] = 0, [*resume, str(folder / "half-1")]
+    shutil.copy(folder / "pairs.jsonl", folder / "pairs-0.jsonl")
     commands |= {word: (0, command(folder, "bad", "init", *bad)) for word, bad in REFUSED.items()}
+    commands["plan"] = 0, ["--plan", "llama-3.2-1b"]
     commands["killed"] = signal.SIGKILL, command(folder, "killed", "init")
     job = start(folder, 2, "job", list(commands.values()))
     for loss, kind in RUNS.items():
@@ -183,6 +176,12 @@ def test_bad_input_is_one_line_of_the_first_process(word, ended):
     assert first == second == 2 and unsaid == ""
     assert word in said and said.startswith("train.py: error: ") and said.count("\n") == 1
     assert not (folder / "bad").exists()
+
+
+def test_a_plan_is_of_one_process(ended):
+    folder, how = ended
+    assert how["plan"] == ([0, ""], [0, ""])
+    assert (folder / "job.out").read_text().count("1,235,814,400 parameters") == 1
 
 
 def test_where_one_process_dies_the_job_ends(ended):

@@ -134,8 +134,14 @@ def test_the_head_has_its_gradient_a_chunk_of_logits_and_states():
     assert planned(config, options, batches).head == head
     one, many = (needs(config, options, [99], [40, 40], micros) for micros in (1, 2))
     assert many.peak - one.peak == pytest.approx(one.gradients)  # that wait for the second pass
-    half = needs(config, options, [99], [40, 40], 1, gpus=2)
-    assert half.moments == one.moments / 2
+
+
+def test_gpus_share_what_stays_and_borrow_what_is_at_work():
+    step = (tiny_config(), options_of(), [99], [40, 40])
+    one, two, four = (needs(*step, gpus=gpus) for gpus in (1, 2, 4))
+    assert (two.gradients, two.moments) == (one.gradients / 2, one.moments / 2)
+    assert two.weights - four.weights == one.weights / 4  # they borrow alike
+    assert two.weights > one.weights / 2
 
 
 def test_plan_reads_config_alone_and_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -149,21 +155,19 @@ def test_plan_reads_config_alone_and_writes_nothing(tmp_path, capsys, monkeypatc
     assert [path.name for path in tmp_path.rglob("*")] == ["init", "config.json"]
 
 
-def verdict(capsys, *flags: str) -> list[str]:
+def printed(capsys, *flags: str) -> list[str]:
     with pytest.raises(SystemExit, match="0"):
-        train.main(["--plan", *flags])
-    return capsys.readouterr().out.split("\n\n")[0].splitlines()
+        train.main(["--plan", "llama-3.1-8b", *flags])
+    return capsys.readouterr().out.splitlines()
 
 
-def test_what_a_verdict_advises_fits(capsys):
-    first, *ways = verdict(capsys, "llama-3.1-8b")
-    assert first.endswith("does not fit") and len(ways) == 2
-    for way in ways:
-        flags = way.removeprefix("  it does with ").split()
-        if "GPUs" not in flags:
-            assert verdict(capsys, "llama-3.1-8b", *flags) == [
-                first.replace("does not fit", "fits")
-            ]
+def test_what_a_verdict_advises_fits_and_fewer_gpus_do_not(capsys):
+    first, full, lora, *_ = table = printed(capsys)
+    assert first == "llama-3.1-8b, float32, on one h100 of 80 GB: does not fit"
+    assert full == "  it does with 4 GPUs --checkpointing on"
+    recomputed = next(i for i, line in enumerate(table) if line.startswith("  recomputed"))
+    assert ["*" in line for line in table[recomputed:][:4]] == [False, False, True, True]
+    assert printed(capsys, *lora.removeprefix("  it does with ").split())[0].endswith(": fits")
 
 
 BAD = {
