@@ -962,7 +962,7 @@ def row_to_pair(row: dict, tokenizer: Tokenizer) -> tuple[str, Pair]:
     if columns >= {"chosen", "rejected"}:
         if isinstance(row["chosen"], list):
             return _conversations(row, tokenizer)
-        texts = {name: _text(row, name) for name in ("prompt", "chosen", "rejected") if name in row}
+        texts = {name: text_of(row, name) for name in Pair._fields if name in row}
         if "prompt" in row:
             form, prompt, answers = "prompt, chosen, rejected", texts.pop("prompt"), texts
         else:
@@ -987,15 +987,15 @@ def row_to_pair(row: dict, tokenizer: Tokenizer) -> tuple[str, Pair]:
         label = _label(row)
         form = "unpaired" if "label" in row else "supervised"
         if isinstance(row["prompt"], list):
-            turns = _messages(row, "prompt") + _messages(row, "completion")
+            turns = messages_of(row, "prompt") + messages_of(row, "completion")
             pair = _last_turn(turns, tokenizer)
         else:
-            _check_answers({"completion": _text(row, "completion")})
-            pair = make_pair(tokenizer, _text(row, "prompt"), row["completion"], None)
+            _check_answers({"completion": text_of(row, "completion")})
+            pair = make_pair(tokenizer, text_of(row, "prompt"), row["completion"], None)
         return form, pair if label else Pair(pair.prompt, [], pair.chosen)
     if "messages" in columns:
         form, label = ("unpaired" if "label" in row else "supervised") + " messages", _label(row)
-        pair = _last_turn(_messages(row, "messages"), tokenizer)
+        pair = _last_turn(messages_of(row, "messages"), tokenizer)
         return form, pair if label else Pair(pair.prompt, [], pair.chosen)
     raise ValueError(f"its columns are {', '.join(columns) or 'none':.200}; {ROW_FORMS}")
 
@@ -1007,7 +1007,7 @@ def _label(row: dict) -> bool:
     return label
 
 
-def _text(row: dict, column: str) -> str:
+def text_of(row: dict, column: str) -> str:
     text = row[column]
     if not isinstance(text, str):
         raise ValueError(f"{column!r} must be a string, not {type(text).__name__}")
@@ -1015,7 +1015,7 @@ def _text(row: dict, column: str) -> str:
     return text
 
 
-def _messages(row: dict, column: str) -> list[dict]:
+def messages_of(row: dict, column: str) -> list[dict]:
     messages = row[column]
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{column!r} must be a list of messages, not {messages!r:.40}")
@@ -1023,7 +1023,7 @@ def _messages(row: dict, column: str) -> list[dict]:
         if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
             raise ValueError(f"{column!r}: a message is {{role, content}}, not {message!r:.40}")
         for name in ("role", "content"):
-            _text(message, name)
+            text_of(message, name)
     return messages
 
 
@@ -1038,15 +1038,15 @@ def _check_answers(texts: dict[str, str]) -> None:
 def _conversations(row: dict, tokenizer: Tokenizer) -> tuple[str, Pair]:
     """Two conversations part at a turn: what they share is the prompt, the assistant's first turn
     that differs is the answer, and turns after it are left out."""
-    sides = [_messages(row, name) for name in ("chosen", "rejected")]
+    sides = [messages_of(row, name) for name in ("chosen", "rejected")]
     form = "conversations"
     if "prompt" in row and sides[0][0]["role"] == "assistant":
         form = "prompt and messages"
         prompt = row["prompt"]
         if isinstance(prompt, list):
-            prompt = _messages(row, "prompt")
+            prompt = messages_of(row, "prompt")
         else:
-            prompt = [{"role": "user", "content": _text(row, "prompt")}]
+            prompt = [{"role": "user", "content": text_of(row, "prompt")}]
         sides = [prompt + side for side in sides]
     said = [[(message["role"], message["content"]) for message in side] for side in sides]
     if said[0] == said[1]:

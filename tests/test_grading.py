@@ -128,6 +128,7 @@ def test_several_answers_give_pass_at_k_and_the_vote():
     assert values["strict pass@5"] == 1 and values["strict maj@5"] == 1
     assert values["flexible maj@5"] == 0  # two against two: the first of equals, 5
     assert grade_values("exact", " yes ", ["yes", "Yes"])["exact pass@1"] == 0.5
+    assert grade_values("letter", "c", ["(C)"]) == {"letter": 1.0}
     assert grade_values("gsm8k", "4", ["no"]) == {"strict": 0.0, "flexible": 0.0}
 
 
@@ -280,13 +281,20 @@ def test_a_stop_text_is_found_at_the_look_that_a_whole_decoding_finds_it():
 
 BAD = {
     "no form": ({"prompt": "a", "gold": 1}, "its columns are prompt, gold"),
-    "no prompt": ({"prompt": 3, "answer": "a", "grade": "exact"}, "its columns are"),
-    "messages": ({"prompt": [{"role": "user"}], "answer": "a", "grade": "exact"}, "its columns"),
+    "no prompt": ({"prompt": 3, "answer": "a", "grade": "exact"}, "'prompt' must be a string"),
+    "messages": ({"prompt": [{"role": "user"}], "answer": "a", "grade": "exact"}, "a message is"),
+    "template": (
+        {"prompt": [{"role": "user", "content": "a"}], "answer": "a", "grade": "exact"},
+        "chat template",
+    ),
+    "question": ({"question": None, "answer": "1"}, "'question' must be a string"),
+    "surrogate": ({"prompt": "a", "answer": "\ud800", "grade": "exact"}, "surrogates not allowed"),
     "grade": ({"prompt": "a", "answer": "b", "grade": "f1"}, "there is no grade 'f1'"),
     "gold": ({"prompt": "a", "choices": ["b", "c"], "gold": 2}, "one of 0 to 1"),
     "bool": ({"prompt": "a", "choices": ["b", "c"], "gold": True}, "'gold' is True"),
     "one choice": ({"prompt": "a", "choices": ["b"], "gold": 0}, "two or more texts"),
-    "no number": ({"question": "a", "answer": "many"}, "no number in the answer"),
+    "no number": ({"question": "a", "answer": "many"}, "there is nothing to grade gsm8k by"),
+    "no letter": ({"prompt": "a", "answer": "third", "grade": "letter"}, "nothing to grade letter"),
     "stop": ({"prompt": "a", "answer": "b", "grade": "exact", "stop": ""}, "'stop' must be a list"),
     "key": ({"prompt": "a", "answer": " ", "grade": "exact"}, "'answer' must be a text"),
     "mixed": (CHOICES[0], "belong in two files"),
