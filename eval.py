@@ -258,10 +258,9 @@ def donsker_varadhan(rewards: np.ndarray) -> float:
 def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float) -> dict[str, float]:
     """Means over the pairs that have what is measured, with the mutual-information read-outs."""
     values = preference_values(logps, ref_logps, beta)
-    columns = {name: Column(value.double().numpy()) for name, value in values.items()}
+    means = {name: Column(value.double().numpy()).mean() for name, value in values.items()}
     estimates = information(beta * (logps - ref_logps))
-    columns |= {f"mi/{name}": column for name, column in estimates.items()}
-    return {name: column.mean() for name, column in columns.items()}
+    return means | {f"mi/{name}": column.mean() for name, column in estimates.items()}
 
 
 def preference_columns(
@@ -314,21 +313,14 @@ def information_columns(columns: dict[str, Column]) -> dict[str, Column]:
 def least_kl(jsd: float) -> float:
     """The least KL(P||Q) of two distributions whose Jensen-Shannon divergence is `jsd`, in nats.
 
-    The pairs (JSD, KL) that exist are the convex hull of those of two coins (Harremoës and Vajda,
-    arXiv 1007.0097), so its lower edge is the upper envelope of lines below all coins.
+    Both are means under Q of functions of dP/dQ, whose own mean is 1. KL's less a multiple of JSD's
+    is concave up to a point and convex beyond, so its mean is least where dP/dQ has two values, one
+    of them 0: P is Q without a share q of it.
     """
-    slopes, offsets = _lines_below_coins()
-    return float((slopes * max(jsd, 0) + offsets).max())
-
-
-@functools.cache
-def _lines_below_coins() -> tuple[np.ndarray, np.ndarray]:
-    p = 1 / (1 + np.exp(-np.linspace(-12, 12, 481)))
-    p, q = (np.stack((x, 1 - x)) for x in np.meshgrid(p, p))
-    kl, middle = (p * np.log(p / q)).sum(axis=0), (p + q) / 2
-    jsd = ((p * np.log(p / middle)).sum(axis=0) + (q * np.log(q / middle)).sum(axis=0)) / 2
-    slopes = np.geomspace(2 / math.log(2), 4000, 100)  # no KL is below 2/log(2) JSD
-    return np.append(slopes, 0), np.append([(kl - slope * jsd).min() for slope in slopes], 0)
+    kl = np.linspace(0, 7, 1001)  # -log(1 - q)
+    q = -np.expm1(-kl)
+    jsds = (math.log(2) * q - (1 - q) * kl - (2 - q) * np.log1p(-q / 2)) / 2
+    return float(np.interp(jsd, jsds, kl))
 
 
 # --- Answers --------------------------------------------------------------------------------------
@@ -514,10 +506,8 @@ def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
 
 def grade_drawn(item: "Item", tokenizer: Tokenizer, answer: list[int]) -> float:
     """1 for ids that end by themselves and are right, by the first of the grade's readings."""
-    read_key, readings = GRADERS[item.grade]
-    found = next(iter(readings.values()))(tokenizer.decode(answer[:-1]))
-    ended = answer[-1] in tokenizer.stop_ids
-    return float(ended and found is not None and found == read_key(item.key))
+    first, *_ = grade_values(item.grade, item.key, [tokenizer.decode(answer[:-1])]).values()
+    return first * (answer[-1] in tokenizer.stop_ids)
 
 
 # --- Rows to items --------------------------------------------------------------------------------
@@ -776,7 +766,7 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
     """Lines of text: a row a name, a column a figure, mean ± standard error or, of a difference,
     its interval; n below. As many tables as `width` asks for, or one of Markdown."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    grid = [["", *(f"{column} %" if _is_share(column) else column for column in columns)]]
+    grid = [["", *(f"{column} %" if column.startswith(SHARES) else column for column in columns)]]
     for name, row in rows.items():
         grid.append([name, *(_cell(column, row.get(column)) for column in columns)])
     counts = [sorted({row[c].n for row in rows.values() if c in row}) for c in columns]
@@ -809,14 +799,10 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
     return "\n".join([*(line.rstrip() for line in lines), *legend])
 
 
-def _is_share(column: str) -> bool:
-    return column.startswith(SHARES)
-
-
 def _cell(column: str, figure: Figure | Difference | None) -> str:
     if figure is None:
         return "-"
-    scale, form = (100, ".1f") if _is_share(column) else (1, "+.2f")
+    scale, form = (100, ".1f") if column.startswith(SHARES) else (1, "+.2f")
     form = "+.3f" if column.startswith(SMALL) else form
     form = "+.2g" if abs(figure.mean) > 1e4 else form  # an estimate that has burst
     if isinstance(figure, Difference):
@@ -983,8 +969,6 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
     """Asked is what is in the files, None standing for pairs; without any, the pairs that the run
     was watched with in training, and, where it began with the demonstration's base, the built-in
     problems. Raises ValueError where there is neither."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such checkpoint folder")
     config, tokenizer = trained_with(folder / "train_config.json"), load_tokenizer(folder)
     built_in = not files and (Path(config["init"] or folder) / "base.json").is_file()
     load = functools.partial(load_pairs, tokenizer=tokenizer, max_length=config["max_length"])
