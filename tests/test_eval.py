@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -259,10 +260,30 @@ def test_command_measures_runs_draws_their_curves_and_keeps_every_value(
     beta, row = 0.2, found[runs[0]]
     assert row["T chosen"] == pytest.approx(beta * row["Δ chosen"])
     assert row["margin"] == pytest.approx(row["T chosen"] - row["T rejected"])
-    per_token = np.array(items["Δ chosen"]) / lengths[:, 1]
-    assert row["Δ/token chosen"] == pytest.approx(per_token.mean())
+    for side, length in (("chosen", lengths[:, 1]), ("rejected", lengths[:, 2])):
+        per_token = np.array(items[f"Δ {side}"]) / length
+        assert row[f"Δ/token {side}"] == pytest.approx(per_token.mean())
     printed = capsys.readouterr().out
     assert "| mio1 - mio0 |" in printed and "| init |" in printed
+
+
+def test_kl_is_the_log_ratio_of_what_is_drawn_once_for_each_prompt(tmp_path, monkeypatch):
+    drawn, tokenizer = [65, 66, 257], byte_tokenizer()
+    monkeypatch.setattr(evaluation, "draw", lambda _, prompts, *x, **y: [drawn] * len(prompts))
+    file = write_rows(tmp_path / "pairs.jsonl", [PAIR_ROWS[0], *PAIR_ROWS[:3]])
+    pairs, models = load_pairs(file, tokenizer), (tiny_model(), tiny_model(seed=1))
+    options = SimpleNamespace(kl_samples=9, max_new_tokens=5, seed=0, batch_size=None)
+    config = {"dtype": "float32", "beta": 1.0}
+    blocks = evaluation.pair_columns(
+        models[0], tokenizer, models[1], file, "x", pairs, options, config
+    )
+    kl = blocks["x: critic"]["KL"]
+    assert [name.rpartition(":")[2] for name in kl.names] == ["1", "3", "4"]
+    for value, pair in zip(kl.values, pairs[1:]):
+        logps = [single_logp(m, Pair(pair.prompt, drawn, []), 1).item() for m in models]
+        assert value == pytest.approx(logps[0] - logps[1], rel=1e-4)
+    first, *_ = blocks["x: by tokens of the chosen answer"]
+    assert first.startswith(f"reward {pairs.lengths()[:, 1].min()}-")
 
 
 def test_table_is_aligned_and_fits_a_terminal():
@@ -279,6 +300,8 @@ def test_table_is_aligned_and_fits_a_terminal():
     assert "-12.35±0.10" in lines[2] or "-12.34±0.10" in lines[2]
     assert max(map(len, lines)) <= 80
     assert lines[0].index("greedy") < lines[0].index("pass@1")
+    apart = {"mio - base": {"greedy": evaluation.Difference(0.125, -0.25, 0.5, 8)}}
+    assert "+12.5 [-25.0, +50.0]" in table(apart)
 
 
 def test_names_of_any_length_leave_room_for_figures(tmp_path):

@@ -74,6 +74,8 @@ def test_theerror_box_counts_with_its_braces_balanced():
         3, 2
     )
     assert math_answer("Final Answer: The final answer is 0.25.") == Fraction(1, 4)
+    assert math_answer("The final answer is 3. No. The final answer is 4.") == 4
+    assert math_answer(r"so \fbox{5}") == 5
     assert math_answer(r"\boxed{3") is None and math_answer("it is 3") is None
     _, readings = GRADERS["math"]
     for key, wrong in (("2x", "2x^2"), ("2x", "2y"), ("3", "3x"), ("3", "3i"), ("125", "12_5")):
@@ -262,6 +264,25 @@ def test_published_rows_are_answered_after_shots_and_end_at_a_stop_text(
     assert kept["answers"]["gsm.jsonl, 2 shots, greedy"] == [["so 4"], ["so 4"], ["#### 4 it is\n"]]
     assert kept["items"]["gsm.jsonl, 2 shots, greedy"]["flexible"] == [0.0, 1.0, 0.0]
     assert kept["argv"][0] == str(checkpoint) and len(kept["sha256"][str(file)]) == 64
+
+
+def test_flags_reach_the_draw_and_the_stop_text_that_comes_first_ends_an_answer(
+    checkpoint, tmp_path, monkeypatch
+):
+    asked = {}
+
+    def generate(self, prompts, count, **how):
+        asked.update(how)
+        return [[*b"4 b a"]] * len(prompts)
+
+    monkeypatch.setattr("model.Llama.generate", generate)
+    row = {"prompt": "2+2?", "answer": "4", "grade": "exact", "stop": ["a", "b"]}
+    file = write_rows(tmp_path / "sums.jsonl", [row])
+    flags = {"n": 2, "max_new_tokens": 9, "seed": 7, "temperature": 0.5, "top_p": 0.25}
+    flags = [f"--{name}={value}" for name, value in flags.items()]
+    found = evaluation.main([str(checkpoint), "--data", str(file), *flags])
+    assert found[str(checkpoint)]["exact pass@1"] == 1
+    assert (asked["seed"], asked["temperature"], asked["top_p"]) == (7, 0.5, 0.25)
 
 
 def test_a_stop_text_is_found_at_the_look_that_a_whole_decoding_finds_it():
