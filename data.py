@@ -918,15 +918,15 @@ class UnusableError(ValueError):
     """A row that is well-formed and cannot be trained on: it is left out and counted."""
 
 
-def make_pair(tokenizer: Tokenizer, prompt: str, chosen: str | None, rejected: str | None) -> Pair:
-    """Each segment is encoded alone, so that training and generation cut at the same place."""
-    answers = [None if text is None else tokenizer.encode(text) for text in (chosen, rejected)]
-    return _ended(tokenizer, tokenizer.prompt_ids(prompt), answers)
-
-
-def _ended(tokenizer: Tokenizer, prompt: list[int], answers: list[list[int] | None]) -> Pair:
-    """Every answer of plain text ends with the end token, once."""
-    return Pair(prompt, *([] if ids is None else [*ids, tokenizer.end_id] for ids in answers))
+def make_pair(
+    tokenizer: Tokenizer, prompt: str, chosen: str | None, rejected: str | None,
+    encode: Callable[[str], list[int]] | None = None,
+) -> Pair:  # fmt: skip
+    """Each segment is encoded alone, so that training and generation cut at the same place, an
+    answer by `encode` if not by the tokenizer's, and ends with the end token, once."""
+    encode, answers = encode or tokenizer.encode, (chosen, rejected)
+    ids = ([] if text is None else [*encode(text), tokenizer.end_id] for text in answers)
+    return Pair(tokenizer.prompt_ids(prompt), *ids)
 
 
 def truncate(pair: Pair, max_length: int, bos_id: int | None) -> Pair:
@@ -962,52 +962,29 @@ def row_to_pair(row: dict, tokenizer: Tokenizer) -> tuple[str, Pair]:
     if columns >= {"chosen", "rejected"}:
         if isinstance(row["chosen"], list):
             return _conversations(row, tokenizer)
-        texts = {name: _text(row, name) for name in ("prompt", "chosen", "rejected") if name in row}
-        if "prompt" in row:
-            form, prompt, answers = "prompt, chosen, rejected", texts.pop("prompt"), texts
-        else:
-            form = "transcripts"
-            heads, answers = {}, {}
-            for name, text in texts.items():
-                heads[name], turn, answers[name] = text.rpartition(TURN)
-                if not turn:
-                    raise ValueError(f"no column 'prompt', and {name!r} is no transcript: it has "
-                                     f"no {TURN!r} in it")  # fmt: skip
-            if heads["chosen"] != heads["rejected"]:
-                raise UnusableError("the transcripts differ before their last answer")
-            if any("\n\nHuman:" in answer for answer in answers.values()):
-                raise UnusableError("the transcript does not end in an assistant's turn")
-            prompt = heads["chosen"] + TURN
-        _check_answers(answers)
-        if form == "transcripts":  # an answer goes on from its prompt within one text
-            ids = [tokenizer.continue_ids(text) for text in answers.values()]
-            return form, _ended(tokenizer, tokenizer.prompt_ids(prompt), ids)
-        return form, make_pair(tokenizer, prompt, *answers.values())
-    if columns >= {"prompt", "completion"}:
-        label = _label(row)
-        form = "unpaired" if "label" in row else "supervised"
-        if isinstance(row["prompt"], list):
-            turns = _messages(row, "prompt") + _messages(row, "completion")
-            pair = _last_turn(turns, tokenizer)
-        else:
-            _check_answers({"completion": _text(row, "completion")})
-            pair = make_pair(tokenizer, _text(row, "prompt"), row["completion"], None)
-        return form, pair if label else Pair(pair.prompt, [], pair.chosen)
-    if "messages" in columns:
-        form, label = ("unpaired" if "label" in row else "supervised") + " messages", _label(row)
-        pair = _last_turn(_messages(row, "messages"), tokenizer)
-        return form, pair if label else Pair(pair.prompt, [], pair.chosen)
-    raise ValueError(f"its columns are {', '.join(columns) or 'none':.200}; {ROW_FORMS}")
-
-
-def _label(row: dict) -> bool:
-    label = row.get("label", True)
+        texts = {name: text_of(row, name) for name in Pair._fields if name in row}
+        form, encode = "prompt, chosen, rejected", tokenizer.encode
+        if "prompt" not in row:  # an answer goes on from its prompt within one text
+            form, encode, texts = "transcripts", tokenizer.continue_ids, _transcripts(texts)
+        _check_answers({name: texts[name] for name in ("chosen", "rejected")})
+        return form, make_pair(tokenizer, **texts, encode=encode)
+    completes = columns >= {"prompt", "completion"}
+    if not completes and "messages" not in columns:
+        raise ValueError(f"its columns are {', '.join(columns) or 'none':.200}; {ROW_FORMS}")
+    form, label = "unpaired" if "label" in row else "supervised", row.get("label", True)
     if not isinstance(label, bool):
         raise ValueError(f"'label' must be true or false, not {label!r:.40}")
-    return label
+    if not completes:
+        form, pair = f"{form} messages", _last_turn(messages_of(row, "messages"), tokenizer)
+    elif isinstance(row["prompt"], list):
+        pair = _last_turn(messages_of(row, "prompt") + messages_of(row, "completion"), tokenizer)
+    else:
+        _check_answers({"completion": text_of(row, "completion")})
+        pair = make_pair(tokenizer, text_of(row, "prompt"), row["completion"], None)
+    return form, pair if label else Pair(pair.prompt, [], pair.chosen)
 
 
-def _text(row: dict, column: str) -> str:
+def text_of(row: dict, column: str) -> str:
     text = row[column]
     if not isinstance(text, str):
         raise ValueError(f"{column!r} must be a string, not {type(text).__name__}")
@@ -1015,7 +992,7 @@ def _text(row: dict, column: str) -> str:
     return text
 
 
-def _messages(row: dict, column: str) -> list[dict]:
+def messages_of(row: dict, column: str) -> list[dict]:
     messages = row[column]
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{column!r} must be a list of messages, not {messages!r:.40}")
@@ -1023,7 +1000,7 @@ def _messages(row: dict, column: str) -> list[dict]:
         if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
             raise ValueError(f"{column!r}: a message is {{role, content}}, not {message!r:.40}")
         for name in ("role", "content"):
-            _text(message, name)
+            text_of(message, name)
     return messages
 
 
@@ -1035,18 +1012,32 @@ def _check_answers(texts: dict[str, str]) -> None:
         raise UnusableError("chosen and rejected are identical")
 
 
+def _transcripts(texts: dict[str, str]) -> dict[str, str]:
+    """Two transcripts as prompt, which both begin with, chosen and rejected, their last turns."""
+    parts = {name: text.rpartition(TURN) for name, text in texts.items()}
+    for name, (_, turn, answer) in parts.items():
+        if not turn:
+            raise ValueError(f"no column 'prompt', and {name!r} is no transcript: it has no "
+                             f"{TURN!r} in it")  # fmt: skip
+        if "\n\nHuman:" in answer:
+            raise UnusableError("the transcript does not end in an assistant's turn")
+    head, other = (head for head, _, _ in parts.values())
+    if head != other:
+        raise UnusableError("the transcripts differ before their last answer")
+    return {"prompt": head + TURN} | {name: answer for name, (_, _, answer) in parts.items()}
+
+
 def _conversations(row: dict, tokenizer: Tokenizer) -> tuple[str, Pair]:
     """Two conversations part at a turn: what they share is the prompt, the assistant's first turn
     that differs is the answer, and turns after it are left out."""
-    sides = [_messages(row, name) for name in ("chosen", "rejected")]
+    sides = [messages_of(row, name) for name in ("chosen", "rejected")]
     form = "conversations"
     if "prompt" in row and sides[0][0]["role"] == "assistant":
         form = "prompt and messages"
-        prompt = row["prompt"]
-        if isinstance(prompt, list):
-            prompt = _messages(row, "prompt")
+        if isinstance(row["prompt"], list):
+            prompt = messages_of(row, "prompt")
         else:
-            prompt = [{"role": "user", "content": _text(row, "prompt")}]
+            prompt = [{"role": "user", "content": text_of(row, "prompt")}]
         sides = [prompt + side for side in sides]
     said = [[(message["role"], message["content"]) for message in side] for side in sides]
     if said[0] == said[1]:
@@ -1100,10 +1091,9 @@ def read_pairs(path, tokenizer: Tokenizer, max_length: int) -> tuple[Pairs, Repo
     pairs, report = Pairs(), Report()
     # A chat template may write the BOS of a tokenizer that places none itself.
     bos = tokenizer.added.get(tokenizer.names.get("bos_token"), tokenizer.bos_id)
-    for number, line in _lines(Path(path)):
+    for number, row in read_rows(path):
+        report.rows += 1
         try:
-            report.rows += 1
-            row = _parse_object(line, "row")
             report.unused |= dict.fromkeys(row.keys() - COLUMNS)
             form, whole = row_to_pair(row, tokenizer)
             report.forms[form] += 1

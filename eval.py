@@ -40,11 +40,13 @@ from data import (
     load_pairs,
     load_tokenizer,
     make_batches,
+    messages_of,
     problems,
     read_rows,
     row_masks,
     sees,
     split_pairs,
+    text_of,
 )
 from mio import chunked_logps
 from model import Llama, LoraConfig, read_json, write_json
@@ -92,10 +94,12 @@ class Column(NamedTuple):
         prompts = np.arange(len(there)) if self.prompts is None else self.prompts
         return self.values[there], np.unique(prompts[there], return_inverse=True)[1]
 
+    @np.errstate(invalid="ignore")  # of infinite values, inf - inf is NaN and no news
     def mean(self) -> float:
         values, _ = self.known()
         return float(self.statistic(values)) if len(values) else math.nan
 
+    @np.errstate(invalid="ignore")
     def figure(self) -> Figure:
         values, prompts = self.known()
         n, groups, mean, error = len(values), len(set(prompts)), self.mean(), None
@@ -107,6 +111,7 @@ class Column(NamedTuple):
             error = float(resample(values, self.statistic, prompts).std(ddof=1))
         return Figure(mean, error, n)
 
+    @np.errstate(invalid="ignore")
     def difference(self, first: "Column") -> Difference | None:
         """Paired, over the items of both: a resample takes the same of each. None where these are
         not of two prompts at least."""
@@ -253,10 +258,9 @@ def donsker_varadhan(rewards: np.ndarray) -> float:
 def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float) -> dict[str, float]:
     """Means over the pairs that have what is measured, with the mutual-information read-outs."""
     values = preference_values(logps, ref_logps, beta)
-    columns = {name: Column(value.double().numpy()) for name, value in values.items()}
+    means = {name: Column(value.double().numpy()).mean() for name, value in values.items()}
     estimates = information(beta * (logps - ref_logps))
-    columns |= {f"mi/{name}": column for name, column in estimates.items()}
-    return {name: column.mean() for name, column in columns.items()}
+    return means | {f"mi/{name}": column.mean() for name, column in estimates.items()}
 
 
 def preference_columns(
@@ -309,21 +313,14 @@ def information_columns(columns: dict[str, Column]) -> dict[str, Column]:
 def least_kl(jsd: float) -> float:
     """The least KL(P||Q) of two distributions whose Jensen-Shannon divergence is `jsd`, in nats.
 
-    The pairs (JSD, KL) that exist are the convex hull of those of two coins (Harremoës and Vajda,
-    arXiv 1007.0097), so its lower edge is the upper envelope of lines below all coins.
+    Both are means under Q of functions of dP/dQ, whose own mean is 1. KL's less a multiple of JSD's
+    is concave up to a point and convex beyond, so its mean is least where dP/dQ has two values, one
+    of them 0: P is Q without a share q of it.
     """
-    slopes, offsets = _lines_below_coins()
-    return float((slopes * max(jsd, 0) + offsets).max())
-
-
-@functools.cache
-def _lines_below_coins() -> tuple[np.ndarray, np.ndarray]:
-    p = 1 / (1 + np.exp(-np.linspace(-12, 12, 481)))
-    p, q = (np.stack((x, 1 - x)) for x in np.meshgrid(p, p))
-    kl, middle = (p * np.log(p / q)).sum(axis=0), (p + q) / 2
-    jsd = ((p * np.log(p / middle)).sum(axis=0) + (q * np.log(q / middle)).sum(axis=0)) / 2
-    slopes = np.geomspace(4, 4000, 100)  # KL is about 4 JSD where both are small
-    return np.append(slopes, 0), np.append([(kl - slope * jsd).min() for slope in slopes], 0)
+    kl = np.linspace(0, 7, 1001)  # -log(1 - q)
+    q = -np.expm1(-kl)
+    jsds = (math.log(2) * q - (1 - q) * kl - (2 - q) * np.log1p(-q / 2)) / 2
+    return float(np.interp(jsd, jsds, kl))
 
 
 # --- Answers --------------------------------------------------------------------------------------
@@ -485,7 +482,7 @@ GRADERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
               {"strict": strict, "flexible": flexible}),
     "math": (lambda key: normalised(boxed(key) or key), {"math": math_answer}),
     "exact": (str.strip, {"exact": str.strip}),
-    "letter": (lambda key: letter(key) or key.strip().upper(), {"letter": letter}),
+    "letter": (lambda key: letter(key) or letter(key.upper()), {"letter": letter}),
 }  # fmt: skip
 
 
@@ -509,10 +506,8 @@ def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
 
 def grade_drawn(item: "Item", tokenizer: Tokenizer, answer: list[int]) -> float:
     """1 for ids that end by themselves and are right, by the first of the grade's readings."""
-    read_key, readings = GRADERS[item.grade]
-    found = next(iter(readings.values()))(tokenizer.decode(answer[:-1]))
-    ended = answer[-1] in tokenizer.stop_ids
-    return float(ended and found is not None and found == read_key(item.key))
+    first, *_ = grade_values(item.grade, item.key, [tokenizer.decode(answer[:-1])]).values()
+    return first * (answer[-1] in tokenizer.stop_ids)
 
 
 # --- Rows to items --------------------------------------------------------------------------------
@@ -547,17 +542,16 @@ class Item(NamedTuple):
 
 def read_item(line: int, row: dict) -> Item:
     """Raises ValueError for a row of no known form."""
+    json.dumps(row, ensure_ascii=False).encode()  # raises it for half of a surrogate pair
     if row.keys() >= {"question", "answer"}:
-        row = {"prompt": f"Question: {row['question']}\nAnswer:", "answer": row["answer"],
-               "grade": "gsm8k", "stop": ["Question:"]}  # fmt: skip
-    prompt, stop = row.get("prompt"), row.get("stop", [])
-    messages = isinstance(prompt, list) and prompt and all(
-        isinstance(m, dict) and {type(m.get(key)) for key in ("role", "content")} == {str}
-        for m in prompt
-    )  # fmt: skip
-    if not messages and not isinstance(prompt, str):
+        row = {"prompt": f"Question: {text_of(row, 'question')}\nAnswer:", "grade": "gsm8k",
+               "answer": row["answer"], "stop": ["Question:"]}  # fmt: skip
+    choose = row.keys() >= {"prompt", "choices", "gold"}
+    if not choose and not row.keys() >= {"prompt", "answer", "grade"}:
         raise ValueError(f"its columns are {', '.join(row) or 'none':.200}; {EVALUATION_FORMS}")
-    if row.keys() >= {"choices", "gold"}:
+    conversation = isinstance(row["prompt"], list)
+    prompt = messages_of(row, "prompt") if conversation else text_of(row, "prompt")
+    if choose:
         choices, gold = row["choices"], row["gold"]
         texts = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
         if not texts or len(choices) < 2:
@@ -566,15 +560,13 @@ def read_item(line: int, row: dict) -> Item:
             raise ValueError(f"'gold' is {gold!r:.40}, of {len(choices)} choices it must be one of "
                              f"0 to {len(choices) - 1}")  # fmt: skip
         return Item(line, prompt, choices[gold], None, (), tuple(choices), gold)
-    if not row.keys() >= {"answer", "grade"}:
-        raise ValueError(f"its columns are {', '.join(row):.200}; {EVALUATION_FORMS}")
-    key, grade = row["answer"], row["grade"]
+    key, grade, stop = row["answer"], row["grade"], row.get("stop", [])
     if grade not in list(GRADERS):
         raise ValueError(f"there is no grade {grade!r:.40}; choose from {', '.join(GRADERS)}")
     if not isinstance(key, str) or not key.strip():
         raise ValueError("'answer' must be a text that is not empty")
     if GRADERS[grade][0](key) is None:
-        raise ValueError(f"there is no number in the answer {key!r:.40}")
+        raise ValueError(f"in the answer {key!r:.40} there is nothing to grade {grade} by")
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
         raise ValueError("'stop' must be a list of texts that are not empty")
     return Item(line, prompt, key, grade, tuple(stop))
@@ -620,12 +612,19 @@ def examples(path: Path | None, k: int, items: list[Item]) -> str:
 # --- Items to values ------------------------------------------------------------------------------
 
 
-def check_room(path, items: list[Item], lengths: list[int], model: Llama) -> None:
-    most, longest = model.config.max_position_embeddings, int(np.argmax(lengths))
-    if lengths[longest] > most:
-        raise ValueError(f"{path}:{items[longest].line}: prompt and answer may take "
-                         f"{lengths[longest]} tokens, the model reads {most}; lower "
-                         "--max_new_tokens or -k")  # fmt: skip
+def prompt_ids(model, tokenizer, path, items: list[Item], before: str, lengths) -> list[list[int]]:
+    """Raises ValueError, by file and line, where the model cannot read a prompt and then an answer
+    of its length, (items,)."""
+    most, found = model.config.max_position_embeddings, []
+    for item, length in zip(items, lengths):
+        try:
+            found.append(item.ids(tokenizer, before))
+            if (length := length + len(found[-1])) > most:
+                raise ValueError(f"prompt and answer may take {length} tokens, the model reads "
+                                 f"{most}; lower --max_new_tokens or -k")  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{path}:{item.line}: {error}") from None
+    return found
 
 
 def watch(tokenizer: Tokenizer, stops: list[tuple[str, ...]]) -> Callable | None:
@@ -647,9 +646,8 @@ def answer_columns(
 ):
     """Columns of figures, and the texts of each item's n answers."""
     n, new = options.n, options.max_new_tokens
-    ids = [item.ids(tokenizer, before) for item in items for _ in range(n)]
-    check_room(path, items, [len(prompt) + new for prompt in ids[::n]], model)
-
+    prompts = prompt_ids(model, tokenizer, path, items, before, [new] * len(items))
+    ids = [prompt for prompt in prompts for _ in range(n)]
     answers = draw(
         model, ids, new, stop_ids=tokenizer.stop_ids, temperature=options.temperature,
         top_p=options.top_p, seed=options.seed, rows=options.batch_size,
@@ -672,11 +670,11 @@ def answer_columns(
 def choice_columns(model, tokenizer, path, items: list[Item], before: str, dtype):
     """Columns of accuracy by log-prob, by it over characters and over bytes, as lm-evaluation-
     harness defines them, the joining space left out; and the log-probs of each item's choices."""
-    rows = []
-    for item in items:
-        texts = [item.joined(choice) for choice in item.choices]
-        rows.append([item.ids(tokenizer, before), *map(tokenizer.continue_ids, texts)])
-    check_room(path, items, [len(row[0]) + max(map(len, row[1:])) for row in rows], model)
+    choices = [[tokenizer.continue_ids(item.joined(text)) for text in item.choices]
+               for item in items]  # fmt: skip
+    longest = [max(map(len, ids)) for ids in choices]
+    prompts = prompt_ids(model, tokenizer, path, items, before, longest)
+    rows = [[prompt, *ids] for prompt, ids in zip(prompts, choices)]
     logps = [one.double().numpy() for one in
              answer_logps(model, rows, ROW_TOKENS, MICRO_TOKENS, dtype)]  # fmt: skip
     values = []
@@ -749,6 +747,7 @@ LEGEND = {
     "greedy": "greedy, pass@k: right answers to held-out problems",
     "strict": "strict: the number after ####; flexible: the last number",
     "math": "math: by text and value; without a computer-algebra check a lower bound",
+    "maj@": "pass@k: one of k answers is right; maj@n: the most frequent of all n is",
     "cut": "cut: answers that did not end in --max_new_tokens; they are graded as they are",
     "acc": "acc, acc_norm, acc_bytes: gold is likeliest as it is, by character, by byte",
     "Δ chosen": "Δ: change of an answer's log-prob in nats",
@@ -767,7 +766,7 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
     """Lines of text: a row a name, a column a figure, mean ± standard error or, of a difference,
     its interval; n below. As many tables as `width` asks for, or one of Markdown."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    grid = [["", *(f"{column} %" if _is_share(column) else column for column in columns)]]
+    grid = [["", *(f"{column} %" if column.startswith(SHARES) else column for column in columns)]]
     for name, row in rows.items():
         grid.append([name, *(_cell(column, row.get(column)) for column in columns)])
     counts = [sorted({row[c].n for row in rows.values() if c in row}) for c in columns]
@@ -790,24 +789,20 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
             lines += [f"{line[0].ljust(widths[0])}  "
                       + "  ".join(c.rjust(w) for c, w in zip(line[1:], widths[1:]))
                       for line in zip(*block)]  # fmt: skip
-    heads = {word for column in columns for word in (column, column.split(" ")[0])}
+    heads = {*columns, *re.findall(r"^\S+|maj@", "\n".join(columns), re.M)}
     legend = [text for column, text in LEGEND.items() if column in heads]
     legend.append("±: standard error over prompts")
     if Difference in kinds:
-        legend[-1] += "; [...]: of the paired difference, 95 % by bootstrap"
+        legend[-1] += "; [...]: of the paired difference, 95 % bootstrap"
     if not all(rows.values()):
         legend.append("-: the two have no items in common")
     return "\n".join([*(line.rstrip() for line in lines), *legend])
 
 
-def _is_share(column: str) -> bool:
-    return column.startswith(SHARES)
-
-
 def _cell(column: str, figure: Figure | Difference | None) -> str:
     if figure is None:
         return "-"
-    scale, form = (100, ".1f") if _is_share(column) else (1, "+.2f")
+    scale, form = (100, ".1f") if column.startswith(SHARES) else (1, "+.2f")
     form = "+.3f" if column.startswith(SMALL) else form
     form = "+.2g" if abs(figure.mean) > 1e4 else form  # an estimate that has burst
     if isinstance(figure, Difference):
@@ -823,8 +818,10 @@ def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
     (first, base), *others = runs.items()
     for name, run in others:
         found = {c: run[c].difference(base[c]) for c in run if c in base}
-        if found:
-            rows[f"{name} - {first}"] = {c: d for c, d in found.items() if d is not None}
+        label = f"{name} - {first}"
+        if found:  # of long names one is enough to stand before 80 columns' figures
+            label = label if len(label) <= 50 else f"{name} - first"
+            rows[label] = {c: d for c, d in found.items() if d is not None}
     return rows
 
 
@@ -857,15 +854,19 @@ def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray
             config.pop(key, None)
         # The demonstration's base model and pairs are those of its seed.
         key = re.sub(rf"-?seed{seed}\b", "", json.dumps(config, sort_keys=True))
-        rows = [row for _, row in read_rows(folder / "metrics.jsonl")]
+        file = folder / "metrics.jsonl"
+        rows = [row for _, row in read_rows(file)]
         held_out = any("eval_loss" in row for row in rows)
         curves = {}
         for metric in {m for m, _ in PANELS.values()} | {"rewards/rejected"}:
             label = f"eval_{metric}" if held_out else metric
-            points = [(row["step"], row[label]) for row in rows if row.get(label) is not None]
+            points = [(row.get("step"), row[label]) for row in rows if row.get(label) is not None]
+            if any(not isinstance(x, (int, float)) for point in points for x in point):
+                raise ValueError(f"{file}: step and {label} must be numbers")
             if points:
                 curves[metric] = np.array(points, dtype=float).T
-        groups.setdefault(key, (name, []))[1].append(curves)
+        if curves:
+            groups.setdefault(key, (name, []))[1].append(curves)
     return {f"{name} ({len(runs)} seeds)" if len(runs) > 1 else name: runs
             for name, runs in groups.values()}  # fmt: skip
 
@@ -878,6 +879,7 @@ def plot(folders: dict[str, Path], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    lines = {}  # for the legend
     for number, (label, runs) in enumerate(read_curves(folders).items()):
         look = {"color": COLORS[number % len(COLORS)], "linestyle": STYLES[number % len(STYLES)]}
         for axis, (metric, change) in zip(axes.flat, PANELS.values()):
@@ -887,8 +889,9 @@ def plot(folders: dict[str, Path], file: Path) -> None:
                     continue
                 steps = curves[0][0][curves[0][0] <= min(curve[0, -1] for curve in curves)]
                 values = np.array([np.interp(steps, *c) - change * c[1, 0] for c in curves])
-                axis.plot(steps, values.mean(axis=0), label=label,
-                          linewidth=2 if one == metric else 1, **look)  # fmt: skip
+                width = 2 if one == metric else 1
+                (line,) = axis.plot(steps, values.mean(axis=0), linewidth=width, **look)
+                lines.setdefault(label, line)
                 if len(curves) > 1:
                     band = values.min(axis=0), values.max(axis=0)
                     axis.fill_between(steps, *band, color=look["color"], alpha=0.2, linewidth=0)
@@ -900,10 +903,10 @@ def plot(folders: dict[str, Path], file: Path) -> None:
             axis.axhline(0, color="0.4", linewidth=0.8, zorder=0)
     for axis in axes[1]:
         axis.set_xlabel("step")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False,
-                  handlelength=3.5)  # fmt: skip
-    figure.savefig(file, dpi=150)
+    columns = min(max(132 // (12 + max(map(len, lines))), 1), 4)  # 132 letters are its width
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns,
+                  frameon=False, handlelength=3.5)  # fmt: skip
+    figure.savefig(file, dpi=150, bbox_inches="tight")  # wider for a label longer than it
     pyplot.close(figure)
 
 
@@ -966,8 +969,6 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
     """Asked is what is in the files, None standing for pairs; without any, the pairs that the run
     was watched with in training, and, where it began with the demonstration's base, the built-in
     problems. Raises ValueError where there is neither."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such checkpoint folder")
     config, tokenizer = trained_with(folder / "train_config.json"), load_tokenizer(folder)
     built_in = not files and (Path(config["init"] or folder) / "base.json").is_file()
     load = functools.partial(load_pairs, tokenizer=tokenizer, max_length=config["max_length"])
@@ -984,6 +985,10 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
     if not (asked or built_in):
         raise ValueError(f"{folder}: no pairs were held out in training it; --data FILE.jsonl says "
                          "what to evaluate it on")  # fmt: skip
+    init = config["init"]
+    if init and not Path(init).is_dir() and any(isinstance(x, Pairs) for _, x in asked.values()):
+        raise ValueError(f"{folder}: its reference is {init}, from which it began, and there is no "
+                         "such folder; run where it is, or mend train_config.json")  # fmt: skip
     return Run(folder, config, asked, built_in)
 
 
@@ -1039,7 +1044,9 @@ def check_options(options) -> None:
     if options.plot and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot {options.plot}: must end in .png, .pdf or .svg")
     if options.plot and not read_curves({run: Path(run) for run in options.runs}):
-        raise ValueError(f"--plot {options.plot}: none of the runs has a metrics.jsonl")
+        raise ValueError(
+            f"--plot {options.plot}: none of the runs has a metrics.jsonl with figures"
+        )
     folders = [Path(run).resolve() for run in options.runs]
     if len(set(folders)) < len(folders):
         raise ValueError(f"{max(folders, key=folders.count)}: is named twice")

@@ -505,17 +505,12 @@ def digest(*parts) -> str:
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            one = digest_file(part)
+            one = evaluation.digest_file(part)
         else:
             raw = part if isinstance(part, bytes) else json.dumps(part).encode()
             one = hashlib.sha256(raw).hexdigest()
         total.update(one.encode())
     return total.hexdigest()
-
-
-def digest_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_pairs(pairs: Pairs) -> str:
@@ -962,7 +957,7 @@ def save_checkpoint(job: Job, progress: Progress) -> None:
 def checksums(folder: Path) -> str:
     """A line for each file, as sha256sum writes and checks them."""
     files = sorted(file for file in folder.iterdir() if file.name != "SHA256SUMS")
-    return "".join(f"{digest_file(file)}  {file.name}\n" for file in files)
+    return "".join(f"{evaluation.digest_file(file)}  {file.name}\n" for file in files)
 
 
 def read_checkpoint(folder: Path) -> dict:

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,10 +199,25 @@ def test_information_read_outs_have_bootstrap_errors_and_a_bound_on_kl():
         kl, middle = (p * np.log(p / q)).sum(), (p + q) / 2
         jsd = ((p * np.log(p / middle)).sum() + (q * np.log(q / middle)).sum()) / 2
         assert evaluation.least_kl(jsd) <= kl * 1.001
-    p, q = np.array([0.99, 0.01]), np.array([0.5, 0.5])  # and not an idle one
-    middle, kl = (p + q) / 2, (p * np.log(p / q)).sum()
-    jsd = ((p * np.log(p / middle)).sum() + (q * np.log(q / middle)).sum()) / 2
-    assert evaluation.least_kl(jsd) > 0.8 * kl
+    for p, q in ((0.99, 0.5), (1e-9, 0.5), (1e-9, 0.02)):  # and not an idle one, however small
+        p, q = np.array([p, 1 - p]), np.array([q, 1 - q])
+        middle, kl = (p + q) / 2, (p * np.log(p / q)).sum()
+        jsd = ((p * np.log(p / middle)).sum() + (q * np.log(q / middle)).sum()) / 2
+        assert evaluation.least_kl(jsd) > 0.8 * kl
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_log_probs_make_no_noise():
+    ref = torch.full((4, 2), -4.0)
+    logps = torch.tensor([[-3.0, -5], [-math.inf, -4], [-4, -math.inf], [-3, -2]])
+    metrics = preference_metrics(logps, ref, beta=1.0)
+    assert metrics["mi/dv"] == metrics["mi/js"] == -math.inf
+    assert metrics["rewards/accuracies"] == 0.5  # of the two pairs that can tell
+    ref[3, 0] = -math.inf
+    assert math.isnan(preference_metrics(logps, ref, beta=1.0)["mi/dv"])  # inf - inf
+    columns = preference_columns(logps, ref, Pairs([Pair([i], [2], [3]) for i in range(4)]), 1.0)
+    for column in (columns | information_columns(columns)).values():
+        column.figure(), column.difference(column)
 
 
 def test_quarters_by_length_split_the_pairs():
@@ -226,6 +242,12 @@ def test_command_measures_runs_draws_their_curves_and_keeps_every_value(
         evaluation.main([*runs, "--data", str(pairs_file), str(bad), *flags])
     assert not picture.exists()
     assert "bad.jsonl:24" in capsys.readouterr().err
+    shutil.copytree(runs[0], tmp_path / "spoilt")
+    for row, fault in ({"eval_loss": 1}, "metrics.jsonl: step and eval_loss must"), ({}, "figures"):
+        write_rows(tmp_path / "spoilt" / "metrics.jsonl", [row])
+        with pytest.raises(SystemExit):
+            evaluation.main([str(tmp_path / "spoilt"), *flags])
+        assert fault in capsys.readouterr().err
     found = evaluation.main([*runs, str(checkpoint), "--data", str(pairs_file), *flags])
     assert picture.read_bytes()[:4] == b"\x89PNG" and not (checkpoint / "eval.json").exists()
     ((label, curves),) = evaluation.read_curves({Path(r).name: Path(r) for r in runs}).items()
@@ -238,10 +260,30 @@ def test_command_measures_runs_draws_their_curves_and_keeps_every_value(
     beta, row = 0.2, found[runs[0]]
     assert row["T chosen"] == pytest.approx(beta * row["Δ chosen"])
     assert row["margin"] == pytest.approx(row["T chosen"] - row["T rejected"])
-    per_token = np.array(items["Δ chosen"]) / lengths[:, 1]
-    assert row["Δ/token chosen"] == pytest.approx(per_token.mean())
+    for side, length in (("chosen", lengths[:, 1]), ("rejected", lengths[:, 2])):
+        per_token = np.array(items[f"Δ {side}"]) / length
+        assert row[f"Δ/token {side}"] == pytest.approx(per_token.mean())
     printed = capsys.readouterr().out
     assert "| mio1 - mio0 |" in printed and "| init |" in printed
+
+
+def test_kl_is_the_log_ratio_of_what_is_drawn_once_for_each_prompt(tmp_path, monkeypatch):
+    drawn, tokenizer = [65, 66, 257], byte_tokenizer()
+    monkeypatch.setattr(evaluation, "draw", lambda _, prompts, *x, **y: [drawn] * len(prompts))
+    file = write_rows(tmp_path / "pairs.jsonl", [PAIR_ROWS[0], *PAIR_ROWS[:3]])
+    pairs, models = load_pairs(file, tokenizer), (tiny_model(), tiny_model(seed=1))
+    options = SimpleNamespace(kl_samples=9, max_new_tokens=5, seed=0, batch_size=None)
+    config = {"dtype": "float32", "beta": 1.0}
+    blocks = evaluation.pair_columns(
+        models[0], tokenizer, models[1], file, "x", pairs, options, config
+    )
+    kl = blocks["x: critic"]["KL"]
+    assert [name.rpartition(":")[2] for name in kl.names] == ["1", "3", "4"]
+    for value, pair in zip(kl.values, pairs[1:]):
+        logps = [single_logp(m, Pair(pair.prompt, drawn, []), 1).item() for m in models]
+        assert value == pytest.approx(logps[0] - logps[1], rel=1e-4)
+    first, *_ = blocks["x: by tokens of the chosen answer"]
+    assert first.startswith(f"reward {pairs.lengths()[:, 1].min()}-")
 
 
 def test_table_is_aligned_and_fits_a_terminal():
@@ -258,6 +300,32 @@ def test_table_is_aligned_and_fits_a_terminal():
     assert "-12.35±0.10" in lines[2] or "-12.34±0.10" in lines[2]
     assert max(map(len, lines)) <= 80
     assert lines[0].index("greedy") < lines[0].index("pass@1")
+    apart = {"mio - base": {"greedy": evaluation.Difference(0.125, -0.25, 0.5, 8)}}
+    assert "+12.5 [-25.0, +50.0]" in table(apart)
+
+
+def test_names_of_any_length_leave_room_for_figures(tmp_path):
+    """The table's in 80 columns, the picture's within it."""
+    names = [f"llama-3.2-1b-gsm8k-{loss}-beta0.2-lr1e-6-seed0" for loss in ("sft", "dpo", "mio")]
+    column = Column(np.arange(9) / 7)
+    rows = evaluation.compared({name: {"exact": column, "exact maj@8": column} for name in names})
+    text = table(rows)
+    assert max(map(len, [*text.splitlines(), *evaluation.LEGEND.values()])) <= 80
+    assert f"{names[1]} - first" in text and "maj@n: the most frequent" in text
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train_config.json").write_text(json.dumps({"loss": name}))
+        write_rows(tmp_path / name / "metrics.jsonl", [{"step": i, "loss": i} for i in range(2)])
+    close, figures = pyplot.close, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyplot, "close", figures.append)
+        evaluation.plot({name: tmp_path / name for name in names}, tmp_path / "curves.png")
+    (figure,) = figures
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+    assert [text.get_text() for text in figure.legends[0].texts] == names
+    close(figure)
 
 
 def test_command_compares_a_run_with_what_it_started_from(checkpoint, pairs_file, tmp_path):
@@ -341,11 +409,16 @@ def test_command_reports_pairs_and_refuses_what_it_cannot_read(
     file = write_rows(
         tmp_path / "choices.jsonl", [{"prompt": "a", "choices": ["b"] * 2, "gold": 0}]
     )
+    questions = write_rows(tmp_path / "questions.jsonl", [{"question": "1?", "answer": "1"}])
     data = ["--data", str(pairs_file), str(file), "--dtype", "float32"]
     found = evaluation.main([str(checkpoint), *data])[str(checkpoint)]
     assert found["choices.jsonl: acc"] == 1 and len(loaded) == 1
     capsys.readouterr()
-    for argv in (["nowhere"], [str(checkpoint), "--data", "gone.jsonl"], [], [str(checkpoint)]):
+    moved = run_folder(checkpoint, tmp_path / "moved", init="gone")
+    asked = [moved, "--max_new_tokens", "1", "--data", str(questions)]
+    assert "strict" in evaluation.main(asked)[moved]  # which takes no reference
+    bad = ["nowhere"], [str(checkpoint), "--data", "gone.jsonl"], [], [str(checkpoint)]
+    for argv in (*bad, [*asked, str(pairs_file)]):
         with pytest.raises(SystemExit) as stop:
             evaluation.main(argv)
         error = capsys.readouterr().err

@@ -74,6 +74,8 @@ def test_theerror_box_counts_with_its_braces_balanced():
         3, 2
     )
     assert math_answer("Final Answer: The final answer is 0.25.") == Fraction(1, 4)
+    assert math_answer("The final answer is 3. No. The final answer is 4.") == 4
+    assert math_answer(r"so \fbox{5}") == 5
     assert math_answer(r"\boxed{3") is None and math_answer("it is 3") is None
     _, readings = GRADERS["math"]
     for key, wrong in (("2x", "2x^2"), ("2x", "2y"), ("3", "3x"), ("3", "3i"), ("125", "12_5")):
@@ -128,6 +130,7 @@ def test_several_answers_give_pass_at_k_and_the_vote():
     assert values["strict pass@5"] == 1 and values["strict maj@5"] == 1
     assert values["flexible maj@5"] == 0  # two against two: the first of equals, 5
     assert grade_values("exact", " yes ", ["yes", "Yes"])["exact pass@1"] == 0.5
+    assert grade_values("letter", "c", ["(C)"]) == {"letter": 1.0}
     assert grade_values("gsm8k", "4", ["no"]) == {"strict": 0.0, "flexible": 0.0}
 
 
@@ -263,6 +266,25 @@ def test_published_rows_are_answered_after_shots_and_end_at_a_stop_text(
     assert kept["argv"][0] == str(checkpoint) and len(kept["sha256"][str(file)]) == 64
 
 
+def test_flags_reach_the_draw_and_the_stop_text_that_comes_first_ends_an_answer(
+    checkpoint, tmp_path, monkeypatch
+):
+    asked = {}
+
+    def generate(self, prompts, count, **how):
+        asked.update(how)
+        return [[*b"4 b a"]] * len(prompts)
+
+    monkeypatch.setattr("model.Llama.generate", generate)
+    row = {"prompt": "2+2?", "answer": "4", "grade": "exact", "stop": ["a", "b"]}
+    file = write_rows(tmp_path / "sums.jsonl", [row])
+    flags = {"n": 2, "max_new_tokens": 9, "seed": 7, "temperature": 0.5, "top_p": 0.25}
+    flags = [f"--{name}={value}" for name, value in flags.items()]
+    found = evaluation.main([str(checkpoint), "--data", str(file), *flags])
+    assert found[str(checkpoint)]["exact pass@1"] == 1
+    assert (asked["seed"], asked["temperature"], asked["top_p"]) == (7, 0.5, 0.25)
+
+
 def test_a_stop_text_is_found_at_the_look_that_a_whole_decoding_finds_it():
     tokenizer, random, decoded = byte_tokenizer(), np.random.default_rng(0), []
     spy = SimpleNamespace(decode=lambda ids: decoded.append(len(ids)) or tokenizer.decode(ids))
@@ -280,13 +302,20 @@ def test_a_stop_text_is_found_at_the_look_that_a_whole_decoding_finds_it():
 
 BAD = {
     "no form": ({"prompt": "a", "gold": 1}, "its columns are prompt, gold"),
-    "no prompt": ({"prompt": 3, "answer": "a", "grade": "exact"}, "its columns are"),
-    "messages": ({"prompt": [{"role": "user"}], "answer": "a", "grade": "exact"}, "its columns"),
+    "no prompt": ({"prompt": 3, "answer": "a", "grade": "exact"}, "'prompt' must be a string"),
+    "messages": ({"prompt": [{"role": "user"}], "answer": "a", "grade": "exact"}, "a message is"),
+    "template": (
+        {"prompt": [{"role": "user", "content": "a"}], "answer": "a", "grade": "exact"},
+        "chat template",
+    ),
+    "question": ({"question": None, "answer": "1"}, "'question' must be a string"),
+    "surrogate": ({"prompt": "a", "answer": "\ud800", "grade": "exact"}, "surrogates not allowed"),
     "grade": ({"prompt": "a", "answer": "b", "grade": "f1"}, "there is no grade 'f1'"),
     "gold": ({"prompt": "a", "choices": ["b", "c"], "gold": 2}, "one of 0 to 1"),
     "bool": ({"prompt": "a", "choices": ["b", "c"], "gold": True}, "'gold' is True"),
     "one choice": ({"prompt": "a", "choices": ["b"], "gold": 0}, "two or more texts"),
-    "no number": ({"question": "a", "answer": "many"}, "no number in the answer"),
+    "no number": ({"question": "a", "answer": "many"}, "there is nothing to grade gsm8k by"),
+    "no letter": ({"prompt": "a", "answer": "third", "grade": "letter"}, "nothing to grade letter"),
     "stop": ({"prompt": "a", "answer": "b", "grade": "exact", "stop": ""}, "'stop' must be a list"),
     "key": ({"prompt": "a", "answer": " ", "grade": "exact"}, "'answer' must be a text"),
     "mixed": (CHOICES[0], "belong in two files"),

@@ -110,8 +110,9 @@ def test_the_policy_learns_what_is_graded(flags, argv):
 def test_graded_by_the_answer_key_if_the_answer_ends(checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     item = train.evaluation.read_item(1, {"prompt": "x", "answer": "#### 7", "grade": "gsm8k"})
-    ids = tokenizer.encode("6+1=7\n#### 7")
-    for answer, expected in ((ids + [tokenizer.end_id], 1), (ids, 0), ([tokenizer.end_id], 0)):
+    ids, end = tokenizer.encode("6+1=7\n#### 7"), tokenizer.end_id
+    loose = tokenizer.encode("it is 7")  # flexible would take it
+    for answer, expected in (([*ids, end], 1), (ids, 0), ([end], 0), ([*loose, end], 0)):
         assert train.evaluation.grade_drawn(item, tokenizer, answer) == expected
 
 
