@@ -25,8 +25,8 @@ betas; MIO's rises at the demonstration's beta and above, and falls a little at 
 its pull on the chosen grows as the chosen falls, but only once T_w = beta log-ratio is below zero
 by something like one.
 
-`python results/dynamics.py`: {provenance}. Seeds
-{seeds}: {pairs:,} pairs, {epochs} epochs, 32 pairs a step; change of the summed log-prob of
+`python results/dynamics.py`: {provenance}.
+Seeds {seeds}: {pairs:,} pairs, {epochs} epochs, 32 pairs a step; change of the summed log-prob of
 200 held-out answers, nats: the mean of seeds (lowest, highest).
 
 ![Curves](dynamics.png)
@@ -74,12 +74,14 @@ def draw() -> None:
                                   color=COLORS[loss])  # fmt: skip
         axis.axhline(0, color="0.4", linewidth=0.8, zorder=0)
         axis.set_yscale("symlog", linthresh=1)
+        axis.set_yticks([0, -1, -10], ["0", "-1", "-10"])
         betas = ", dpo ".join(f"{beta * scale:g}" for beta in LOSSES.values())
         axis.set_title(f"lr {rate:g}, beta mio {betas}", fontsize=9)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("step")
-    figure.supylabel("change of held-out log-prob, nats (linear up to 1, then logarithmic)")
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    figure.supylabel("change of held-out log-prob, nats\n(linear up to 1, then logarithmic)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
