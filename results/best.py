@@ -1,4 +1,4 @@
-"""Makes results/best.md: python results/best.py
+"""Makes results/best.md and .png: python results/best.py
 
 Every loss at its best of the same small grid, chosen on validation problems of one seed, then
 compared on test problems of the other seeds: the same bases, pairs and order for all.
@@ -7,14 +7,14 @@ compared on test problems of the other seeds: the same bases, pairs and order fo
 from pathlib import Path
 
 import numpy as np
-from pool import bases, graded, moved, on_pairs, provenance, spread, train_all
+from pool import COLORS, bases, graded, moved, on_pairs, provenance, spread, train_all
 
 import eval as evaluation
 import train
 
 LOSSES = ("dpo", "mio", "bce", "nwj", "dv", "ipo", "kto", "simpo", "orpo", "rpo", "apo_zero", "sft")
 RATES, SCALES = (1e-4, 3e-4), (0.25, 1.0)  # learning rates; times the demonstration's beta
-TUNED_ON, TESTED_ON, PAIRS, EPOCHS = 0, (1, 2, 3), 2000, 2
+TUNED_ON, TESTED_ON, PAIRS, EPOCHS = 0, (1, 2, 3, 4), 2000, 2
 
 TEXT = """# Best against best
 
@@ -33,6 +33,8 @@ of seed {tuned_on}. Then seeds {seeds}, on which nothing was tuned: greedy accur
 problems over that of the base ({base}), points; change of held-out
 log-probs, nats; means of seeds (lowest, highest).
 
+![Gains by loss](best.png)
+
 | | lr | beta | validation, % | gain, points | Δ chosen | Δ rejected |
 |---|---|---|---|---|---|---|
 {table}
@@ -49,6 +51,27 @@ settings a loss, two where beta plays no part: {edge} of {losses} losses chose t
 learning rate and {small} its smallest beta, so a wider grid could help them, above all those that
 end below the base. One small task of one kind, short training.
 """
+
+
+def draw(gains: dict[str, list[float]]) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for place, (loss, values) in enumerate(gains.items()):
+        color = COLORS.get(loss, "0.3")
+        axis.plot([min(values), max(values)], [place, place], color=color, linewidth=1)
+        axis.plot(values, [place] * len(values), "|", color=color, markersize=7)
+        axis.plot(np.mean(values), place, "o", color=color, markersize=6)
+    axis.axvline(0, color="0.4", linewidth=0.8, zorder=0)
+    axis.set_yticks(range(len(gains)), gains)
+    axis.invert_yaxis()
+    axis.set_xlabel("greedy accuracy over the base, points: seeds, and their mean")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
 
 
 def main() -> None:
@@ -74,6 +97,7 @@ def main() -> None:
     right = {key: graded(out)["test"] for key, out in finals.items()}
     gains = {loss: [100 * (right[loss, s] - start[s]).mean() for s in TESTED_ON] for loss in LOSSES}
     order = sorted(LOSSES, key=lambda loss: -np.mean(gains[loss]))
+    draw({loss: gains[loss] for loss in order})
     rows, differences = [], []
     together = {loss: evaluation.Column(np.concatenate([right[loss, s] for s in TESTED_ON]) * 1.0)
                 for loss in LOSSES}  # fmt: skip

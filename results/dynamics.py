@@ -7,9 +7,8 @@ of learning rates and betas, dpo's beta half of mio's so that both start with th
 from pathlib import Path
 
 import numpy as np
-from pool import COLORS, bases, first, moved, on_pairs, provenance, spread, train_all
+from pool import COLORS, SEEDS, bases, first, moved, on_pairs, provenance, spread, train_all
 
-SEEDS = (0, 1, 2)
 LOSSES = {"mio": 1.0, "dpo": 0.5}  # and the beta that a scale multiplies
 SCALES, RATES, PAIRS, EPOCHS = (0.25, 1.0, 4.0), (1e-4, 3e-4), 1000, 4
 CELLS = [(rate, scale) for rate in RATES for scale in SCALES]
