@@ -480,9 +480,7 @@ def check_several(options: Options) -> None:
 
 def check_plan(options: Options) -> None:
     if (options.plan == "init") != bool(options.init):
-        raise ValueError(
-            "--plan: name a model, or none and --init FOLDER, whose config.json is read"
-        )
+        raise ValueError("--plan: name a model, or none and --init FOLDER with a config.json")
     if draws(options) or options.init_adapter:
         name = "init_adapter" if options.init_adapter else "on_policy, --loss rlhf"
         raise ValueError(f"--plan: is of pairs and new adapters; leave out --{name}")

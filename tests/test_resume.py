@@ -105,6 +105,7 @@ def test_a_changed_flag_or_file_is_refused_by_name(checkpoint, pairs_file, tmp_p
     changes = {"loss": "dpo", "schedule": "linear", "dtype": "bfloat16", "compile": "off"}
     changes |= {"checkpointing": "on", "warmup": "0.7", "eval_fraction": "0.3"}
     changes |= {"label_smoothing": "0.2", "epsilon": "0.2"}
+    changes |= {"plan": "llama-3.2-1b", "gpu": "a100", "mfu": "0.5"}
     same = {*train.MAY_CHANGE, *train.FILES, "device", "config", "resume", "overwrite"}
     for name in {field.name for field in dataclasses.fields(train.Options)} - same:
         value = [] if name in ("on_policy", "lora_rslora") else [changes.get(name, "77")]

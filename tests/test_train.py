@@ -270,6 +270,7 @@ def test_every_flag_does_what_it_says(checkpoint, pairs_file, tmp_path):
     others = {"--init", "--data", "--out", "--config", "--resume", "--overwrite", "--tensorboard"}
     others |= {"--on_policy", "--samples", "--max_new_tokens"}
     others |= {f"--{name}" for name in (*train.LORA_OPTIONS, "init_adapter")}  # test_lora.py
+    others |= {"--plan", "--gpu", "--mfu"}  # test_plan.py
     assert named == set(CHANGES) | set(OWN) | set(NO_CHANGE) | others
     for flag, value in CHANGES.items():
         changed = trained(BASE_FLAGS | {flag: str(other) if value == "other" else value})
