@@ -488,7 +488,7 @@ def test_an_option_that_a_loss_does_not_take_is_refused():
 
 
 def test_chunks_hold_whole_pairs_in_order():
-    chunks = list(mio._chunks_of_pairs([3, 2, 9, 9, 1, 1, 1, 1], 8))
+    chunks = list(mio.chunks_of_pairs([3, 2, 9, 9, 1, 1, 1, 1], 8))
     assert chunks == [
         (slice(0, 2), slice(0, 5)),
         (slice(2, 4), slice(5, 23)),
