@@ -11,8 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the project has no package to install
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from data import byte_tokenizer  # noqa: E402
 from model import Llama, ModelConfig  # noqa: E402
+from support.tokenizers import byte_tokenizer  # noqa: E402
 
 # A folder of real data that may lie beside the project; tests that use it are skipped without.
 SHARED = Path(__file__).parent.parent.parent / "shared"

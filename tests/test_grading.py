@@ -1,23 +1,30 @@
-"""Graders against tables of cases; choices against one sequence at a time and the harness."""
+"""Graders against tables of cases: numbers, formulas, letters, votes, rewards."""
 
-import json
 import math
 from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from conftest import SHARED, needs_shared, tiny_model, write_rows
-from test_data import single_logp
 
-import eval as evaluation
-from data import Pair, byte_tokenizer
-from eval import GRADERS, flexible, grade_values, letter, math_answer, normalised, strict
+from support.grading import (
+    GRADERS,
+    grade_drawn,
+    grade_values,
+    normalize_formula,
+    parse_number,
+    pass_at_k,
+    powers_of_two,
+    read_flexible,
+    read_gsm8k_key,
+    read_letter,
+    read_math,
+    read_strict,
+)
 
 
 @pytest.mark.parametrize(
-    "text, first, last",
+    "text, strict, flexible",
     [
         ("2 + 3 = 5\n#### 5", 5, 5),
         ("#### 1,234,567", 1234567, 1234567),
@@ -25,8 +32,9 @@ from eval import GRADERS, flexible, grade_values, letter, math_answer, normalise
         ("#### -7.", -7, -7),
         ("#### -$3.50", -3.5, -3.5),
         ("####12\nQuestion: of 3 apples", 12, 3),  # strict takes the first, flexible the last
+        ("#### 1\n#### 2", 1, 2),
         ("so 16-3=13 are left", None, 13),
-        ("5-3", None, 3),  # a minus sign between numbers is not part of one
+        ("5-3", None, 3),  # a minus sign between numbers is not part of the second
         ("it fell to -4 degrees.", None, -4),
         ("she pays $1,250.75, or 10% more.", None, 10),
         (".5 of it", None, 0.5),
@@ -36,8 +44,41 @@ from eval import GRADERS, flexible, grade_values, letter, math_answer, normalise
         ("", None, None),
     ],
 )
-def test_numbers_are_found_and_compared_as_numbers(text, first, last):
-    assert strict(text) == first and flexible(text) == last
+def test_numbers_are_found_and_compared_as_numbers(text, strict, flexible):
+    assert read_strict(text) == strict and read_flexible(text) == flexible
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("-$1,234.50", Fraction(-2469, 2)),
+        ("+3.", 3),
+        (".25", Fraction(1, 4)),
+        ("3/4", Fraction(3, 4)),
+        ("1.5/-2", Fraction(-3, 4)),
+        ("1/0", None),
+        ("12_5", None),
+        ("3 x", None),
+        ("", None),
+        ("1" * 5000, None),  # Python parses at most 4,300 digits
+    ],
+)
+def test_a_text_is_a_number_as_a_whole_or_not_at_all(text, value):
+    assert parse_number(text) == value
+
+
+def test_the_key_of_gsm8k_is_the_number_after_the_last_mark():
+    assert read_gsm8k_key("#### 1\n2 + 2 = 4\n#### 4.") == 4 and read_gsm8k_key("1,000") == 1000
+    assert read_gsm8k_key("4 #### many") is None
+
+
+@pytest.mark.parametrize("exponent", ["1e9999999", "1e99999999", "1E-9999999", "2/1e9999999"])
+def test_a_huge_exponent_is_no_number_and_does_not_hang(exponent):
+    """The exact value of 1e9999999 has ten million digits."""
+    assert parse_number(exponent) is None and read_gsm8k_key(f"#### {exponent}") is None
+    assert grade_values("math", "5", [rf"\boxed{{{exponent}}}"]) == {"math": 0.0}
+    assert grade_values("gsm8k", "#### 5", [f"#### {exponent}"])["strict"] == 0.0
+    assert grade_values("math", exponent, [rf"\boxed{{{exponent}}}"]) == {"math": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +87,8 @@ def test_numbers_are_found_and_compared_as_numbers(text, first, last):
         (r"\frac{1}{2}", "0.5"),
         (r"\dfrac12", "1/2"),
         (r"-\tfrac{3}{4}", "-.75"),
-        (r"$1{,}000$".replace("{,}", ","), "1000"),
+        (r"-\frac{-1.5}{2}", "3/4"),
+        (r"$1,000$", "1000"),
         (r"\text{B}", "B"),
         (r"5 \text{ cm}", "5"),
         (r"12\%", "12"),
@@ -59,29 +101,37 @@ def test_numbers_are_found_and_compared_as_numbers(text, first, last):
     ],
 )
 def test_formulas_that_mean_the_same_are_equal(left, right):
-    assert normalised(left) == normalised(right)
+    assert normalize_formula(left) == normalize_formula(right)
 
 
-def test_formulas_that_differ_are_not():
+def test_formulas_that_differ_are_not_equal():
     different = [r"\frac13", r"\frac31", "-5", "5", r"\sqrt{2}", "2", "(1,2)", "(2,1)", "x"]
-    assert len({normalised(text) for text in different}) == len(different)
-    assert normalised("1/0") == "1/0"  # no number, and no reason to stop
-
-
-def test_theerror_box_counts_with_its_braces_balanced():
-    assert math_answer(r"\boxed{3} no, \boxed{\frac{1}{\sqrt{2}}} it is") == r"\frac{1}{\sqrt{2}}"
-    assert math_answer(r"The final answer is $\frac{6}{4}$. I hope it is correct.") == Fraction(
-        3, 2
-    )
-    assert math_answer("Final Answer: The final answer is 0.25.") == Fraction(1, 4)
-    assert math_answer("The final answer is 3. No. The final answer is 4.") == 4
-    assert math_answer(r"so \fbox{5}") == 5
-    assert math_answer(r"\boxed{3") is None and math_answer("it is 3") is None
-    _, readings = GRADERS["math"]
+    different += ["12", "1,2", "2,1", "1/2/3", "3/2"]
+    assert len({normalize_formula(text) for text in different}) == len(different)
+    assert normalize_formula("1/0") == "1/0"  # it is no number, and grading goes on
     for key, wrong in (("2x", "2x^2"), ("2x", "2y"), ("3", "3x"), ("3", "3i"), ("125", "12_5")):
         assert grade_values("math", key, [rf"\boxed{{{wrong}}}"]) == {"math": 0.0}
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        (r"\boxed{3} no, \boxed{\frac{1}{\sqrt{2}}} it is", r"\frac{1}{\sqrt{2}}"),
+        (r"The final answer is $\frac{6}{4}$. I hope it is correct.", Fraction(3, 2)),
+        ("Final Answer: The final answer is 0.25.", Fraction(1, 4)),
+        ("The final answer is 3. No. The final answer is 4.", 4),
+        (r"so \fbox{5}", 5),
+        (r"\boxed{3", None),
+        ("it is 3", None),
+    ],
+)
+def test_the_last_box_counts_with_its_braces_balanced(text, found):
+    assert read_math(text) == found
+
+
+def test_the_key_of_math_may_stand_in_a_box():
     assert grade_values("math", r"so \boxed{0.5}", [r"\boxed{\dfrac{1}{2}}"]) == {"math": 1.0}
-    assert list(readings) == ["math"]
+    assert grade_values("math", "1/2", [r"\boxed{\dfrac{1}{2}}"]) == {"math": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +156,7 @@ def test_theerror_box_counts_with_its_braces_balanced():
         ("the answer is (A). No: the answer is (B), not (C)", "B"),
         ("the answer is A because it swims", "A"),
         ("I", "I"),
-        # Words are no letters, and lines after the first begin nothing.
+        # A word is not a letter, and a later line does not begin the text.
         ("A duck is what it is, (D)", "D"),
         ("The answer is a duck: (B)", "B"),
         ("Answer: A duck, so (B)", "B"),
@@ -119,247 +169,52 @@ def test_theerror_box_counts_with_its_braces_balanced():
     ],
 )
 def test_letters(text, found):
-    assert letter(text) == found
+    assert read_letter(text) == found
 
 
-def test_several_answers_give_pass_at_k_and_the_vote():
+def test_one_answer_is_right_or_not():
+    assert grade_values("letter", "c", ["(C)"]) == {"letter": 1.0}
+    assert grade_values("exact", " yes ", ["yes\n"]) == {"exact": 1.0}
+    assert grade_values("exact", "yes", ["Yes"]) == {"exact": 0.0}
+    assert grade_values("gsm8k", "4", ["it is 4"]) == {"strict": 0.0, "flexible": 1.0}
+    assert list(GRADERS) == ["gsm8k", "math", "exact", "letter"]
+
+
+def test_several_answers_give_pass_at_k_and_a_majority_vote():
     texts = ["#### 5", "it is 5", "#### 4", "#### 4", "no"]
     values = grade_values("gsm8k", "work\n#### 4", texts)
+    names = ["pass@1", "pass@2", "pass@4", "pass@5", "maj@5"]
+    assert list(values) == [f"{way} {name}" for way in ("strict", "flexible") for name in names]
     assert values["strict pass@1"] == pytest.approx(2 / 5)
     assert values["strict pass@2"] == pytest.approx(1 - math.comb(3, 2) / math.comb(5, 2))
     assert values["strict pass@5"] == 1 and values["strict maj@5"] == 1
-    assert values["flexible maj@5"] == 0  # two against two: the first of equals, 5
-    assert grade_values("exact", " yes ", ["yes", "Yes"])["exact pass@1"] == 0.5
-    assert grade_values("letter", "c", ["(C)"]) == {"letter": 1.0}
-    assert grade_values("gsm8k", "4", ["no"]) == {"strict": 0.0, "flexible": 0.0}
+    assert values["flexible maj@5"] == 0  # 4 and 5 have two votes each, and 5 comes first
+    assert grade_values("gsm8k", "4", ["no", "none"])["strict maj@2"] == 0
 
 
-# --- Choices --------------------------------------------------------------------------------------
+def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
+    """Against all ways to draw k of n answers."""
+    from itertools import combinations
 
-CHOICES = [
-    {"prompt": "Which?", "choices": ["a", "bb bb", "ccc", "dé"], "gold": 1},
-    {"prompt": "Count: ", "choices": ["one", " two"], "gold": 0},
-    {"prompt": "Last\n", "choices": ["x", "y", "z" * 40], "gold": 2},
-]
-
-
-def items_of(rows, tmp_path):
-    return evaluation.read_items(write_rows(tmp_path / "items.jsonl", rows))
-
-
-def test_choices_share_a_prompt_and_keep_the_log_probs_of_single_sequences(tmp_path):
-    model, tokenizer = tiny_model(), byte_tokenizer()
-    columns, logps = evaluation.choice_columns(
-        model, tokenizer, "", items_of(CHOICES * 9, tmp_path), "", torch.float32
-    )
-    for row, found in zip(CHOICES, logps):
-        sizes = np.array([[1, len(c.strip()), len(c.strip().encode())] for c in row["choices"]])
-        for choice, logp in zip(row["choices"], found):
-            space = "" if row["prompt"][-1].isspace() or choice[0] == " " else " "
-            ids = tokenizer.prompt_ids(row["prompt"]), tokenizer.encode(space + choice)
-            expected = single_logp(model, Pair(*ids, []), 1).item()
-            assert logp == pytest.approx(expected, rel=1e-5)
-        best = (np.array(found)[:, None] / sizes).argmax(axis=0) == row["gold"]
-        number = CHOICES.index(row)
-        assert [
-            columns[k].values[number] for k in ("acc", "acc_norm", "acc_bytes")
-        ] == best.tolist()
+    n, correct = 5, np.array([0, 1, 3, 5])
+    for k in range(1, n + 1):
+        draws = list(combinations(range(n), k))  # answers 0, ..., c - 1 are the right ones
+        expected = [np.mean([min(draw) < c for draw in draws]) for c in correct]
+        assert pass_at_k(correct, n, k) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="pass@6 needs 6 answers to each question, there are 5"):
+        pass_at_k(correct, n, 6)
+    assert [powers_of_two(n) for n in (1, 4, 6)] == [[1], [1, 2, 4], [1, 2, 4, 6]]
 
 
-def test_accuracies_count_characters_and_bytes_without_the_joining_space(tmp_path, monkeypatch):
-    rows = [{"prompt": "q", "choices": [" éé", "abc"], "gold": gold} for gold in (0, 1)]
-    logps = [torch.tensor([-3.1, -4.0])] * 2  # a character -1.55, -1.33; a byte -0.78, -1.33
-    monkeypatch.setattr(evaluation, "answer_logps", lambda *_: logps)
-    items = items_of(rows, tmp_path)
-    columns, _ = evaluation.choice_columns(
-        tiny_model(), byte_tokenizer(), "", items, "", torch.float32
-    )
-    found = {name: column.values.tolist() for name, column in columns.items()}
-    assert found == {"acc": [1, 0], "acc_norm": [0, 1], "acc_bytes": [1, 0]}
-
-
-@needs_shared
-def test_choices_are_those_of_lm_evaluation_harness(tmp_path, monkeypatch):
-    """300 items: log-probs within 1e-3 nats, accuracies equal."""
-    lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-    import transformers
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.models.huggingface import HFLM
-
-    random, rows = np.random.default_rng(0), []
-    lines = (SHARED / "data/gsm8k-test.jsonl").read_text(encoding="utf-8").splitlines()[:300]
-    questions = [json.loads(line) for line in lines]
-    keys = [q["answer"].rpartition("#### ")[2] for q in questions]
-    words = ["", " dollars", " of them", " hours a day", " à la carte"]
-    for i, question in enumerate(questions):
-        choices = [keys[(i + 7 * j) % 300] + words[random.integers(5)] for j in range(2 + i % 4)]
-        gold = int(random.integers(len(choices)))
-        choices[0], choices[gold] = choices[gold], choices[0]
-        if len(set(choices)) < len(choices):  # equal ones are a tie, which rounding decides
-            choices = [f"{choice}{'.' * j}" for j, choice in enumerate(choices)]
-        prompt = f"Question: {question['question']}\nAnswer:"
-        rows.append({"prompt": prompt, "choices": choices, "gold": gold})
-    folder, file = SHARED / "models/gsm-llama", write_rows(tmp_path / "choices.jsonl", rows)
-    out = tmp_path / "ours.json"
-    found = evaluation.main([str(folder), "--data", str(file), "--out", str(out)])[str(folder)]
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    theirs = HFLM(
-        pretrained=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        tokenizer=transformers.AutoTokenizer.from_pretrained(folder),
-        add_bos_token=True, batch_size=16, device="cpu",
-    )  # fmt: skip
-    names = ("acc", "acc_norm", "acc_bytes")
-    task = ConfigurableTask(config={
-        "task": "choices", "dataset_path": "json", "test_split": "test",
-        "dataset_kwargs": {"data_files": {"test": str(file)}}, "output_type": "multiple_choice",
-        "doc_to_text": "{{prompt}}", "doc_to_choice": "choices", "doc_to_target": "gold",
-        "metric_list": [{"metric": name} for name in names],
-    })  # fmt: skip
-    result = lm_eval.simple_evaluate(theirs, tasks=[task], bootstrap_iters=0, log_samples=True)
-    (samples,) = result["samples"].values()
-    samples = sorted(samples, key=lambda sample: sample["doc_id"])
-    (ours,) = json.loads(out.read_text())[str(folder)]["answers"].values()
-    for logps, sample in zip(ours, samples):
-        expected = [response[0] for response in sample["filtered_resps"]]
-        assert logps == pytest.approx(expected, abs=1e-3)
-    (figures,) = result["results"].values()
-    for name in names:
-        assert found[name] == pytest.approx(figures[f"{name},none"], abs=1e-9)
-    most = max(abs(a - r[0]) for x, s in zip(ours, samples) for a, r in zip(x, s["filtered_resps"]))
-    print(f"largest difference {most:.1e} nats; {[(n, found[n]) for n in names]}")
-
-
-# --- Questions ------------------------------------------------------------------------------------
-
-QUESTIONS = [
-    {"question": "1 + 1?", "answer": "It is <<1+1=2>>2\n#### 2"},
-    {"question": "2 + 2?", "answer": "#### 4"},
-    {"question": "3 + 3?", "answer": "#### 6"},
-]
-
-
-def test_published_rows_are_answered_after_shots_and_end_at_a_stop_text(
-    checkpoint, tmp_path, monkeypatch
-):
-    asked = []
-
-    def generate(self, prompts, count, is_over=None, **_):
-        texts = [bytes(prompt[1:]).decode() for prompt in prompts]
-        asked.extend(texts)
-        assert is_over(0, list(b"a Question:")) and not is_over(0, list(b"a question"))
-        return [
-            [*b"#### 4 it is\nQuestion: 9"] if "3" in text else [*b"so 4", 257] for text in texts
-        ]
-
-    monkeypatch.setattr("model.Llama.generate", generate)
-    file, out = write_rows(tmp_path / "gsm.jsonl", QUESTIONS), tmp_path / "results.json"
-    shown = [{"question": f"{i} - {i}?", "answer": "#### 0"} for i in (7, 8, 9)]
-    shots = write_rows(tmp_path / "shots.jsonl", shown)
-    argv = [str(checkpoint), "--data", str(file), "--out", str(out), "--shots", str(shots)]
-    found = evaluation.main([*argv, "-k", "2", "--max_new_tokens", "90"])[str(checkpoint)]
-    assert found == {"strict": 0, "flexible": pytest.approx(1 / 3), "cut": 0}
-    before = "".join(f"Question: {q['question']}\nAnswer: {q['answer']}\n\n" for q in shown[:2])
-    assert asked == [f"{before}Question: {q['question']}\nAnswer:" for q in QUESTIONS]
-    kept = json.loads(out.read_text())[str(checkpoint)]
-    assert kept["answers"]["gsm.jsonl, 2 shots, greedy"] == [["so 4"], ["so 4"], ["#### 4 it is\n"]]
-    assert kept["items"]["gsm.jsonl, 2 shots, greedy"]["flexible"] == [0.0, 1.0, 0.0]
-    assert kept["argv"][0] == str(checkpoint) and len(kept["sha256"][str(file)]) == 64
-
-
-def test_flags_reach_the_draw_and_the_stop_text_that_comes_first_ends_an_answer(
-    checkpoint, tmp_path, monkeypatch
-):
-    asked = {}
-
-    def generate(self, prompts, count, **how):
-        asked.update(how)
-        return [[*b"4 b a"]] * len(prompts)
-
-    monkeypatch.setattr("model.Llama.generate", generate)
-    row = {"prompt": "2+2?", "answer": "4", "grade": "exact", "stop": ["a", "b"]}
-    file = write_rows(tmp_path / "sums.jsonl", [row])
-    flags = {"n": 2, "max_new_tokens": 9, "seed": 7, "temperature": 0.5, "top_p": 0.25}
-    flags = [f"--{name}={value}" for name, value in flags.items()]
-    found = evaluation.main([str(checkpoint), "--data", str(file), *flags])
-    assert found[str(checkpoint)]["exact pass@1"] == 1
-    assert (asked["seed"], asked["temperature"], asked["top_p"]) == (7, 0.5, 0.25)
-
-
-def test_a_stop_text_is_found_at_the_look_that_a_whole_decoding_finds_it():
-    tokenizer, random, decoded = byte_tokenizer(), np.random.default_rng(0), []
-    spy = SimpleNamespace(decode=lambda ids: decoded.append(len(ids)) or tokenizer.decode(ids))
-    stops = [("bb",), ("ab", "é\n"), ("é é é", "Q")] * 40
-    is_over = evaluation.watch(spy, stops)
-    for i, stop in enumerate(stops):
-        answer = [*("".join(random.choice([*"abé \n"], 300)) + stop[-1]).encode()]
-        looks = [*range(1 + i % 7, len(answer), 1 + i % 11), len(answer)]
-        found = next(at for at in looks if any(s in tokenizer.decode(answer[:at]) for s in stop))
-        decoded.clear()
-        assert next(at for at in looks if is_over(i, answer[:at])) == found
-        assert sum(decoded) <= 2 * found + 20 * len(decoded)
-    assert evaluation.watch(spy, [(), ()]) is None
-
-
-BAD = {
-    "no form": ({"prompt": "a", "gold": 1}, "its columns are prompt, gold"),
-    "no prompt": ({"prompt": 3, "answer": "a", "grade": "exact"}, "'prompt' must be a string"),
-    "messages": ({"prompt": [{"role": "user"}], "answer": "a", "grade": "exact"}, "a message is"),
-    "template": (
-        {"prompt": [{"role": "user", "content": "a"}], "answer": "a", "grade": "exact"},
-        "chat template",
-    ),
-    "question": ({"question": None, "answer": "1"}, "'question' must be a string"),
-    "surrogate": ({"prompt": "a", "answer": "\ud800", "grade": "exact"}, "surrogates not allowed"),
-    "grade": ({"prompt": "a", "answer": "b", "grade": "f1"}, "there is no grade 'f1'"),
-    "gold": ({"prompt": "a", "choices": ["b", "c"], "gold": 2}, "one of 0 to 1"),
-    "bool": ({"prompt": "a", "choices": ["b", "c"], "gold": True}, "'gold' is True"),
-    "one choice": ({"prompt": "a", "choices": ["b"], "gold": 0}, "two or more texts"),
-    "no number": ({"question": "a", "answer": "many"}, "there is nothing to grade gsm8k by"),
-    "no letter": ({"prompt": "a", "answer": "third", "grade": "letter"}, "nothing to grade letter"),
-    "stop": ({"prompt": "a", "answer": "b", "grade": "exact", "stop": ""}, "'stop' must be a list"),
-    "key": ({"prompt": "a", "answer": " ", "grade": "exact"}, "'answer' must be a text"),
-    "mixed": (CHOICES[0], "belong in two files"),
-    "long": ({"question": "a" * 400, "answer": "1"}, "the model reads 256"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_row_is_named_by_file_and_line(name, checkpoint, tmp_path, capsys):
-    row, fault = BAD[name]
-    file = write_rows(tmp_path / "rows.jsonl", [QUESTIONS[0], row])
-    argv = [str(checkpoint), "--max_new_tokens", "8", "--data", str(file)]
-    error = refused(argv, capsys)
-    assert error.startswith(f"eval.py: error: {file}:2: ") and fault in error
-
-
-def refused(argv, capsys) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main(argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    return error
-
-
-def test_flags_that_cannot_be_are_refused(checkpoint, tmp_path, capsys):
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
-    file = str(write_rows(tmp_path / "gsm.jsonl", QUESTIONS))
-    (tmp_path / "there.json").write_text("{}")
-    choices = str(write_rows(tmp_path / "choices.jsonl", CHOICES))
-    for flags, fault in [
-        (["--data", str(empty)], "the file is empty"),
-        (["--data", file, "--shots", file, "-k", "4"], "-k 4, but it has 3 rows"),
-        (["--data", file, "--shots", file, "-k", "2"], "gsm.jsonl:1: shows the answer"),
-        (["--data", file, "-k", "2"], "-k needs --shots"),
-        (["--data", file, "--n", "4", "--temperature", "0"], "--n 4: greedy"),
-        (["--data", file, "--n", "0"], "--n: 0: must be at least 1"),
-        (["--data", file, "--n", "1025"], "--n: 1025: must be at least 1 and at most 1024"),
-        (["--data", file, "--shots", choices, "-k", "1"], "no --data has rows of its form"),
-        ([f"{checkpoint}/", "--data", file], "is named twice"),
-        (["--data", file, "--plot", "curves.xyz"], "must end in .png"),
-        (["--data", file, "--top_p", "0"], "--top_p: 0: must be"),
-        (["--data", file, "--out", str(tmp_path / "there.json")], "exists"),
-        (["--data", file, "--plot", str(tmp_path / "c.png")], "none of the runs has a metrics"),
-    ]:
-        assert fault in refused([str(checkpoint), *flags], capsys)
+def test_a_right_answer_earns_its_reward_only_if_it_ends_with_a_stop_id():
+    tokenizer = SimpleNamespace(stop_ids={257, 258}, decode=lambda ids: bytes(ids).decode())
+    item = SimpleNamespace(grade="gsm8k", key="#### 42")
+    right = list(b"6 * 7 = 42\n#### 42")
+    assert grade_drawn(item, tokenizer, [*right, 257]) == 1.0
+    assert grade_drawn(item, tokenizer, [*right, 258]) == 1.0
+    assert (
+        grade_drawn(item, tokenizer, [*right, ord(" ")]) == 0.0
+    )  # right, but max_new_tokens cut it
+    assert grade_drawn(item, tokenizer, [*b"#### 41", 257]) == 0.0
+    # The first reading of gsm8k is the strict one.
+    assert grade_drawn(item, tokenizer, [*b"it is 42", 257]) == 0.0

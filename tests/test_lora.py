@@ -1,4 +1,4 @@
-"""LoRA: adapters against the dense sum W + s B A, against PEFT, and through a whole run."""
+"""LoRA: adapters against the dense sum W + s B A, against PEFT, and through complete runs."""
 
 import json
 import shutil
@@ -7,23 +7,27 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_model, write_rows
 from safetensors.torch import load_file, save_file
-from test_resume import SAVED, refused, steps
-from test_train import metrics, run
 from torch.func import functional_call
 
-import eval as evaluation
-import mio
-import train
-from model import LINEARS, LORA_TARGETS, Llama, LoraConfig
+from model import Llama
+from support.lora import (
+    LINEARS,
+    LORA_TARGETS,
+    LoraConfig,
+    add_lora,
+    load_adapter,
+    lora_of,
+    merge_lora,
+    save_adapter,
+)
 
 TOKENS = torch.arange(48).view(2, 24) * 5 % 256
-LORA = ("--lora_rank", "4", "--lr", "1e-2")
 
 
 def adapted(lora: LoraConfig, **changes) -> Llama:
-    """A model with adapters that do something: B is 0 only at the start."""
+    """A model with adapters that change it: B is random, where it starts at 0."""
     model = tiny_model(**changes)
-    model.add_lora(lora)
+    add_lora(model, lora)
     for name, p in model.named_parameters():
         assert p.requires_grad == (".lora_" in name)
         if "lora_B" in name:
@@ -42,7 +46,9 @@ def logits(model: Llama) -> torch.Tensor:
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2", "qkv_bias": True}])
 def test_values_and_gradients_are_those_of_the_dense_sum(changes, rslora):
-    model = adapted(LoraConfig(3, 6.0, list(LINEARS), rslora), **changes).double()
+    lora = LoraConfig(3, 6.0, list(LINEARS), rslora)
+    model = adapted(lora, **changes).double()
+    assert lora_of(model) is lora
     dense = dict(tiny_model(**changes).double().named_parameters())
     adapters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()
                 if ".lora_" in n}  # fmt: skip
@@ -59,16 +65,17 @@ def test_values_and_gradients_are_those_of_the_dense_sum(changes, rslora):
         found = model.get_parameter(name).grad
         torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-11)
         assert found.any()
-    merged = model.merge_lora(torch.float64)
+    merged = merge_lora(model, torch.float64)
     torch.testing.assert_close(merged(TOKENS), expected, rtol=0, atol=1e-12)
     assert merged.state_dict().keys() == tiny_model(**changes).state_dict().keys()
-    assert torch.equal(merged.merge_lora(torch.float64)(TOKENS), merged(TOKENS))  # nothing is left
+    assert lora_of(merged) is None and lora_of(tiny_model()) is None
+    assert torch.equal(merge_lora(merged, torch.float64)(TOKENS), merged(TOKENS))
 
 
-def test_adapters_go_where_they_are_asked_to_and_start_as_peft_has_them():
+def test_adapters_go_to_their_targets_and_start_as_in_peft():
     for targets in (LORA_TARGETS["attention"], ["v_proj"], ["layers.1.self_attn.k_proj"]):
         model = tiny_model()
-        model.add_lora(LoraConfig(2, 4, list(targets)))
+        add_lora(model, LoraConfig(2, 4, list(targets)))
         found = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora" in name}
         every = [f"model.{name}" for name, _ in model.model.named_modules()]
         assert found == {name for name in every if name.endswith(tuple(targets))}
@@ -77,241 +84,121 @@ def test_adapters_go_where_they_are_asked_to_and_start_as_peft_has_them():
     assert a.abs().max() <= 32**-0.5 and a.std() == pytest.approx((3 * 32) ** -0.5, rel=0.2)
 
 
-def test_frozen_linear_weights_are_kept_in_the_precision_of_the_products():
-    model = tiny_model(tie_word_embeddings=True)
-    model.add_lora(LoraConfig(2, 4, ["v_proj"]), torch.bfloat16)
+@pytest.mark.parametrize("tied", [True, False])
+def test_frozen_linear_weights_are_stored_in_the_precision_of_the_products(tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    add_lora(model, LoraConfig(2, 4, ["v_proj"]), torch.bfloat16)
     for name, p in model.named_parameters():
-        half = "_proj" in name and ".lora_" not in name
+        half = ("_proj" in name or name == "lm_head.weight") and ".lora_" not in name
         assert p.dtype == (torch.bfloat16 if half else torch.float32), name
+    linear = model.model["layers"][0].self_attn.v_proj
+    torch.nn.init.normal_(linear.lora_B.weight)
+    weight, change = linear.weight, 2 * linear.lora_B.weight @ linear.lora_A.weight
+    assert {p.dtype for p in merge_lora(model, torch.bfloat16).parameters()} == {torch.bfloat16}
+    merged = model.model["layers"][0].self_attn.v_proj.weight
+    assert torch.equal(merged, (weight + change).to(torch.bfloat16))  # summed in float32
 
 
-def test_a_frozen_head_costs_no_gradient(monkeypatch):
-    hidden, head = torch.randn(9, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    rest = (torch.arange(9), torch.tensor([4, 5]), torch.zeros(2), "mio")
-    mio.fused_pair_loss(hidden, head, *rest, beta=1.0)[0].sum().backward()
-    expected, hidden.grad = hidden.grad, None
-    monkeypatch.setattr(mio, "_add_product", None)  # would make the head's
-    losses, _ = mio.fused_pair_loss(hidden, head.detach(), *rest, beta=1.0)
-    saved = [x for x in losses.grad_fn.saved_tensors if x is not None]
-    assert [x.shape for x in saved] == [hidden.shape]
-    losses.sum().backward()
-    torch.testing.assert_close(hidden.grad, expected)
+def test_a_saved_adapter_comes_back(tmp_path):
+    lora = LoraConfig(3, 7.5, ["v_proj", "mlp.up_proj"], use_rslora=True)
+    model = adapted(lora)
+    save_adapter(model, tmp_path / "adapter", "the/base")
+    assert LoraConfig.from_pretrained(tmp_path / "adapter") == lora
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "the/base"
+    back = tiny_model()
+    add_lora(back, lora)
+    load_adapter(back, tmp_path / "adapter")
+    assert torch.equal(back(TOKENS), model(TOKENS))
 
 
-# --- A run ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("lora", "message"), [
+    (LoraConfig(17, 1, ["v_proj", "q_proj"]), "LoRA rank 17: must be from 1 to 16, a target's"),
+    (LoraConfig(2, 1, ["q_proj", "c_attn"]), "LoRA target 'c_attn': choose from q_proj, k_proj"),
+    (LoraConfig(2, 1, ["lm_head"]), "LoRA target 'lm_head': choose from q_proj"),
+    (LoraConfig(2, 1, ["proj"]), "LoRA target 'proj'"),
+])  # fmt: skip
+def test_adapters_without_a_place_are_refused(lora, message):
+    with pytest.raises(ValueError) as error:
+        add_lora(tiny_model(), lora)
+    assert message in str(error.value)
 
 
-def test_a_run_trains_the_adapters_alone_and_merges_them(checkpoint, pairs_file, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    out = run(checkpoint, pairs_file, tmp_path / "out", *LORA, *SAVED)
-    rows = metrics(out)
-    assert rows[0]["eval_rewards/margins"] == 0 and rows[-1]["eval_rewards/margins"] > 0.1
-    base, newest = load_file(checkpoint / "model.safetensors"), train.newest_checkpoint(out)
-    moments = load_file(newest / "training.safetensors").keys()
-    adapters = load_file(out / "adapter" / "adapter_model.safetensors")
-    names = {name.removeprefix("base_model.model.") for name in adapters}
-    assert {n.split(".", 2)[2] for n in moments if n.startswith("moments.")} == names
-    assert not (newest / "model.safetensors").exists()
-    merged = load_file(out / "model.safetensors")
-    for name, weight in base.items():
-        a = f"base_model.model.{name.removesuffix('weight')}lora_A.weight"
-        b = a.replace("lora_A", "lora_B")
-        change = 2 * adapters[b] @ adapters[a] if a in adapters else 0
-        assert torch.equal(merged[name], weight + change) and (a in adapters) == ("_proj" in name)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)(TOKENS).logits
-    torch.testing.assert_close(logits(Llama.from_pretrained(out)), theirs, rtol=0, atol=1e-4)
-
-
-def test_frozen_weights_stay_to_the_bit(checkpoint, pairs_file, tmp_path):
-    flags = ["--init", checkpoint, "--data", pairs_file, "--out", tmp_path / "out", *LORA]
-    options, _ = train.parse_options([*map(str, flags), "--weight_decay", "0.1"])
-    job = train.load_job(options)
-    (tmp_path / "out").mkdir()
-    train.train(job, train.load_progress(job), [])
-    for name, weight in load_file(checkpoint / "model.safetensors").items():
-        assert torch.equal(job.model.get_parameter(name), weight)
-    assert all(p.any() for n, p in job.model.named_parameters() if "lora_B" in n)
-
-
-def test_each_flag_does_something(checkpoint, pairs_file, tmp_path):
-    first = run(checkpoint, pairs_file, tmp_path / "first", *LORA)
-    changes = [("--lora_rank", "2"), ("--lora_alpha", "2"), ("--lora_targets", "attention"),
-               ("--lora_rslora",), ("--checkpointing", "on"),
-               ("--init_adapter", str(first / "adapter"))]  # fmt: skip
-    for flags in changes:
-        own = LORA[2:] if flags[0] == "--init_adapter" else LORA
-        out = run(checkpoint, pairs_file, tmp_path / "out", *own, *flags, "--overwrite")
-        assert (metrics(out) == metrics(first)) == (flags[0] == "--checkpointing"), flags
-    assert metrics(out)[0]["eval_rewards/margins"] == 0  # the reference has the adapter, too
-    before, after = metrics(first)[-1]["eval_logps/chosen"], metrics(out)[0]["eval_logps/chosen"]
-    assert after == pytest.approx(before)
-    start = run(checkpoint, pairs_file, tmp_path / "start", *own, *flags, "--max_steps", "0")
-    argv = [str(start), "--data", str(pairs_file), "--kl_samples", "0"]
-    (figures,) = evaluation.main(argv).values()
-    assert abs(figures["Δ chosen"]) < 1e-4
-    run(checkpoint, pairs_file, out, "--overwrite", "--max_steps", "0")
-    assert not (out / "adapter").exists()  # of the run that was there
-
-
-def test_defaults():
-    plain, own = (train.parse_options(flags)[0] for flags in ([], ["--lora_rank", "3"]))
-    assert own.lr == 10 * plain.lr and (own.lora_alpha, own.lora_targets) == (6, "all")
-
-
-def test_a_bfloat16_base_has_the_reference_of_full_training(
-    checkpoint, pairs_file, tmp_path, capsys
-):
-    half = ("--dtype", "bfloat16", "--max_steps", "2")
-    run(checkpoint, pairs_file, tmp_path / "full", *half)
-    capsys.readouterr()
-    out = run(checkpoint, pairs_file, tmp_path / "out", *LORA, *half)
-    said = capsys.readouterr().out
-    assert "reference log-probs: found" in said and "rewards 0 within 0.0e+00" in said
-    move = float(said.partition("merged in bfloat16: logits move by at most ")[2].split()[0])
-    assert 1e-4 < move < 1
-    assert {w.dtype for w in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("flags", [[], ["--init_adapter"], ["--loss", "rlhf"], ["--on_policy"]])
-def test_n_steps_and_n_more_are_two_n_steps(
-    flags, checkpoint, pairs_file, tmp_path, monkeypatch, capsys
-):
-    data, own = pairs_file, [*LORA, *flags]
-    if "--init_adapter" in flags:
-        first = run(checkpoint, pairs_file, tmp_path / "first", *LORA)
-        own = [*LORA[2:], *flags, str(shutil.copytree(first / "adapter", tmp_path / "adapter"))]
-    elif flags:
-        monkeypatch.setattr(train.evaluation, "grade_drawn", lambda i, t, answer: answer[0] % 2 / 1)
-        rows = [{"prompt": f"{i}?", "answer": "1", "grade": "exact"} for i in range(20)]
-        data = write_rows(tmp_path / "questions.jsonl", rows)
-        own += ["--eval_data", str(pairs_file), "--max_new_tokens", "4", "--samples", "4"]
-    whole = run(checkpoint, data, tmp_path / "whole", *own, *SAVED, "--max_steps", "4")
-    half = run(checkpoint, data, tmp_path / "half", *own, *SAVED, "--max_steps", "2")
-    train.main(["--resume", "--out", str(half), "--max_steps", "4"])
-    assert metrics(half) == metrics(whole) and steps(half) == [2, 4]
-    for name in ("adapter_model.safetensors", "training.safetensors", "../../model.safetensors"):
-        a, b = (folder / "checkpoints" / "step-000004" / name for folder in (half, whole))
-        assert a.read_bytes() == b.read_bytes()
-    tiny_model(seed=3).save_pretrained(checkpoint)  # a checkpoint has no frozen weights of its own
-    again = ("--resume", "--out", half, "--max_steps", "5")
-    assert f"--init {checkpoint}: not what the run" in refused(capsys, *again)
-
-
-def test_answers_are_drawn_with_the_adapters_and_the_reference_has_none(
-    checkpoint, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(train.evaluation, "grade_drawn", lambda i, t, answer: answer[0] % 2 / 1)
-    rows = [{"prompt": f"{i}?", "answer": "1", "grade": "exact"} for i in range(20)]
-    argv = ["--init", checkpoint, "--data", write_rows(tmp_path / "questions.jsonl", rows), *LORA]
-    argv += ["--loss", "rlhf", "--max_new_tokens", "4", "--samples", "4", "--batch_size", "8"]
-    job = train.load_job(train.parse_options([str(arg) for arg in argv])[0])
-    before = train.draw_pairs(job, 1)[0]
-    for name, p in job.model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p)
-    now, ref_logps, *_ = train.draw_pairs(job, 1)
-    assert list(now.pairs) != list(before.pairs)
-    expected = train.logps_of(job, now.pairs, Llama.from_pretrained(checkpoint))
-    torch.testing.assert_close(ref_logps, expected)
-    assert all(p.any() for n, p in job.model.named_parameters() if ".lora_" in n)
-
-
-# --- PEFT -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def peft(checkpoint):
-    """A maker of PEFT models over the checkpoint, with random B."""
-    library = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-
-    def make(**changes):
-        torch.manual_seed(1)
-        base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
-        config = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes
-        model = library.get_peft_model(base, library.LoraConfig(**config))
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(p, std=0.1)
-        return model
-
-    return make
+# --- Files of PEFT --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", [
     {}, {"use_rslora": True, "lora_alpha": 3}, {"target_modules": ["v_proj", "mlp.up_proj"]},
 ])  # fmt: skip
-def test_peft_to_ours_and_back(changes, peft, checkpoint, pairs_file, tmp_path):
-    theirs = peft(**changes)
+def test_an_adapter_of_peft_has_the_same_logits_here_and_back(changes, checkpoint, tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    config = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**config))
+    for name, p in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
     theirs.save_pretrained(tmp_path / "theirs")
-    flags = ("--init_adapter", str(tmp_path / "theirs"), "--max_steps")
-    out = run(checkpoint, pairs_file, tmp_path / "none", *flags, "0")
+    ours = Llama.from_pretrained(checkpoint)
+    add_lora(ours, LoraConfig.from_pretrained(tmp_path / "theirs"))
+    load_adapter(ours, tmp_path / "theirs")
     expected = theirs(TOKENS).logits
-    torch.testing.assert_close(logits(Llama.from_pretrained(out)), expected, rtol=0, atol=1e-4)
-    out = run(checkpoint, pairs_file, tmp_path / "out", *flags, "3")
-    base = theirs.unload()
-    again = pytest.importorskip("peft").PeftModel.from_pretrained(base, out / "adapter")
-    ours = logits(Llama.from_pretrained(out))
-    torch.testing.assert_close(ours, again(TOKENS).logits, rtol=0, atol=1e-4)
-    assert (ours - expected).abs().max() > 1e-2
+    torch.testing.assert_close(logits(ours), expected, rtol=0, atol=1e-4)
+    for name, p in ours.named_parameters():
+        if ".lora_" in name:
+            p.data.mul_(1.5)
+    save_adapter(ours, tmp_path / "ours", str(checkpoint))
+    back = peft.PeftModel.from_pretrained(theirs.unload(), tmp_path / "ours")
+    torch.testing.assert_close(logits(ours), back(TOKENS).logits, rtol=0, atol=1e-4)
+    assert (logits(ours) - expected).abs().max() > 1e-2
 
 
-# --- Bad input ------------------------------------------------------------------------------------
+def test_adapter_configs_that_would_be_computed_wrongly_are_refused(tmp_path):
+    save_adapter(adapted(LoraConfig(2, 4, ["v_proj"])), tmp_path, "base")
+    file = tmp_path / "adapter_config.json"
+    good = json.loads(file.read_text())
+    harmless = {"lora_dropout": 0.1, "bias": "none", "use_dora": False, "modules_to_save": None,
+                "rank_pattern": {}, "init_lora_weights": "gaussian", "revision": None}  # fmt: skip
+    file.write_text(json.dumps(good | harmless))
+    assert LoraConfig.from_pretrained(tmp_path) == LoraConfig(2, 4, ["v_proj"])
+    for key, value in [
+        ("peft_type", "IA3"), ("peft_type", None), ("peft_type", ""), ("use_dora", True),
+        ("bias", "all"), ("modules_to_save", ["lm_head"]), ("rank_pattern", {"q_proj": 2}),
+        ("alpha_pattern", {"q_proj": 2}), ("init_lora_weights", "pissa"), ("fan_in_fan_out", True),
+        ("layers_to_transform", [0]), ("use_rslora", "yes"), ("new", 1),
+        ("r", None), ("r", 0), ("r", -2), ("r", True), ("r", 2.0), ("r", "2"),
+        ("lora_alpha", None), ("lora_alpha", 0), ("lora_alpha", -5), ("lora_alpha", True),
+        ("lora_alpha", 1e999), ("lora_alpha", "8"),
+        ("target_modules", ".*proj"), ("target_modules", []), ("target_modules", [1]),
+        ("target_modules", ["v_proj", None]), ("target_modules", [""]), ("target_modules", None),
+    ]:  # fmt: skip
+        file.write_text(json.dumps(good | {key: value}).replace("Infinity", "1e999"))
+        with pytest.raises(ValueError) as error:
+            LoraConfig.from_pretrained(tmp_path)
+        assert str(error.value).startswith(f"{file}: {key} ") and "\n" not in str(error.value)
+    file.write_text(json.dumps({key: value for key, value in good.items() if key != "peft_type"}))
+    with pytest.raises(ValueError, match="peft_type = None is not implemented"):
+        LoraConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("flags", "match"), [
-    (["--lora_rank", "0"], "--lora_rank 0: must be at least 1"),
-    (["--lora_rank", "-1"], "--lora_rank -1: must be at least 1"),
-    (["--lora_rank", "17"], "init: LoRA rank 17: must be from 1 to 16, a target's width"),
-    (["--lora_rank", "2", "--lora_targets", "q_proj,c_attn"], "'c_attn': choose from q_proj, k_pr"),
-    (["--lora_rank", "2", "--lora_targets", "lm_head"], "'lm_head': choose from q_proj"),
-    (["--lora_rank", "2", "--lora_alpha", "0"], "--lora_alpha 0.0: must be more than 0"),
-    (["--lora_alpha", "8"], "--lora_alpha needs --lora_rank"),
-    (["--lora_targets", "all"], "--lora_targets needs --lora_rank"),
-    (["--lora_rslora"], "--lora_rslora needs --lora_rank"),
-    (["--init_adapter", "ADAPTER", "--lora_rank", "2"], "--lora_rank: --init_adapter has its own"),
-    (["--init_adapter", "gone"], "gone/adapter_config.json: No such file"),
-])  # fmt: skip
-def test_bad_flags_are_one_line(flags, match, checkpoint, pairs_file, tmp_path, capsys):
-    command = ["--init", checkpoint, "--data", pairs_file, "--out", tmp_path / "out", *flags]
-    assert match in refused(capsys, *command) and not (tmp_path / "out").exists()
-
-
-def test_adapters_that_would_be_computed_wrongly_are_refused(
-    checkpoint, pairs_file, tmp_path, capsys
-):
-    first = run(checkpoint, pairs_file, tmp_path / "first", *LORA, "--max_steps", "1")
-    adapter, argv = tmp_path / "adapter", ["--init", checkpoint, "--data", pairs_file]
-    argv += ["--out", tmp_path / "out", "--init_adapter", adapter]
-    config = json.loads((first / "adapter" / "adapter_config.json").read_text())
-    tensors = load_file(first / "adapter" / "adapter_model.safetensors")
-    name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
-
-    def refusal(changes=None, tensors=tensors):
-        adapter.mkdir(exist_ok=True)
-        (adapter / "adapter_config.json").write_text(json.dumps(config | (changes or {})))
-        save_file(tensors, adapter / "adapter_model.safetensors")
-        return refused(capsys, *argv)
-
-    for key, value in {
-        "peft_type": "IA3", "use_dora": True, "bias": "all", "modules_to_save": ["lm_head"],
-        "rank_pattern": {"q_proj": 2}, "init_lora_weights": "pissa", "fan_in_fan_out": True,
-        "layers_to_transform": [0], "target_modules": ".*proj", "r": None, "new": 1,
-    }.items():  # fmt: skip
-        assert f"adapter_config.json: {key} " in refusal({key: value})
-    assert "LoRA rank 17" in refusal({"r": 17})
-    assert f"adapter_model.safetensors: {name} has shape (4, 8)" in refusal(
-        tensors=tensors | {name: torch.zeros(4, 8)}
-    )
-    assert f"tensor {name} is missing, 1 in all" in refusal(
-        tensors={n: t for n, t in tensors.items() if n != name}
-    )
-    assert "unexpected tensor base_model.model.model.layers.2" in refusal(
-        tensors=tensors | {name.replace("1", "2"): tensors[name] + 0}
-    )
-    assert "not finite" in refusal(tensors=tensors | {name: tensors[name] / 0})
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    assert "no adapter_model.safetensors in it" in refused(capsys, *argv)
-    inside = ["--init_adapter", first / "adapter", "--out", first, "--overwrite"]
-    assert "lies there" in refused(capsys, *argv[:4], *inside)
-    assert not (tmp_path / "out").exists()
+def test_adapter_weights_that_do_not_fit_are_refused(tmp_path):
+    model = adapted(LoraConfig(2, 4, ["v_proj"]))
+    save_adapter(model, tmp_path, "base")
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
+    for changes, message in [
+        ({name: torch.zeros(4, 8)}, f"{file}: {name} has shape (4, 8), the configuration needs"),
+        ({name: None}, f"tensor {name} is missing, 1 in all"),
+        ({"base_model.model.x": torch.ones(2)}, f"{file}: unexpected tensor base_model.model.x"),
+        ({name: tensors[name] / 0}, "not finite"),
+    ]:
+        save_file({n: t for n, t in (tensors | changes).items() if t is not None}, file)
+        with pytest.raises(ValueError) as error:
+            load_adapter(model, tmp_path)
+        assert message in str(error.value)
+    file.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="has no adapter_model.safetensors, the only"):
+        load_adapter(model, tmp_path)

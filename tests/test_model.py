@@ -1,14 +1,10 @@
-"""The transformer against transformers': logits, files, generation; and what it must refuse."""
-
-import json
+"""The transformer against transformers': logits in both directions, gradients, generation."""
 
 import pytest
 import torch
-from conftest import LLAMA3_ROPE, SHARED, needs_shared, tiny_config, tiny_model
-from safetensors.torch import load_file, save_file
+from conftest import LLAMA3_ROPE, SHARED, needs_shared, tiny_model
 
-import model as model_module
-from model import Llama, ModelConfig, sample
+from model import Llama, sample
 
 CONFIGS = {
     "grouped": {},
@@ -28,7 +24,7 @@ CONFIGS = {
 
 
 def random_model(changes: dict) -> Llama:
-    """Norms and biases too, which start at one and zero."""
+    """A model whose norms and biases are random, too; they start at one and zero."""
     model = tiny_model(seed=1, **changes)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -39,11 +35,14 @@ def random_model(changes: dict) -> Llama:
 
 
 def logits(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
-    return model(tokens) @ model.head_weight.T
+    return model(tokens) @ model.head_weight.T  # (B, T, V)
+
+
+# --- The forward pass -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-def test_logits_equal_transformers_in_both_directions(changes, tmp_path):
+def test_logits_equal_those_of_transformers_in_both_directions(changes, tmp_path):
     transformers = pytest.importorskip("transformers")
     ours = random_model(changes)
     ours.save_pretrained(tmp_path / "ours")
@@ -51,7 +50,7 @@ def test_logits_equal_transformers_in_both_directions(changes, tmp_path):
     tokens = torch.randint(0, 258, (3, 200), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs(tokens).logits
-        assert expected.abs().max() > 3  # logits that could disagree
+        assert expected.abs().max() > 3  # the logits are far from zero and could disagree
         assert (logits(ours, tokens) - expected).abs().max() <= 1e-4
         theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
         assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
@@ -60,29 +59,29 @@ def test_logits_equal_transformers_in_both_directions(changes, tmp_path):
     assert back.config == ours.config
     prompts = [[256, *range(n)] for n in (3, 30)]
     for prompt, answer in zip(prompts, ours.generate(prompts, 12, temperature=0)):
-        more = theirs.generate(
+        generated = theirs.generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None
         )
-        assert answer == more[0, len(prompt) :].tolist()
+        assert answer == generated[0, len(prompt) :].tolist()
 
 
 @needs_shared
-def test_real_checkpoint_has_transformers_logits_and_greedy_answers():
+def test_a_real_checkpoint_has_the_logits_and_greedy_answers_of_transformers():
     transformers = pytest.importorskip("transformers")
     folder = SHARED / "models/gsm-llama"
     ours = Llama.from_pretrained(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokens = torch.randint(0, 4096, (2, 900), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 4096, (2, 300), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert (logits(ours, tokens) - theirs(tokens).logits).abs().max() <= 1e-4
     prompts = [[4080, *range(300, 300 + n)] for n in (1, 40, 7)]
-    answers = ours.generate(prompts, 30, temperature=0, stop_ids={4081})
+    answers = ours.generate(prompts, 20, temperature=0, stop_ids={4081})
     for prompt, answer in zip(prompts, answers):
-        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
         assert answer == expected[0, len(prompt) :].tolist()
 
 
-def test_initialisation_is_normal_with_the_configured_deviation():
+def test_initialization_is_normal_with_the_configured_deviation():
     model = tiny_model(hidden_size=128, head_dim=32, initializer_range=0.02, attention_bias=True)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -92,13 +91,28 @@ def test_initialisation_is_normal_with_the_configured_deviation():
             assert abs(parameter.mean().item()) < 0.002
 
 
-def test_a_token_does_not_depend_on_later_ones():
-    model = tiny_model()
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_token_depends_on_itself_and_the_tokens_of_its_window(window):
+    changes = {"model_type": "mistral", "sliding_window": window, "num_hidden_layers": 1}
+    model = tiny_model(**changes)
     embedded = model.model["embed_tokens"].weight
-    hidden = model(torch.arange(10)[None])
+    hidden = model(torch.arange(10)[None])  # (1, 10, D)
     for position in (0, 4, 8):
         (gradient,) = torch.autograd.grad(hidden[0, position].sum(), embedded, retain_graph=True)
-        assert (gradient[position + 1 : 10] == 0).all() and (gradient[: position + 1] != 0).any()
+        seen = gradient[:10].any(dim=-1).nonzero()[:, 0].tolist()
+        first = max(0, position + 1 - window) if window else 0
+        assert seen == list(range(first, position + 1))
+
+
+def test_a_mask_and_positions_separate_two_sequences_in_a_row():
+    for changes in ({}, {"model_type": "mistral", "sliding_window": 4}):
+        model = tiny_model(**changes)
+        first, second = torch.arange(9)[None], torch.arange(50, 56)[None]
+        tokens = torch.cat((first, second), dim=1)  # (1, 15)
+        positions = torch.cat((torch.arange(9), torch.arange(6)))[None]
+        mask = torch.block_diag(torch.ones(9, 9), torch.ones(6, 6)).bool().tril()[None, None]
+        expected = torch.cat((model(first), model(second)), dim=1)
+        torch.testing.assert_close(model(tokens, positions, mask), expected, rtol=0, atol=1e-5)
 
 
 def test_checkpointing_changes_no_gradient():
@@ -110,153 +124,65 @@ def test_checkpointing_changes_no_gradient():
         model(tokens).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
-    assert len(calls) == 3  # once, then twice: forward and again going back
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_weights_of_every_float_type_come_back_as_they_were(dtype, tmp_path):
-    model = tiny_model().to(dtype)
-    model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] in str(dtype)
-    back = Llama.from_pretrained(tmp_path, dtype=dtype)
-    wide = Llama.from_pretrained(tmp_path)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, back.get_parameter(name))
-        assert torch.equal(parameter.float(), wide.get_parameter(name))
-        assert wide.get_parameter(name).requires_grad
-
-
-def test_shards_are_written_read_and_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_module, "MAX_SHARD_BYTES", 20_000)
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
-    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
-    back = Llama.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters()))
-    monkeypatch.undo()
-    tiny_model(seed=5).save_pretrained(tmp_path)  # no old shard may be found again
-    assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
-    assert not list(tmp_path.glob("*.partial"))
-    assert (tmp_path / "model.safetensors").stat().st_mode & 0o044 == (
-        tmp_path / "config.json"
-    ).stat().st_mode & 0o044
-
-
-# --- Configurations -------------------------------------------------------------------------------
-
-
-def test_config_reads_old_and_new_rope_and_survives_a_round_trip():
-    hf = tiny_config().to_hf()
-    for key in ("rope_parameters", "rope_scaling", "rope_theta"):
-        hf.pop(key)
-    new = hf | {"rope_parameters": {"rope_theta": 5e5, **LLAMA3_ROPE}}
-    old = hf | {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}
-    older_scaling = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_type"} | {"type": "llama3"}
-    expected = tiny_config(rope_theta=5e5, rope_scaling=LLAMA3_ROPE)
-    for form in (new, old, old | {"rope_scaling": older_scaling}):
-        assert ModelConfig.from_hf(form) == expected
-    assert ModelConfig.from_hf(expected.to_hf()) == expected
-    assert ModelConfig.from_hf(hf).rope_theta == 10000.0
-    zero = tiny_config(bos_token_id=0, eos_token_id=0)  # an id, not a feature switched off
-    assert ModelConfig.from_hf(zero.to_hf()) == zero
-    qwen = hf | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 9}
-    assert ModelConfig.from_hf(qwen).sliding_window is None
-    few = {k: v for k, v in hf.items() if k not in ("num_key_value_heads", "head_dim")}
-    assert ModelConfig.from_hf(few).num_key_value_heads == 4
-    assert ModelConfig.from_hf(few).head_dim == 8
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
-        ({"model_type": None}, "model_type"),
-        ({"model_type": []}, "model_type"),
-        ({"layer_types": 3}, "layer_types"),
-        ({"attention_bias": 1}, "attention_bias"),
-        ({"model_type": "mixtral"}, "model_type 'mixtral'"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({"sliding_window": 5}, "sliding_window = 5 is not implemented for llama"),
-        ({"model_type": "mistral", "sliding_window": -5}, "sliding_window"),
-        ({"model_type": "mistral", "mlp_bias": True}, "mlp_bias"),
-        ({"model_type": "qwen2", "attention_bias": True}, "attention_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"attention_dropout": 0.1}, "attention_dropout"),
-        ({"num_local_experts": 8}, "num_local_experts"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "dynamic"}, "rope_parameters": None}, "'dynamic'"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "factor"),
-        ({"rope_parameters": [1]}, "rope_scaling"),
-        ({"hidden_size": -1}, "hidden_size"),
-        ({"hidden_size": "32"}, "hidden_size"),
-        ({"vocab_size": None}, "vocab_size"),
-        ({"num_hidden_layers": True}, "num_hidden_layers"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
-        ({"num_key_value_heads": 3}, "multiple"),
-        ({"head_dim": 7}, "even"),
-        ({"hidden_size": 2**39}, "hidden_size"),
-        ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
-        ({"bos_token_id": "x"}, "bos_token_id"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
-    ],
-)
-def test_configurations_that_would_be_computed_wrongly_are_refused(change, match):
-    with pytest.raises(ValueError, match=match):
-        ModelConfig.from_hf(tiny_config().to_hf() | change)
-
-
-# --- Files ----------------------------------------------------------------------------------------
-
-
-def tamper(folder, change):
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-
-
-def test_a_tied_checkpoint_may_not_bring_a_head(tmp_path):
-    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
-    tamper(tmp_path, lambda t: t.update({"lm_head.weight": torch.zeros(258, 32)}))
-    with pytest.raises(ValueError, match="lm_head.weight"):
-        Llama.from_pretrained(tmp_path)
+    assert len(calls) == 3  # one forward pass, then one and its repetition in the backward pass
 
 
 # --- Generation -----------------------------------------------------------------------------------
 
 
-def greedy_without_cache(model: Llama, prompt, count, stop_ids):
-    """The oracle of generate: the whole sequence again for every token."""
+def generate_without_cache(model, prompt, count, stop_ids, uniform=None):
+    """The oracle of generate: every token by a forward pass over all tokens before it. Greedy if
+    uniform (count,) is None."""
     ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(logits(model, torch.tensor([ids]))[0, -1].argmax()))
+    for step in range(count):
+        last = logits(model, torch.tensor([ids]))[0, -1:]  # (1, V)
+        if uniform is None:
+            ids.append(int(last.argmax()))
+        else:
+            ids.append(int(sample(last, 1.0, 1.0, uniform[step, None])))
         if ids[-1] in stop_ids:
             break
     return ids[len(prompt) :]
 
 
+@torch.no_grad()
 def test_greedy_generation_of_mixed_lengths_equals_the_uncached_loop():
-    model = tiny_model(rope_scaling=LLAMA3_ROPE)
     prompts = [[256, *range(n)] for n in (0, 30, 3, 11, 12, 1, 50)]
     stop_ids = set(range(0, 258, 12))  # many, so that rows end at different times
-    got = model.generate(prompts, 25, temperature=0, stop_ids=stop_ids)
-    assert got == [greedy_without_cache(model, p, 25, stop_ids) for p in prompts]
-    assert len({len(answer) for answer in got}) > 3
-    many, done = prompts + prompts[:3] * 2, []  # the same ones again, few at work at a time
-    for rows in (1, 3, 9):
-        again = model.generate(many, 25, 0, stop_ids=stop_ids, rows=rows, progress=done.append)
-        assert again == got + got[:3] * 2 and sorted(done) == sorted(again)
-        done.clear()
-    window = tiny_model(sliding_window=7, model_type="mistral")
-    expected = [greedy_without_cache(window, p, 25, stop_ids) for p in prompts]
-    assert window.generate(prompts, 25, 0, stop_ids=stop_ids, rows=2) == expected
-    for answer in got:
-        assert len(answer) == 25 or answer[-1] in stop_ids
-        assert not stop_ids & set(answer[:-1])
+    for changes in ({"rope_scaling": LLAMA3_ROPE}, {"model_type": "mistral", "sliding_window": 7}):
+        model = tiny_model(**changes)
+        expected = [generate_without_cache(model, p, 25, stop_ids) for p in prompts]
+        assert model.generate(prompts, 25, temperature=0, stop_ids=stop_ids) == expected
+        assert len({len(answer) for answer in expected}) > 3
+        for answer in expected:
+            assert len(answer) == 25 or answer[-1] in stop_ids
+            assert not stop_ids & set(answer[:-1])
 
 
-def test_sampling_is_seeded_and_a_row_does_not_depend_on_who_stops():
+@torch.no_grad()
+def test_sampled_answers_go_to_their_own_prompts():
+    """40 prompts of mixed lengths, some of them equal, which finish at different times."""
+    model = tiny_model(seed=7)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 40, (40,), generator=generator).tolist()
+    prompts = [torch.randint(0, 258, (n,), generator=generator).tolist() for n in lengths]
+    prompts[10:14] = [prompts[3]] * 4
+    stop_ids = set(range(0, 258, 12))
+    uniform = torch.rand(30, 40, generator=torch.Generator().manual_seed(5))
+    expected = [
+        generate_without_cache(model, prompt, 30, stop_ids, uniform[:, i])
+        for i, prompt in enumerate(prompts)
+    ]
+    assert len({len(answer) for answer in expected}) > 10
+    finished = []
+    how = {"stop_ids": stop_ids, "seed": 5, "progress": finished.append}
+    for rows in (None, 1, 9):
+        assert model.generate(prompts, 30, rows=rows, **how) == expected
+        assert sorted(finished) == sorted(expected)
+        finished.clear()
+
+
+def test_sampling_is_seeded_and_an_answer_does_not_depend_on_the_rest_of_the_batch():
     model, prompts = tiny_model(), [[256, 5], [256, 7, 9], [256]]
     first = model.generate(prompts, 20, seed=3)
     assert first == model.generate(prompts, 20, seed=3) != model.generate(prompts, 20, seed=4)
@@ -264,25 +190,31 @@ def test_sampling_is_seeded_and_a_row_does_not_depend_on_who_stops():
     for long, short in zip(first, model.generate(prompts, 20, seed=3, stop_ids=stop)):
         cut = next((i + 1 for i, token in enumerate(long) if token in stop), 20)
         assert short == long[:cut]
-    assert first == model.generate(prompts, 20, seed=3, rows=1)
-    asked = model.generate(prompts, 20, seed=3, is_over=lambda i, ids: i == 1 and len(ids) > 3)
-    assert asked[0] == first[0] and asked[2] == first[2]  # asked every eight tokens or sooner
-    assert asked[1] == first[1][: len(asked[1])] and 3 < len(asked[1]) < 12
+    asked = []
+
+    def is_over(i, ids):
+        asked.append((i, len(ids)))
+        return i == 1 and len(ids) > 3
+
+    answers = model.generate(prompts, 20, seed=3, is_over=is_over)
+    assert answers[0] == first[0] and answers[2] == first[2]
+    assert answers[1] == first[1][: len(answers[1])] and 3 < len(answers[1]) < 12
+    assert {i for i, _ in asked} == {0, 1, 2} and max(length for _, length in asked) < 20
 
 
 def test_sample_draws_from_the_distribution():
     logits = torch.log(torch.tensor([0.5, 0.2, 0.2, 0.1, 0.0])).expand(20_000, 5)
-    luck = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    share = sample(logits, 1.0, 1.0, luck).bincount(minlength=5) / 20_000
-    torch.testing.assert_close(share, logits[0].exp(), rtol=0, atol=0.015)
-    sharp = logits[0].mul(2).softmax(-1)
-    share = sample(logits, 0.5, 1.0, luck).bincount(minlength=5) / 20_000
-    torch.testing.assert_close(share, sharp, rtol=0, atol=0.015)
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+
+    def shares(temperature, top_p):
+        return sample(logits, temperature, top_p, uniform).bincount(minlength=5) / 20_000
+
+    torch.testing.assert_close(shares(1.0, 1.0), logits[0].exp(), rtol=0, atol=0.015)
+    torch.testing.assert_close(shares(0.5, 1.0), (2 * logits[0]).softmax(-1), rtol=0, atol=0.015)
     nucleus = torch.tensor([0.5, 0.2, 0.2, 0.0, 0.0]) / 0.9  # the smallest set that reaches 0.75
-    share = sample(logits, 1.0, 0.75, luck).bincount(minlength=5) / 20_000
-    torch.testing.assert_close(share, nucleus, rtol=0, atol=0.015)
-    assert (sample(logits, 0.0, 1.0, luck) == 0).all()
-    flat = sample(torch.zeros(2000, 4000), 1.0, 0.5, luck[:2000])  # the nucleus is half of them all
-    assert len(flat.unique()) > 1024
+    torch.testing.assert_close(shares(1.0, 0.75), nucleus, rtol=0, atol=0.015)
+    assert (sample(logits, 0.0, 1.0, uniform) == 0).all()
+    # The nucleus of a uniform distribution is half of its 4,000 tokens.
+    assert len(sample(torch.zeros(2000, 4000), 1.0, 0.5, uniform[:2000]).unique()) > 1024
     ends = torch.tensor([0.0, 1 - 2**-24])
     assert sample(logits[:2].flip(-1), 1.0, 1.0, ends).tolist() == [1, 4]

@@ -1,0 +1,205 @@
+"""The built-in task of the demonstration, on top of model.py and data.py: short sums in steps.
+
+A base model learns from worked solutions until it solves about half of the problems. The pairs
+contrast its own right and wrong answers. Both are made again only when their inputs change.
+"""
+
+import copy
+import dataclasses
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import encode_example, load_tokenizer, make_batches
+from model import Llama, ModelConfig
+from support.cli import stage
+from support.files import digest, locked, read_json, write_json, write_rows
+from support.grading import pass_at_k, powers_of_two
+from support.rows import Example
+from support.sampling import sample_answers
+from support.tokenizers import byte_tokenizer
+from support.weights import weight_files
+
+OPERATIONS = 3  # in a problem
+ANSWER_TOKENS = 48  # that a model may generate; a solution has at most 35
+PAIR_TOKENS = 2 * OPERATIONS + 3 + ANSWER_TOKENS  # the BOS, a problem with its newline, an answer
+TEST_PROBLEMS, SAMPLES = 1000, 8  # samples of each test problem, for pass@1 and pass@8
+BASE_MODEL = ModelConfig(
+    vocab_size=258, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=4, head_dim=24, max_position_embeddings=128,
+    tie_word_embeddings=True, bos_token_id=256, eos_token_id=257,
+    initializer_range=0.05,  # a model this narrow learns slowly from the usual 0.02
+)  # fmt: skip
+# Training stops at a target accuracy: that after a fixed number of steps varies with the seed.
+BASE = {"lr": 2e-3, "batch_size": 64, "problems": 300, "check_every": 10, "target": 0.55,
+        "upper_limit": 0.62, "max_steps": 4000}  # fmt: skip
+PAIRS = {"prompts": 6000, "held_out": 500, "samples": 8, "per_prompt": 2}
+
+
+def split_of(problem: str) -> str:
+    """A hash of the problem's text decides on its split, so no seed can make two splits overlap."""
+    return {0: "test", 1: "validation"}.get(zlib.crc32(problem.encode()) % 16, "train")
+
+
+def problems(split: str, count: int, seed) -> list[str]:
+    """`count` different problems of "train", "validation" or "test", like "7+9-3+5\\n"."""
+    random = np.random.default_rng(seed)
+    found: dict[str, None] = {}  # a set that keeps its order
+    while len(found) < count:
+        first, *rest = random.integers(0, 10, size=OPERATIONS + 1)
+        signs = random.choice(["+", "-"], size=OPERATIONS)
+        problem = f"{first}" + "".join(f"{s}{n}" for s, n in zip(signs, rest)) + "\n"
+        if split_of(problem) == split:
+            found[problem] = None
+    return list(found)
+
+
+def solution(problem: str) -> str:
+    """The worked answer: one line for each operation, then "#### " and the result."""
+    total, *rest = (int(number) for number in re.findall(r"[+-]?\d+", problem))
+    lines = []
+    for number in rest:
+        lines.append(f"{total}{number:+d}={total + number}")
+        total += number
+    return "\n".join([*lines, f"#### {total}"])
+
+
+def is_correct(problem: str, answer: str) -> bool:
+    """Whether the answer's last line is "#### " and the right result."""
+    return answer.rpartition("\n")[2] == solution(problem).rpartition("\n")[2]
+
+
+def base_folder(options) -> Path:
+    """The base model's folder lies beside the run folder; each seed has a base model of its own."""
+    name = "base" if options.seed == 0 else f"base-seed{options.seed}"
+    return Path(options.out).parent / name
+
+
+def prepare(options, draws: bool, make_optimizer, train_step):
+    """Makes the base model and its pairs, unless they exist. Returns the options with their paths:
+    `data` is the pairs, or the problems where the loss draws its own answers (`draws`)."""
+    folder = base_folder(options)
+    sft = type(options)(loss="sft", lr=BASE["lr"], seed=options.seed, device=options.device)
+    with locked(folder, "waiting for the run that makes it"):
+        make_base(folder, sft, make_optimizer, train_step)
+        make_pairs(folder, options.seed, options.device)
+    data, eval_data = "problems.jsonl" if draws else "pairs.jsonl", "heldout_pairs.jsonl"
+    paths = {"data": str(folder / data), "eval_data": str(folder / eval_data)}
+    return dataclasses.replace(options, init=str(folder), **paths)
+
+
+def make_base(folder: Path, options, make_optimizer, train_step) -> None:
+    """Trains the base model by `options` and saves it in the folder, unless it exists. Raises
+    ValueError if the folder holds other files, or if the model does not learn."""
+    record, key = folder / "base.json", digest(dataclasses.asdict(BASE_MODEL), BASE, options.seed)
+    if _up_to_date(record, key, folder / "model.safetensors"):
+        print(f"base model: found in {folder}")
+        return
+    if any(folder.iterdir()) and not record.exists():
+        raise ValueError(f"{folder}: the base model would go there, but the folder holds other "
+                         "files; choose another --out")  # fmt: skip
+    title = f"base model: supervised training until {BASE['target']:.0%} of validation is right"
+    with stage(title) as notes:
+        torch.manual_seed(options.seed)
+        model, tokenizer = Llama(BASE_MODEL).to(options.device), byte_tokenizer()
+        steps, accuracy = _train_base(model, tokenizer, options, make_optimizer, train_step)
+        write_json(record, {})  # marks the folder as ours, should the next lines be interrupted
+        model.save_pretrained(folder)
+        tokenizer.save(folder)
+        write_json(record, {"key": key, "steps": steps, "validation_accuracy": accuracy})
+        notes += [f"{steps} steps", f"{accuracy:.1%} right", f"in {folder}"]
+
+
+def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[int, float]:
+    """Trains until the validation accuracy is between target and upper limit. If it jumps over both,
+    returns to the weights of the last check at half the rate. Returns (steps, accuracy)."""
+    optimizer, lr = make_optimizer(model, options), BASE["lr"]
+    prompts = problems("validation", BASE["problems"], seed=0)
+    last_weights, step, accuracy = copy.deepcopy(model.state_dict()), 0, 0.0
+    with tqdm(desc="supervised", unit="step", leave=False) as bar:
+        while not BASE["target"] <= accuracy <= BASE["upper_limit"]:
+            if step == BASE["max_steps"]:
+                raise ValueError(f"--seed {options.seed}: the base model solves {accuracy:.0%} of "
+                                 f"the validation problems after {step} steps, but must solve "
+                                 f"{BASE['target']:.0%}; choose another --seed")  # fmt: skip
+            batch = [
+                encode_example(Example("solution", problem, solution(problem), None), tokenizer)
+                for problem in problems("train", BASE["batch_size"], seed=[options.seed, step])
+            ]
+            step += 1
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, step / 50)  # warms up for 50 steps
+            layout = options.row_tokens, options.micro_tokens
+            batches = make_batches(batch, list(range(len(batch))), *layout)
+            train_step(model, optimizer, batches, options)
+            bar.update()
+            if step % BASE["check_every"] == 0:
+                greedy = sample_answers(model, tokenizer, prompts, temperature=0)
+                accuracy = sum(is_correct(q, a) for q, (a,) in zip(prompts, greedy)) / len(prompts)
+                bar.set_postfix(accuracy=f"{accuracy:.1%}")
+                if accuracy > BASE["upper_limit"]:
+                    model.load_state_dict(last_weights)
+                    lr /= 2
+                last_weights = copy.deepcopy(model.state_dict())
+    return step, accuracy
+
+
+def make_pairs(folder: Path, seed: int, device: str) -> None:
+    """Samples answers of the base model and writes pairs of a right and a wrong answer, unless they
+    exist: pairs.jsonl to the training problems in problems.jsonl, and heldout_pairs.jsonl."""
+    key = digest(*weight_files(folder), PAIRS, seed)
+    files = [folder / name for name in ("pairs.jsonl", "heldout_pairs.jsonl", "problems.jsonl")]
+    if _up_to_date(folder / "pairs.json", key, *files):
+        print(f"pairs: found in {folder}")
+        return
+    with stage("pairs: drawn from the base model, graded, right against wrong") as notes:
+        model, tokenizer = Llama.from_pretrained(folder, device=device), load_tokenizer(folder)
+        train = problems("train", PAIRS["prompts"], seed=[seed, 1])
+        held_out = problems("test", PAIRS["held_out"], seed=[seed, 1])
+        rows = [{"prompt": q, "answer": solution(q), "grade": "gsm8k"} for q in train]
+        write_rows(folder / "problems.jsonl", rows)
+        for file, prompts in zip(files, (train, held_out)):
+            drawn = sample_answers(model, tokenizer, prompts, samples=PAIRS["samples"], seed=seed)
+            rows = []
+            for prompt, answers in zip(prompts, drawn):
+                answers = dict.fromkeys(answer for answer in answers if answer.strip())
+                right = [answer for answer in answers if is_correct(prompt, answer)]
+                wrong = [answer for answer in answers if not is_correct(prompt, answer)]
+                for chosen, rejected in list(zip(right, wrong))[: PAIRS["per_prompt"]]:
+                    rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            write_rows(file, rows)
+            notes.append(f"{len(rows)} in {file}")
+        write_json(folder / "pairs.json", {"key": key})
+
+
+def task_values(model, tokenizer, count: int = TEST_PROBLEMS, samples: int = SAMPLES) -> dict:
+    """Lists of one number for each test problem: the greedy accuracy, and pass@k for k = 1 and 8 or,
+    with another number of samples, for that number and the powers of two below it."""
+    questions = problems("test", count, seed=0)
+    greedy = sample_answers(model, tokenizer, questions, temperature=0)
+    sampled = sample_answers(model, tokenizer, questions, samples=samples)
+    correct = [sum(is_correct(q, answer) for answer in row) for q, row in zip(questions, sampled)]
+    values = {"greedy": [float(is_correct(q, answer)) for q, (answer,) in zip(questions, greedy)]}
+    for k in (1, SAMPLES) if samples == SAMPLES else powers_of_two(samples):
+        values[f"pass@{k}"] = pass_at_k(correct, samples, k).tolist()
+    return values
+
+
+def base_values(folder: Path, device: str) -> dict:
+    """The base model's `task_values`, which are stored in eval.json in its folder."""
+    record, key = folder / "eval.json", digest(*weight_files(folder), TEST_PROBLEMS, SAMPLES)
+    if not _up_to_date(record, key):
+        with stage("evaluation: the base model on the held-out problems") as notes:
+            model = Llama.from_pretrained(folder, device=device)
+            write_json(record, {"key": key, "values": task_values(model, load_tokenizer(folder))})
+            notes.append(f"in {record}")
+    return read_json(record)["values"]
+
+
+def _up_to_date(record: Path, key: str, *files: Path) -> bool:
+    """Whether all files exist and the record says that they were made from the same things."""
+    return all(file.is_file() for file in (record, *files)) and read_json(record).get("key") == key

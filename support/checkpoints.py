@@ -1,0 +1,198 @@
+"""Checkpoints from which a run resumes exactly: weights, AdamW's moments, random state, record.
+
+checkpoints/step-NNNNNN/ is a model folder like any other, or an adapter's folder without the frozen
+base weights. Beside the model lie training.safetensors, training.json and SHA256SUMS.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from support.cli import check_value, pick_device
+from support.files import digest_file, flush_to_disk, read_json, write_json, written_whole
+from support.lora import lora_of, save_adapter
+from support.weights import save_tensors
+
+# Options that name the inputs of a run. A resumed run may find them elsewhere, but unchanged.
+FILES = ("init", "init_adapter", "data", "eval_data")
+# Options that a resumed run may change.
+MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out",
+              "tensorboard")  # fmt: skip
+RECORD_KEYS = {"step", "num_tokens", "inputs", "metrics", "options"}  # of training.json
+
+
+class Progress(NamedTuple):
+    """The state of a run beside its weights. The order of the pairs follows from seed and step."""
+
+    step: int
+    num_tokens: int
+    ref_logps: Tensor | None  # (pairs, 2) under the reference
+    ref_mismatched: Tensor | None  # (pairs, 2) of job.mismatched, under the reference
+    start_logps: Tensor  # (held-out pairs, 2) under the weights of step 0
+    moments: dict[str, Tensor]  # AdamW's "exp_avg.NAME", "exp_avg_sq.NAME", "step.NAME"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, the oldest first."""
+    found = (p for p in folder.glob("checkpoints/step-*") if re.fullmatch("step-[0-9]+", p.name))
+    return sorted(filter(Path.is_dir, found), key=step_of)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    return max(checkpoints(folder), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def recorded(options) -> dict:
+    """The options as train_config.json and checkpoints store them, for --config and --resume."""
+    return dataclasses.asdict(options) | {"resume": False, "overwrite": False, "config": None}
+
+
+def save_checkpoint(job, model, progress: Progress) -> None:
+    """Writes a checkpoint of the unsharded `model`, then removes those beyond --keep. A crash
+    leaves the checkpoint complete or absent, and an older one goes only after it is complete."""
+    folder, options = Path(job.options.out), job.options
+    tensors = {f"moments.{name}": moment for name, moment in progress.moments.items()}
+    tensors |= {"start": progress.start_logps, "random.cpu": torch.get_rng_state()}
+    for name in ("ref_logps", "ref_mismatched"):
+        if (logps := getattr(progress, name)) is not None:
+            tensors[name] = logps
+    if options.device != "cpu":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(options.device)
+    flush_to_disk(folder / "metrics.jsonl")
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    record = {
+        "step": progress.step,
+        "num_tokens": progress.num_tokens,
+        "inputs": job.inputs,
+        "metrics": {"bytes": len(metrics), "sha256": hashlib.sha256(metrics).hexdigest()},
+        "options": recorded(options),
+    }
+    checkpoint = folder / "checkpoints" / f"step-{progress.step:06}"
+    checkpoint.parent.mkdir(exist_ok=True)
+    with written_whole(checkpoint) as partial:
+        if lora_of(model):
+            save_adapter(model, partial, options.init)
+        else:
+            model.save_pretrained(partial)
+            job.tokenizer.save(partial)
+        save_tensors(partial / "training.safetensors", tensors)
+        write_json(partial / "training.json", record)
+        (partial / "SHA256SUMS").write_text("".join(checksums(partial)))
+    for old in checkpoints(folder)[: -options.keep]:
+        shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
+
+
+def checksums(checkpoint: Path) -> list[str]:
+    """A line for each file, in the format of the program sha256sum."""
+    files = sorted(file for file in checkpoint.iterdir() if file.name != "SHA256SUMS")
+    return [f"{digest_file(file)}  {file.name}\n" for file in files]
+
+
+def read_record(checkpoint: Path) -> dict:
+    """Reads training.json. Raises ValueError that names the file if one of the checkpoint's files,
+    or a row of metrics.jsonl up to its step, is not what the run wrote."""
+    remedy = f"remove {checkpoint} to resume from the checkpoint before it"
+    sums, found = checkpoint / "SHA256SUMS", set(checksums(checkpoint))
+    stored = set(sums.read_text(errors="replace").splitlines(True)) if sums.is_file() else set()
+    if stored != found:
+        names = {line[66:].strip() for line in stored ^ found}
+        file = checkpoint / names.pop() if len(names) == 1 else sums
+        raise ValueError(f"{file}: does not match {sums.name}; {remedy}")
+    record = read_json(checkpoint / "training.json")
+    if record.keys() != RECORD_KEYS or record["step"] != step_of(checkpoint):
+        raise ValueError(f"{checkpoint / 'training.json'}: is not a record of this step; {remedy}")
+    file, metrics = checkpoint.parent.parent / "metrics.jsonl", record["metrics"]
+    rows = file.read_bytes()[: metrics["bytes"]] if file.is_file() else b""
+    if hashlib.sha256(rows).hexdigest() != metrics["sha256"]:
+        raise ValueError(f"{file}: has changed up to step {record['step']}; restore it, or start "
+                         "again with --overwrite")  # fmt: skip
+    return record
+
+
+def load_progress(job) -> Progress:
+    """Reads the state of the run at job.checkpoint, and restores the random state."""
+    tensors = load_file(job.checkpoint / "training.safetensors")
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], job.options.device)
+    moments = {n.removeprefix("moments."): x for n, x in tensors.items() if n[:8] == "moments."}
+    refs = tensors.get("ref_logps"), tensors.get("ref_mismatched")
+    return Progress(job.record["step"], job.record["num_tokens"], *refs, tensors["start"], moments)
+
+
+def check_resumed(job) -> None:
+    """Raises ValueError if an input has changed, or if the checkpoint is beyond the last step."""
+    options, record = job.options, job.record
+    for name, value in job.inputs.items():
+        if value != record["inputs"].get(name):
+            flag = name if getattr(options, name) else "data"  # which may hold the held-out pairs
+            kind = "folder" if name.startswith("init") else "file"
+            raise ValueError(f"--{flag} {getattr(options, flag)}: the {kind} has changed since the "
+                             f"run in {options.out} started; restore it, or start again with "
+                             "--overwrite")  # fmt: skip
+    if record["step"] > job.stop:
+        raise ValueError(f"{job.checkpoint}: is beyond the {job.stop} steps of this run; raise "
+                         "--epochs or --max_steps, or remove the checkpoint")  # fmt: skip
+
+
+def resumed_options(flags: dict, cls, default_out) -> dict:
+    """The options of the run that --resume continues, changed by `flags` from the command line.
+    cls is their dataclass, and default_out(options) the default of --out. Raises ValueError."""
+    folder = Path(flags.get("out") or default_out(cls(**flags)))
+    checkpoint, config = newest_checkpoint(folder), folder / "train_config.json"
+    if checkpoint:
+        found = read_record(checkpoint)["options"]
+    elif not config.is_file():
+        raise ValueError(f"--resume: there is no run in {folder}; leave out --resume to start one, "
+                         "or name its folder with --out")  # fmt: skip
+    elif (folder / "summary.json").is_file():
+        raise ValueError(f"--resume: the run in {folder} is finished and has no checkpoints, which "
+                         "--save_every writes; start it again with --overwrite")  # fmt: skip
+    else:
+        found = read_json(config)
+    fields = dataclasses.fields(cls)
+    stored = {f.name: check_value(f, found.get(f.name, f.default)) for f in fields}
+    if "device" in flags:
+        flags = flags | {"device": pick_device(flags["device"])}
+    for name, value in flags.items():
+        may_change = name in (*MAY_CHANGE, "resume", "overwrite", "config")
+        moved = name in FILES and stored[name] is not None
+        if value != stored[name] and not (may_change or moved):
+            raise ValueError(f"--{name} {value}: the run in {folder} has {stored[name]}; leave out "
+                             f"--{name} with --resume")  # fmt: skip
+    return stored | flags | {"out": str(folder)}
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Yields a list that collects SIGINT and SIGTERM. The second signal ends the process."""
+    received: list[int] = []
+
+    def receive(number, _frame):
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        os.write(2, b"\nfinishing this step; once more to stop at once\n")
+
+    handlers = {
+        number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

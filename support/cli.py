@@ -1,0 +1,105 @@
+"""The command line: options with bounds declared once, one-line errors, timed stages."""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from typing import get_args
+
+import torch
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses abbreviated flags. Bad input is one line on standard error and exit status 2."""
+
+    def __init__(self, prog: str, description: str):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message: str | Exception):
+        if isinstance(message, OSError) and message.filename:
+            message = f"{message.filename}: {message.strerror}"
+        line = " ".join(str(message).split())[:1000]
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        self.exit(2, f"{self.prog}: error: {line}\n")
+
+
+def option(default, help: str, **checks):
+    """A field of a dataclass of options, which `add_options` turns into a flag.
+
+    checks: choices=(...), above=x (exclusive), least=x, most=x; const=x is the value of the flag
+    without an argument.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **checks})
+
+
+def add_options(parser: Parser, options: type, shown_defaults: dict[str, str] | None = None):
+    """Adds a flag for each field of a dataclass. A flag that is not given is absent or None.
+
+    shown_defaults: what --help says about defaults that depend on other options."""
+    for field in dataclasses.fields(options):
+        name, checks = field.name, field.metadata
+        default = "" if field.default in (None, False) else f" (default: {field.default})"
+        if name in (shown_defaults or {}):
+            default = f" (default: {shown_defaults[name]})"
+        metavar = "|".join(checks.get("choices", ())) or kind_of(field).__name__.upper()
+        how = {"metavar": metavar if len(metavar) < 60 else "NAME"}
+        if field.type is bool:
+            how = {"action": "store_true", "default": None}
+        if "const" in checks:
+            how |= {"nargs": "?", "const": checks["const"]}
+        flags = [f"--{name}", f"-{name}"] if len(name) == 1 else [f"--{name}"]
+        parser.add_argument(*flags, help=checks["help"] + default, **how)
+
+
+def kind_of(field: dataclasses.Field) -> type:
+    return (get_args(field.type) or (field.type,))[0]  # float for float | None
+
+
+def check_value(field: dataclasses.Field, value):
+    """Converts a value from the command line or a JSON file to the type of its field.
+
+    Raises ValueError that names the flag if the value is of another type or out of bounds."""
+    kind, checks, flag = kind_of(field), field.metadata, f"--{field.name} {value}"
+    if value is None and field.default is None:
+        return None
+    try:
+        converted = kind(value)
+        if isinstance(value, bool) != (kind is bool) or (kind is int and converted != float(value)):
+            raise ValueError
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{flag}: expected {kind.__name__}") from None
+    if "choices" in checks and converted not in checks["choices"]:
+        raise ValueError(f"{flag}: choose from {', '.join(checks['choices'])}")
+    if kind in (int, float):
+        least, above = checks.get("least", -math.inf), checks.get("above", -math.inf)
+        most = checks.get("most", 2**31 if kind is int else math.inf)
+        if not (math.isfinite(converted) and above < converted and least <= converted <= most):
+            low = f"more than {above:g}" if "above" in checks else f"at least {least:g}"
+            high = f" and at most {most:g}" if most < math.inf else " and finite"
+            raise ValueError(f"{flag}: must be {low}{high}")
+    return converted
+
+
+@contextlib.contextmanager
+def stage(title: str) -> Iterator[list[str]]:
+    """Prints the title of a stage, and afterwards its seconds and the notes added to the list."""
+    print(f"{title} ...", flush=True)
+    start, notes = time.perf_counter(), []
+    yield notes
+    print(f"  {time.perf_counter() - start:.1f} s", *notes, sep=", ", flush=True)
+
+
+def pick_device(name: str) -> str:
+    """Resolves "auto" to cuda if there is a GPU. Raises ValueError if the device is missing."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        if torch.device(name).type in ("cpu", "cuda"):
+            return name
+    except (RuntimeError, AssertionError):  # torch without CUDA raises AssertionError
+        pass
+    raise ValueError(f"--device {name}: not available on this machine; use --device cpu")

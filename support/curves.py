@@ -1,0 +1,89 @@
+"""Curves of training runs: reads the metrics.jsonl of run folders and plots them together."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from support.files import read_json, read_rows
+
+PANELS = {  # title -> metrics, and whether the panel shows their change since step 0
+    "Δ log-prob of chosen answers, nats": (("logps/chosen",), True),
+    "Δ log-prob of rejected answers, nats": (("logps/rejected",), True),
+    "loss": (("loss",), False),
+    "reward of chosen and (thin) rejected": (("rewards/chosen", "rewards/rejected"), False),
+    "reward margin": (("rewards/margins",), False),
+    "reward accuracy": (("rewards/accuracies",), False),
+}
+METRICS = [metric for metrics, _ in PANELS.values() for metric in metrics]
+# The palette of Okabe and Ito, which color-blind readers can tell apart, and line styles for print.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+# Keys of train_config.json that do not tell two experiments apart.
+IGNORED = ("out", "commit", "versions", "machine", "config", "resume", "eval_every", "log_every",
+           "save_every", "keep", "tensorboard", "overwrite")  # fmt: skip
+
+
+def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray]]]:
+    """Maps labels to runs, and each run maps metrics to arrays (2, points) of steps and values.
+
+    Runs that differ only in their seed share a label. The metrics are those of held-out pairs, or
+    of training if there are none. Skips folders that hold no run. Raises ValueError for bad rows.
+    """
+    groups: dict[str, tuple[str, list]] = {}
+    for name, folder in folders.items():
+        file, config_file = folder / "metrics.jsonl", folder / "train_config.json"
+        if not (file.is_file() and config_file.is_file()):
+            continue
+        config = read_json(config_file)
+        seed = config.pop("seed", None)
+        text = json.dumps({k: v for k, v in config.items() if k not in IGNORED}, sort_keys=True)
+        # The names of the demonstration's base model and pairs contain the seed, too.
+        experiment = re.sub(rf"-?seed{seed}\b", "", text)
+        rows, curves = [row for _, row in read_rows(file)], {}
+        prefix = "eval_" if any("eval_loss" in row for row in rows) else ""
+        for metric in METRICS:
+            column = prefix + metric
+            points = [(row.get("step"), row[column]) for row in rows if row.get(column) is not None]
+            if not all(isinstance(x, int | float) for point in points for x in point):
+                raise ValueError(f"{file}: step and {column} must be numbers")
+            if points:
+                curves[metric] = np.array(points, dtype=float).T  # (2, points)
+        if curves:
+            groups.setdefault(experiment, (name, []))[1].append(curves)
+    return {f"{n} ({len(runs)} seeds)" if len(runs) > 1 else n: runs for n, runs in groups.values()}
+
+
+def plot(folders: dict[str, Path], file: Path):
+    """Plots the curves of runs over steps, saves and returns the figure. Of several seeds it shows
+    the mean, and a band from the lowest to the highest, up to the last step of the shortest run."""
+    from matplotlib.figure import Figure  # needed for --plot alone
+
+    figure, lines = Figure(figsize=(11, 6), layout="constrained"), {}
+    axes, curves_of = figure.subplots(2, 3), read_curves(folders)
+    for axis, (title, (metrics, is_change)) in zip(axes.flat, PANELS.items()):
+        for number, (label, runs) in enumerate(curves_of.items()):
+            color, style = COLORS[number % len(COLORS)], STYLES[number % len(STYLES)]
+            for width, metric in zip((2, 1), metrics):
+                if not (curves := [run[metric] for run in runs if metric in run]):
+                    continue
+                steps = curves[0][0][curves[0][0] <= min(curve[0, -1] for curve in curves)]
+                values = np.array([np.interp(steps, *c) - is_change * c[1, 0] for c in curves])
+                (line,) = axis.plot(steps, values.mean(0), style, color=color, linewidth=width)
+                lines.setdefault(label, line)
+                if len(curves) > 1:
+                    band = values.min(0), values.max(0)
+                    axis.fill_between(steps, *band, color=color, alpha=0.2, linewidth=0)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if title not in ("loss", "reward accuracy"):
+            axis.axhline(0, color="0.4", linewidth=0.8, zorder=0)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    columns = min(max(132 // (12 + max(map(len, lines))), 1), 4)  # 132 characters fill the width
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False, "handlelength": 3.5}
+    figure.legend(lines.values(), lines, **place)
+    figure.savefig(file, dpi=150, bbox_inches="tight")  # "tight" makes room for a longer label
+    return figure

@@ -1,0 +1,145 @@
+"""One process, or several under torchrun with a model sharded by FSDP2 (stands on the core)."""
+
+import contextlib
+import datetime
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from data import Batch, Pairs, make_batches, row_length
+from model import Llama
+from support.lora import add_lora, lora_of
+
+
+class World:
+    """A single process, to which the methods of `Processes` mean little more than nothing."""
+
+    rank, count, first = 0, 1, True
+    together = contextlib.nullcontext
+    cat = staticmethod(torch.cat)
+    batches = staticmethod(make_batches)
+    total_norm = staticmethod(get_total_norm)
+    place = staticmethod(lambda moment, parameter: moment.to(parameter.device))
+    sum = gather_state = gather_model = staticmethod(lambda value: value)
+    check = shard = reshard = staticmethod(lambda *arguments: None)
+
+
+class Processes(World):
+    """The processes that torchrun started. A method returns once all processes have called it."""
+
+    def __init__(self):
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self.first = self.rank == 0  # the first process prints and writes files
+
+    def check(self, init: str | None, batch_size: int, draws: bool) -> None:
+        """Raises ValueError for options that need a single process, or fewer processes."""
+        if draws or not init:
+            raise ValueError("torchrun: the demonstration, --on_policy and --loss rlhf run in one "
+                             "process; start this run without torchrun")  # fmt: skip
+        if batch_size < self.count:
+            raise ValueError(f"--batch_size {batch_size}: {self.count} processes need a pair each; "
+                             "raise it, or start fewer processes")  # fmt: skip
+
+    @contextlib.contextmanager
+    def together(self):
+        """An OSError or ValueError of one process inside this context is raised in all of them."""
+        error, errors = None, [None] * self.count
+        try:
+            yield
+        except (OSError, ValueError) as raised:
+            error = raised
+        dist.all_gather_object(errors, error)
+        for error in filter(None, errors):
+            raise error
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Adds the tensors of all processes, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def cat(self, parts: list[Tensor]) -> Tensor:
+        """The rows of all parts (n, ...) in the order of the processes; n may differ."""
+        rows, counts = torch.cat(parts), torch.zeros(self.count, dtype=torch.long)
+        counts[self.rank] = len(rows)
+        counts = self.sum(counts).tolist()
+        gathered = rows.new_zeros(sum(counts), *rows.shape[1:])
+        gathered.split(counts)[self.rank].copy_(rows)
+        return self.sum(gathered)
+
+    def batches(self, pairs: Pairs, index: list[int], *layout) -> list[Batch]:
+        """`make_batches` for this process's share of pairs[i], i in index."""
+        index = sorted(index, key=lambda i: row_length(pairs[i]))  # deal out short and long pairs
+        batches = make_batches(pairs, index[self.rank :: self.count], *layout)
+        # Every pass involves all processes, so those with fewer batches run some without answers.
+        most = int(self.cat([torch.tensor([len(batches)])]).max())
+        (batch,), none = make_batches(pairs, index[:1], *layout), torch.zeros(0, dtype=torch.long)
+        empty = batch._replace(source=none, targets=none, lengths=none, index=[])
+        return batches + [empty] * (most - len(batches))
+
+    def shard(self, model: Llama, dtype: torch.dtype, device: str) -> None:
+        """Leaves a part of every parameter in each process, on `device`."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = dist.init_device_mesh(torch.device(device).type, (self.count,))
+        for module in (*model.model["layers"], model):
+            # Blocks are sent in bfloat16; the residual stream and the head keep their precision.
+            sent = torch.bfloat16 if dtype == torch.bfloat16 and module is not model else None
+            policy = MixedPrecisionPolicy(sent, torch.float32, cast_forward_inputs=False)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+            module.set_force_sum_reduction_for_comms(True)  # gradients are sums over the pairs
+            module.set_gradient_divide_factor(1.0)
+
+    def reshard(self, model: Llama) -> None:
+        """Frees gathered parameters after forward passes that no backward pass follows."""
+        model.reshard()
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """The 2-norm of all gradients together, in shape ()."""
+        return get_total_norm(gradients).full_tensor()
+
+    def place(self, moment: Tensor, parameter: Tensor) -> Tensor:
+        """Moves a gathered moment of AdamW to where its parameter is, sharded as that is."""
+        from torch.distributed.tensor import distribute_tensor
+
+        moment = moment.to(parameter.device)
+        if moment.dim() == 0:
+            return moment  # the count of steps
+        where = parameter.device_mesh, parameter.placements
+        return distribute_tensor(moment, *where, src_data_rank=None)  # each process has all of it
+
+    def gather_state(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The unsharded tensors on the CPU of the first process; the others get {}."""
+        gathered = ((name, getattr(x, "full_tensor", x.cpu)()) for name, x in tensors.items())
+        return {name: tensor.cpu() for name, tensor in gathered if self.first}
+
+    def gather_model(self, model: Llama) -> Llama:
+        """The unsharded model on the CPU of the first process; the others get an empty one."""
+        with torch.device("meta"):
+            gathered = Llama(model.config)
+            if lora := lora_of(model):
+                add_lora(gathered, lora)
+        state = self.gather_state(model.state_dict())
+        gathered.load_state_dict(state, strict=self.first, assign=True)
+        return gathered
+
+
+@contextlib.contextmanager
+def join():
+    """Yields the World of this process. Under torchrun all processes but the first are silent, and
+    one that fails ends without waiting, so that torchrun notices and ends the others."""
+    if not dist.is_torchelastic_launched():
+        yield World()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=datetime.timedelta(minutes=30))  # writing a checkpoint is slow
+    world = Processes()
+    with open(os.devnull, "w") as devnull:
+        out, err = (sys.stdout, sys.stderr) if world.first else (devnull, devnull)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield world
+    dist.destroy_process_group()

@@ -1,0 +1,120 @@
+"""Files: strict JSON, rows of JSONL, whole writes, hashes, and a lock on a folder."""
+
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+
+def parse_json(content: bytes | str, where) -> dict:
+    """Parses a JSON object without NaN and repeated keys. A ValueError begins with `where`."""
+
+    def refuse(what):
+        raise ValueError(f"{what} is not allowed")
+
+    def unique_keys(items):
+        value = dict(items)
+        return value if len(value) == len(items) else refuse(f"a key twice in {list(value)!s:.60}")
+
+    try:
+        value = json.loads(content, parse_constant=refuse, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_json(path: Path) -> dict:
+    return parse_json(path.read_bytes(), path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_rows(path):
+    """Yields (line number, row as a dict) of a JSONL file, gzipped or not, and skips blank lines.
+    Raises OSError, or ValueError "path:line: ..."."""
+    bar = {"desc": f"reading {path}", "unit": "B", "unit_scale": True, "leave": False, "delay": 1}
+    with open(path, "rb") as raw, tqdm(total=os.path.getsize(path), **bar) as progress:
+        lines = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+        try:
+            for number, line in enumerate(lines, start=1):
+                if not line.isspace():
+                    yield number, parse_json(line, f"{path}:{number}")
+                progress.update(raw.tell() - progress.n)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: broken gzip file ({error})") from None
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    with written_whole(path) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def written_whole(path: Path):
+    """Yields a temporary path to write a file or a folder under. Then flushes it to the disk and
+    renames it to `path`, which a crash leaves complete or unchanged. An OSError names `path`."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        for file in (*partial.rglob("*"), partial):
+            flush_to_disk(file)
+        os.replace(partial, path)
+        flush_to_disk(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.unlink(missing_ok=True)
+
+
+def flush_to_disk(path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def digest(*parts) -> str:
+    """SHA-256 in hex of the parts in their order: bytes, files (as Path) or JSON values."""
+    total = hashlib.sha256()
+    for part in parts:
+        if not isinstance(part, bytes | Path):
+            part = json.dumps(part).encode()
+        one = digest_file(part) if isinstance(part, Path) else hashlib.sha256(part).hexdigest()
+        total.update(one.encode())
+    return total.hexdigest()
+
+
+def digest_file(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder, wait: str = ""):
+    """Locks a folder for this process, and makes it if necessary; the lock of a dead process does
+    not count. If it is taken, prints `wait` and waits, or raises ValueError without a `wait`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        handle = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise ValueError(f"--out {folder}: another run uses it; change --out") from None
+            print(f"{folder}: {wait}", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

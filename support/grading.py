@@ -1,0 +1,145 @@
+"""Graders: what an answer says, whether that is right, pass@k and majority votes.
+
+A grade names one way to read the answer key and one or several ways to read a model's answer. Each
+way returns what the text says, or None if it says nothing. An answer is right if what it says
+equals what the key says.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+
+# Plain decimal notation alone: the exact value of an exponent such as 1e9999999 takes minutes.
+DECIMAL = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
+# A minus sign after a digit, a letter or a parenthesis is a subtraction.
+NUMBER_IN_TEXT = r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+# A capital letter by itself, but neither the pronoun I nor the article A.
+CAPITAL = r"((?:[B-HJ-Z]|[AI](?!['’]|\s+(?!because|since|as\b|is\b)\w))\b)"
+LETTERS = (
+    rf"(?i:\banswer|\bcorrect (?:choice|option))\**(?i:\s+is\b\**:?|:)[\s*(]*{CAPITAL}",
+    rf"(?:(?i:\boption)\s+[*(]*|\*\*\(?(?=\w[).]*\*\*)){CAPITAL}",
+    rf"\A\W*{CAPITAL}(?:[.:)](?!\w)|[ \t]*(?:\n|\Z))",
+    rf"\({CAPITAL}\)",
+)
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The exact value of "-$1,234.50" or "3/4", so that 18.00 equals 18; None for other texts."""
+    found = re.fullmatch(rf"({DECIMAL})(?:/({DECIMAL}))?", re.sub(r"[$,\s]", "", text))
+    try:
+        return Fraction(found[1]) / Fraction(found[2] or 1) if found else None
+    except (ValueError, ZeroDivisionError):  # thousands of digits, or a denominator of 0
+        return None
+
+
+def read_gsm8k_key(key: str) -> Fraction | None:
+    """The number after the last ####."""
+    return parse_number(key.rpartition("####")[2].strip().rstrip("."))
+
+
+def read_strict(text: str) -> Fraction | None:
+    """The first number after ####, as the authors of GSM8K grade."""
+    found = re.search(r"####\s*(-?\$?\s?-?[\d.,]+)", text)
+    return parse_number(found[1].rstrip(".,")) if found else None
+
+
+def read_flexible(text: str) -> Fraction | None:
+    """The last number of the text."""
+    found = re.findall(NUMBER_IN_TEXT, text)
+    return parse_number(found[-1]) if found else None
+
+
+def find_formula(text: str) -> str | None:
+    """The content of the last \\boxed{...} or \\fbox{...}, with its braces balanced; without a box,
+    what follows the last "final answer is"."""
+    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
+    if start >= 0:
+        depth, begin = 0, text.index("{", start)
+        for end in range(begin, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[begin + 1 : end]
+        return None
+    found = re.findall(r"final answer is:?\s*(.+?)(?:\.?\s*I hope|\.?\s*$|\.\s)", text, re.I | re.M)
+    return found[-1] if found else None
+
+
+def normalize_formula(text: str) -> Fraction | str:
+    """The formula without what does not change its value, after the rules of MATH (Hendrycks et
+    al.) and of Minerva; the value itself if it is a number or a fraction of two numbers."""
+    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\\left|\\right|\\[!,;: ]|\^\s*\{?\\circ\}?|\\?[%$]", "", text)
+    text = re.sub(r"\\[dt]frac", r"\\frac", text).strip().rstrip(".")
+    text = re.sub(r"^\w\s*=\s*", "", text)  # x = 5
+    text = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", text)  # \frac12
+    text = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", text)  # \sqrt3
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,000
+    unit = re.fullmatch(r"(-?[\d./]+)\s+[A-Za-z]{2}[A-Za-z .^\d]*", text)  # 5 cm, but not 2 x
+    text = re.sub(r"\s+", "", unit[1] if unit else text)
+    text = re.sub(r"^(-?)\\frac\{(-?[\d.]+)\}\{(-?[\d.]+)\}$", r"\1\2/\3", text)
+    value = None if "," in text else parse_number(text.replace("--", ""))
+    return text if value is None else value
+
+
+def read_math(text: str) -> Fraction | str | None:
+    formula = find_formula(text)
+    return None if formula is None else normalize_formula(formula)
+
+
+def read_letter(text: str) -> str | None:
+    """The letter that a text chooses: the last of "answer is (C)" or "correct option: C"; else of
+    "option C" or "**C**"; else a letter by itself that begins the text; else the last "(C)"."""
+    return next((found[-1] for form in LETTERS if (found := re.findall(form, text))), None)
+
+
+# grade -> how its key is read, and the ways to read an answer by name
+GRADERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
+    "gsm8k": (read_gsm8k_key, {"strict": read_strict, "flexible": read_flexible}),
+    "math": (lambda key: normalize_formula(find_formula(key) or key), {"math": read_math}),
+    "exact": (str.strip, {"exact": str.strip}),
+    "letter": (lambda key: read_letter(key) or read_letter(key.upper()), {"letter": read_letter}),
+}
+
+
+def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
+    """The unbiased estimate 1 - C(n - c, k) / C(n, k) of arXiv 2107.03374, (questions,): `correct`
+    (questions,) counts the right ones of n answers each. Raises ValueError if k is above n."""
+    if k > n:
+        raise ValueError(f"pass@{k} needs {k} answers to each question, there are {n}")
+    return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in correct])
+
+
+def powers_of_two(n: int) -> list[int]:
+    """1, 2, 4, ... up to n, and n itself."""
+    return sorted({2**i for i in range(n.bit_length())} | {n})
+
+
+def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
+    """The figures of one question from its n answers, for each way to read them: right (1) or not
+    (0) for one answer; for several, pass@k for k = 1, 2, 4, ..., n, and maj@n, which is 1 if the
+    most frequent result (the first of equals) is right."""
+    read_key, readings = GRADERS[grade]
+    gold, n, values = read_key(key), len(texts), {}
+    for name, read in readings.items():
+        results = [result for text in texts if (result := read(text)) is not None]
+        right = results.count(gold)
+        if n == 1:
+            values[name] = float(right)
+            continue
+        for k in powers_of_two(n):
+            values[f"{name} pass@{k}"] = float(pass_at_k([right], n, k)[0])
+        most_frequent = [result for result, _ in Counter(results).most_common(1)]
+        values[f"{name} maj@{n}"] = float(most_frequent == [gold])
+    return values
+
+
+def grade_drawn(item, tokenizer, answer: list[int]) -> float:
+    """The reward of an answer's ids to a `questions.Item`, 0 or 1, by the grade's first reading. An
+    answer that does not end with a stop id, because max_new_tokens cuts it off, earns 0."""
+    text = tokenizer.decode(answer[:-1])
+    right, *_ = grade_values(item.grade, item.key, [text]).values()
+    return right if answer[-1] in tokenizer.stop_ids else 0.0

@@ -1,0 +1,145 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in PEFT's format, added to a model from outside:
+y = W x + b + s B A x, where A (r, in) and B (out, r) are trained and W and b are frozen."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from support.files import read_json, write_json
+from support.weights import read_tensors, save_tensors
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_TARGETS = {"all": LINEARS, "attention": LINEARS[:4]}
+# Keys of an adapter_config.json that matter only while PEFT makes or trains an adapter.
+INERT_KEYS = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "task_type",
+}  # fmt: skip
+# The values that are implemented. Other values of init_lora_weights change the base weights.
+IMPLEMENTED = {
+    "peft_type": ("LORA",), "bias": ("none",), "use_rslora": (True,),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """The rank, scale and place of a model's adapters, under PEFT's names."""
+
+    r: int
+    lora_alpha: float
+    target_modules: list[str]  # names, or ends of names, of linear modules in the blocks
+    use_rslora: bool = False  # the scale is alpha / sqrt(r), arXiv 2312.03732
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    @classmethod
+    def from_pretrained(cls, folder) -> "LoraConfig":
+        """Reads an adapter_config.json. Raises OSError or ValueError that names file and key."""
+        file = Path(folder) / ADAPTER_FILES[0]
+        hf = {"peft_type": None} | read_json(file)
+        r, alpha, targets = (hf.pop(key, None) for key in ("r", "lora_alpha", "target_modules"))
+        for key, value in hf.items():
+            off = not value and key != "peft_type"  # an empty value switches a feature off
+            if key not in INERT_KEYS and not off and value not in IMPLEMENTED.get(key, ()):
+                raise ValueError(f"{file}: {key} = {value!r:.60} is not implemented")
+        if type(r) is not int or r < 1:
+            raise ValueError(f"{file}: r must be an integer above 0, not {r!r:.60}")
+        if type(alpha) not in (int, float) or not 0 < alpha < float("inf"):
+            raise ValueError(f"{file}: lora_alpha must be a number above 0, not {alpha!r:.60}")
+        named = isinstance(targets, list) and all(isinstance(t, str) and t for t in targets)
+        if not targets or not named:
+            raise ValueError(f"{file}: target_modules must be a list of names, not {targets!r:.60}")
+        return cls(r, alpha, targets, bool(hf.get("use_rslora")))
+
+
+class LoraLinear(nn.Linear):
+    """A linear module with an adapter: A starts uniform and B starts at 0, as in PEFT."""
+
+    def __init__(self, base: nn.Linear, lora: LoraConfig):
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight, self.bias, self.scaling = base.weight, base.bias, lora.scaling
+        self.lora_A = nn.Linear(base.in_features, lora.r, bias=False, device=base.weight.device)
+        self.lora_B = nn.Linear(lora.r, base.out_features, bias=False, device=base.weight.device)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.lora_B(self.scaling * self.lora_A(x))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """Returns one linear module with the weight W + s B A, rounded to the precision of W."""
+        base = nn.Linear(self.in_features, self.out_features, device="meta")
+        change = self.scaling * (self.lora_B.weight @ self.lora_A.weight)  # (out, in)
+        base.weight = nn.Parameter((self.weight + change).to(self.weight.dtype))
+        base.bias = self.bias
+        return base
+
+
+def add_lora(model: nn.Module, lora: LoraConfig, dtype: torch.dtype = torch.float32) -> None:
+    """Freezes all weights of a model and adds float32 adapters to its target modules.
+
+    dtype: the precision of matrix products. All linear modules store their weights in it, because
+    autocast would round frozen weights to it at every use. Raises ValueError for a target that
+    matches no linear module of a block, and for a rank above the width of a target.
+    """
+    linears = {n: m.to(dtype) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears.pop("lm_head", None)
+    found = {}
+    for target in lora.target_modules:
+        matches = [name for name in linears if f".{name}".endswith(f".{target}")]
+        if not matches:
+            raise ValueError(f"LoRA target {target!r:.60}: choose from {', '.join(LINEARS)}")
+        found |= {name: linears[name] for name in matches}
+    limit = min(min(linear.weight.shape) for linear in found.values())
+    if not 0 < lora.r <= limit:
+        raise ValueError(f"LoRA rank {lora.r}: must be from 1 to {limit}, a target's width")
+    model.requires_grad_(False)
+    model.lora = lora
+    for name, linear in found.items():
+        model.set_submodule(name, LoraLinear(linear, lora))
+
+
+def lora_of(model: nn.Module) -> LoraConfig | None:
+    """Returns the configuration of the model's adapters, or None if it has none."""
+    return getattr(model, "lora", None)
+
+
+def merge_lora(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Adds the adapters to the weights in place, and converts all weights to `dtype`."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLinear):
+            model.set_submodule(name, module.merged())
+    model.lora = None
+    return model.to(dtype)
+
+
+def load_adapter(model: nn.Module, folder) -> None:
+    """Reads adapter_model.safetensors into the adapters of a model. Raises OSError, or ValueError
+    that names the tensor that is missing, unexpected or wrong."""
+    file = Path(folder) / ADAPTER_FILES[1]
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: has no {file.name}, the only supported format")
+    adapters = _adapters(model)
+    shapes = {name: tuple(p.shape) for name, p in adapters.items()}
+    for name, tensor in read_tensors([file], shapes, torch.float32).items():
+        adapters[name].data.copy_(tensor)
+
+
+def save_adapter(model: nn.Module, folder, base: str) -> None:
+    """Writes the adapters for PEFT to load. base: the name or path of the model without them."""
+    Path(folder).mkdir(exist_ok=True)
+    tensors = {name: p.detach() for name, p in _adapters(model).items()}
+    save_tensors(Path(folder) / ADAPTER_FILES[1], tensors, format="pt")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    write_json(Path(folder) / ADAPTER_FILES[0], config | dataclasses.asdict(lora_of(model)))
+
+
+def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Maps PEFT's names to the parameters of the adapters."""
+    return {f"base_model.model.{n}": p for n, p in model.named_parameters() if ".lora_" in n}

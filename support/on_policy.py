@@ -1,0 +1,100 @@
+"""Answers drawn from the policy at each step, on top of mio.py, data.py and eval.py."""
+
+import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import Pair, Pairs
+from eval import pair_logps
+from mio import LOSSES
+from support.grading import grade_drawn
+from support.lora import lora_of, merge_lora
+from support.questions import Item, prompt_ids, read_items
+from support.sampling import draw
+
+
+class Drawn(NamedTuple):
+    """The pairs of a step: for rlhf all answers, two by two; otherwise a right and a wrong answer
+    to each prompt that has both."""
+
+    pairs: Pairs
+    ref_logps: Tensor  # (n, 2) nats under the reference
+    advantages: Tensor | None  # (n, 2), for rlhf only
+    metrics: dict[str, float]  # reward (mean grade), num_drawn (tokens) and for rlhf kl (nats)
+
+
+def is_rlhf(options) -> bool:
+    return LOSSES[options.loss].answers == "drawn"
+
+
+def draws(options) -> bool:
+    """Whether the policy draws the answers, so that --data holds questions."""
+    return options.on_policy or is_rlhf(options)
+
+
+def prompts_per_step(options) -> int:
+    """The rows of --data that a step takes. A step of rlhf draws 2 * batch_size answers."""
+    return 2 * options.batch_size // options.samples if is_rlhf(options) else options.batch_size
+
+
+def check_draws(options) -> None:
+    """Raises ValueError if no step can draw what the options ask for."""
+    answers = 2 * options.batch_size
+    if options.on_policy and (LOSSES[options.loss].shared_of_mismatched or is_rlhf(options)):
+        raise ValueError(f"--on_policy: --loss {options.loss} does not support it; leave it out")
+    if is_rlhf(options) and (options.samples % 2 or answers % options.samples):
+        raise ValueError(f"--samples {options.samples}: must be even and divide the {answers} "
+                         f"answers of a step, twice --batch_size {options.batch_size}")  # fmt: skip
+
+
+def load_questions(options, model, tokenizer) -> list[Item]:
+    """The questions of --data. Raises ValueError if it holds anything else, or if the model cannot
+    read a prompt and an answer of --max_new_tokens."""
+    questions = read_items(options.data)
+    if questions is None or questions[0].choices:
+        raise ValueError(f"{options.data}: this run draws its own answers, so the rows must be "
+                         "questions with an answer to grade by")  # fmt: skip
+    lengths = [options.max_new_tokens] * len(questions)
+    prompt_ids(model, tokenizer, options.data, questions, "", lengths)
+    return questions
+
+
+def draw_pairs(job, step: int, rows: list[int]) -> Drawn:
+    """Draws --samples answers to each of the questions job.questions[i], i in `rows`, and grades
+    them. The result depends on the weights, the seed, the step and the rows only.
+
+    The return of an answer y to x is grade - beta log(pi(y|x) / ref(y|x)), whose mean is the
+    objective E[grade] - beta KL(pi, ref). The advantage is its return minus the mean return of the
+    other answers to the same prompt (RLOO, arXiv 2402.14740).
+    """
+    options, model, tokenizer, k = job.options, job.model, job.tokenizer, job.options.samples
+    dtype = getattr(torch, options.dtype)
+    items = [job.questions[i] for i in rows for _ in range(k)]  # one for each answer
+    prompts = [item.ids(tokenizer, "") for item in items]
+    policy = merge_lora(copy.deepcopy(model), dtype) if lora_of(model) else model
+    seed = int(np.random.default_rng([options.seed, step]).integers(2**62))
+    how = {"seed": seed, "stop_ids": tokenizer.stop_ids}
+    answers = draw(policy, prompts, options.max_new_tokens, **how)
+    grades = [grade_drawn(item, tokenizer, answer) for item, answer in zip(items, answers)]
+    metrics = {"reward": sum(grades) / len(grades), "num_drawn": sum(map(len, answers))}
+    pairs = Pairs()
+    for start in range(0, len(answers), k):
+        drawn = range(start, start + k)  # the answers to one prompt
+        if is_rlhf(options):
+            first, second = drawn[0::2], drawn[1::2]
+        else:
+            first, second = ([i for i in drawn if grades[i] == grade][:1] for grade in (1, 0))
+        for i, j in zip(first, second):
+            pairs.append(Pair(prompts[i], answers[i], answers[j]), items[i].line)
+    layout = options.row_tokens, options.micro_tokens, dtype
+    ref_logps = pair_logps(job.reference, pairs, *layout)
+    if not is_rlhf(options):
+        return Drawn(pairs, ref_logps, None, metrics)
+    logratios = (pair_logps(model, pairs, *layout) - ref_logps).view(-1, k)  # (prompts, k)
+    metrics["kl"] = logratios.double().mean().item()
+    returns = torch.tensor(grades).view(-1, k) - options.beta * logratios  # (prompts, k)
+    advantages = (returns - returns.mean(dim=1, keepdim=True)) * k / (k - 1)
+    return Drawn(pairs, ref_logps, advantages.view(-1, 2), metrics)  # (pairs, 2)

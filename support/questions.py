@@ -1,0 +1,138 @@
+"""Evaluation rows: questions to answer and grade, and questions with choices to score.
+
+`read_items` turns the rows of a file into items, `examples` makes the solved examples (shots) that
+stand before each prompt, and `prompt_ids` encodes the prompts.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from support.files import read_rows
+from support.grading import GRADERS
+from support.rows import COLUMNS, messages_of, text_of
+
+EVALUATION_FORMS = (
+    "rows to evaluate on are {question, answer} as in GSM8K, {prompt, answer, grade}, "
+    "{prompt, choices, gold}, or pairs"
+)
+
+
+class Item(NamedTuple):
+    """A question to answer and grade, or a question with choices."""
+
+    line: int  # in its file
+    prompt: str | list[dict]  # text or messages
+    key: str  # the right answer, as a shot shows it
+    grade: str | None  # a key of GRADERS; None with choices
+    stop: tuple[str, ...] = ()  # texts that end an answer
+    choices: tuple[str, ...] = ()
+    gold: int = 0  # the index of the right choice
+
+    def ids(self, tokenizer, before: str) -> list[int]:
+        """The ids of the prompt after the text `before`, which conversations ignore."""
+        if isinstance(self.prompt, list):
+            return tokenizer.render(self.prompt, add_generation_prompt=True)
+        return tokenizer.prompt_ids(before + self.prompt)
+
+    def joined(self, text: str) -> str:
+        """An answer with the space that separates it from the prompt, unless one is there."""
+        bare = isinstance(self.prompt, list) or self.prompt[-1:].isspace() or text[:1].isspace()
+        return text if bare else " " + text
+
+
+def read_item(line: int, row: dict) -> Item:
+    """The item of a row of any form. Raises ValueError if the row is malformed."""
+    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair raises ValueError
+    if row.keys() >= {"question", "answer"}:
+        row = {
+            "prompt": f"Question: {text_of(row, 'question')}\nAnswer:",
+            "answer": row["answer"],
+            "grade": "gsm8k",
+            "stop": ["Question:"],
+        }
+    has_choices = row.keys() >= {"prompt", "choices", "gold"}
+    if not has_choices and not row.keys() >= {"prompt", "answer", "grade"}:
+        raise ValueError(f"its columns are {', '.join(row) or 'none':.200}; {EVALUATION_FORMS}")
+    is_conversation = isinstance(row["prompt"], list)
+    prompt = messages_of(row, "prompt") if is_conversation else text_of(row, "prompt")
+    if has_choices:
+        choices, gold = _texts_of(row, "choices"), row["gold"]
+        if len(choices) < 2 or not all(choice.strip() for choice in choices):
+            raise ValueError("'choices' must be two or more texts that are not blank")
+        if type(gold) is not int or gold not in range(len(choices)):
+            raise ValueError(f"'gold' is {gold!r:.40}, it must be one of 0 to {len(choices) - 1}")
+        return Item(line, prompt, choices[gold], None, (), choices, gold)
+    key, grade = text_of(row, "answer"), row["grade"]
+    if not isinstance(grade, str) or grade not in GRADERS:
+        raise ValueError(f"there is no grade {grade!r:.40}; choose from {', '.join(GRADERS)}")
+    read_key, _ = GRADERS[grade]
+    if not key.strip() or read_key(key) is None:
+        raise ValueError(f"in the answer {key!r:.40} there is nothing to grade {grade} by")
+    return Item(line, prompt, key, grade, _texts_of(row, "stop"))
+
+
+def _texts_of(row: dict, column: str) -> tuple[str, ...]:
+    texts = row.get(column, [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"{column!r} must be a list of texts that are not empty")
+    return tuple(texts)
+
+
+def read_items(path: str | Path) -> list[Item] | None:
+    """The items of a JSONL file; None for a file of pairs, which data.load_pairs reads. Raises
+    ValueError that names file and line."""
+    items = []
+    for line, row in read_rows(path):
+        if not items and row.keys() & (COLUMNS - {"prompt"}):
+            return None
+        try:
+            items.append(read_item(line, row))
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: {error}") from None
+        if bool(items[-1].choices) != bool(items[0].choices):
+            raise ValueError(f"{path}:{line}: questions to answer and choices belong in two files")
+    if not items:
+        raise ValueError(f"{path}: the file is empty; {EVALUATION_FORMS}")
+    return items
+
+
+def examples(path: str | None, k: int, items: list[Item]) -> str:
+    """The first k rows of a file with their answers, as text to stand before each prompt of
+    `items`; "" without a file or if its rows have another form than `items`. Raises ValueError if
+    the file has fewer rows, if a prompt is a conversation, or if a row answers one of `items`."""
+    if path is None:
+        return ""
+    shots = read_items(path)
+    if shots is None or k > len(shots):
+        raise ValueError(f"{path}: -k {k}, but the file has {len(shots or [])} rows to show")
+    shots = shots[:k]
+    if len({(item.grade, bool(item.choices)) for item in shots + items}) > 1:
+        return ""
+    if any(isinstance(item.prompt, list) for item in shots + items):
+        raise ValueError(f"{path}: --shots stand before prompts of plain text, not conversations")
+    prompts = {item.prompt for item in items}
+    for shot in shots:
+        if shot.prompt in prompts:
+            raise ValueError(
+                f"{path}:{shot.line}: shows the answer to a question that is asked; take --shots "
+                "from a training split"
+            )
+    return "".join(f"{shot.prompt}{shot.joined(shot.key)}\n\n" for shot in shots)
+
+
+def prompt_ids(model, tokenizer, path, items: list[Item], before: str, lengths) -> list[list[int]]:
+    """The ids of each item's prompt after the text `before`. `lengths` (items,) are the tokens that
+    the answers may take. Raises ValueError, by file and line, if the model cannot read as many."""
+    limit, ids = model.config.max_position_embeddings, []
+    for item, length in zip(items, lengths):
+        try:
+            ids.append(item.ids(tokenizer, before))
+            if (total := len(ids[-1]) + length) > limit:
+                raise ValueError(
+                    f"prompt and answer may take {total} tokens, the model reads {limit}; "
+                    "lower --max_new_tokens or -k"
+                )
+        except ValueError as error:
+            raise ValueError(f"{path}:{item.line}: {error}") from None
+    return ids

@@ -1,0 +1,70 @@
+"""The report of `python data.py FILE`; this file stands on top of data.py.
+
+The report says how many rows can be used and why others cannot, how long the pairs are, and shows
+one pair as training lays it out.
+"""
+
+import textwrap
+
+import numpy as np
+
+from data import Pair, Pairs, pack_batch, read_pairs, row_length
+
+QUANTILES = (0, 25, 50, 75, 95, 100)  # percent
+MAX_GRID_LINES = 12  # of a prompt or an answer; the grid leaves out the middle of a longer one
+
+
+def describe_file(path, tokenizer, max_length: int) -> str:
+    """The report on a data file, in lines of less than 80 characters. Raises OSError, or ValueError
+    that names file and line."""
+    pairs, report = read_pairs(path, tokenizer, max_length)
+    forms = ", ".join(f"{count} of {form}" for form, count in report.forms.items())
+    lines = [f"{report.rows} rows, of which used: {forms or 'none'}"]
+    lines += [textwrap.fill(line, 79, subsequent_indent="  ") for line in report.lines()]
+    lines += [f"{len(pairs)} pairs to train on, at most {max_length} tokens each"]
+    if pairs:
+        lines += [*_describe_pairs(pairs), "", f"line {pairs.lines[0]}, scored tokens marked ^:"]
+        lines += token_grid(pairs, 0, tokenizer)
+    return "\n".join(lines)
+
+
+def _describe_pairs(pairs: Pairs) -> list[str]:
+    """The number of repeated pairs, quantiles of the lengths, and what sharing prompts saves."""
+    distinct = {hash((tuple(p), tuple(c), tuple(r))) for p, c, r in pairs}  # hashes save memory
+    lines = [f"{len(pairs) - len(distinct)} of them repeat an earlier pair"]
+    lines += ["tokens    " + "".join(f"{f'{q} %':>8}" for q in QUANTILES)]
+    for name, lengths in zip(Pair._fields, pairs.lengths().T):
+        lengths = lengths[lengths > 0]  # kto and sft rows lack an answer
+        quantiles = np.percentile(lengths, QUANTILES) if len(lengths) else []
+        lines += [f"{name:10}" + "".join(f"{tokens:8.0f}" for tokens in quantiles)]
+    shared = sum(row_length(pair) for pair in pairs)
+    separate = sum(
+        row_length((prompt, answer)) for prompt, *answers in pairs for answer in answers if answer
+    )
+    saving = f"{shared:,} tokens to compute instead of {separate:,} ({shared / separate - 1:+.0%})"
+    return [*lines, f"prompts shared: {saving}"]
+
+
+def token_grid(pairs: Pairs, index: int, tokenizer, width: int = 79) -> list[str]:
+    """A pair as pack_batch lays it out: lines of tokens, which begin with the position of their
+    first token, and below each of them a line with ^ under the tokens that are scored."""
+    batch, pair, grid = pack_batch(pairs, [[index]]), pairs[index], []
+    targets = iter(batch.targets.tolist())
+    for name, ids in zip(Pair._fields, pair):
+        tokens, marks = [], []
+        for offset, id in enumerate(ids):
+            text = tokenizer.token_bytes[id].decode(errors="backslashreplace")
+            text = repr(text)[1:-1].replace(" ", "·")
+            if not tokens or len(tokens[-1]) + len(text) >= width:
+                position = offset + (0 if name == "prompt" else len(pair.prompt))
+                tokens.append(f"{name:8} {position:5}")
+                marks.append(" " * 14)
+            mark = "^" if name != "prompt" and id == next(targets) else " "
+            tokens[-1] += f" {text}"
+            marks[-1] += f" {mark * len(text)}"
+        lines = [line.rstrip() for row in zip(tokens, marks) for line in row]
+        if len(lines) > MAX_GRID_LINES:
+            half = MAX_GRID_LINES // 2
+            lines = [*lines[:half], f"{name:8}   ...", *lines[-half:]]
+        grid += [line for line in lines if line]
+    return grid

@@ -1,0 +1,179 @@
+"""Rows of a data file: one JSON object each, in one of several forms, told apart by its columns.
+
+`read_row` turns a row of any form into an `Example`: a prompt and one or two answers, still as
+text or messages. data.py encodes it. `Report` counts what happens to the rows of a file.
+"""
+
+import dataclasses
+from collections import Counter
+from typing import NamedTuple
+
+COLUMNS = {"prompt", "chosen", "rejected", "completion", "label", "messages"}
+ROW_FORMS = (
+    "rows are {prompt, chosen, rejected}, {chosen, rejected} of messages or of Human/Assistant "
+    "transcripts, {prompt, completion, label}, {prompt, completion} or {messages}"
+)
+# An Anthropic-HH transcript is one text, in which these begin the turns.
+ASSISTANT_TURN, HUMAN_TURN = "\n\nAssistant:", "\n\nHuman:"
+IDENTICAL = "chosen and rejected are identical"
+
+
+class UnusableError(ValueError):
+    """The row is well-formed but cannot be trained on. The reader drops and counts it."""
+
+
+class Example(NamedTuple):
+    """A prompt and two answers, one of which may be None. A message is a dict with the keys "role"
+    and "content": the prompt is a list of messages exactly where the answers are messages."""
+
+    form: str  # the name of the row's form, as reports print it
+    prompt: str | list[dict]
+    chosen: str | dict | None
+    rejected: str | dict | None
+    continues: bool = False  # the answers go on within the prompt's own text, as in a transcript
+
+
+def read_row(row: dict) -> Example:
+    """The example that a row holds, whatever its form.
+
+    Raises ValueError if the row is malformed, and UnusableError if an answer is empty, if both
+    answers are identical or if the row does not split into a prompt and answers.
+    """
+    if row.keys() >= {"chosen", "rejected"}:
+        example = _read_preference(row)
+    elif row.keys() >= {"prompt", "completion"} or "messages" in row:
+        example = _read_completion(row)
+    else:
+        raise ValueError(f"its columns are {', '.join(row) or 'none':.200}; {ROW_FORMS}")
+    answers = {"chosen": example.chosen, "rejected": example.rejected}
+    for name, answer in answers.items():
+        text = answer["content"] if isinstance(answer, dict) else answer
+        if text is not None and not text.strip():
+            name = "" if None in answers.values() else f"{name} "
+            raise UnusableError(f"the {name}answer is empty")
+    if example.chosen == example.rejected:
+        raise UnusableError(IDENTICAL)
+    return example
+
+
+def text_of(row: dict, column: str) -> str:
+    """The string in a column. Raises ValueError for anything else, also for half of a surrogate
+    pair, which no encoding can write."""
+    text = row[column]
+    if not isinstance(text, str):
+        raise ValueError(f"{column!r} must be a string, not {type(text).__name__}")
+    text.encode()
+    return text
+
+
+def messages_of(row: dict, column: str) -> list[dict]:
+    """The list of messages in a column. Raises ValueError for anything else."""
+    messages = row[column]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{column!r} must be a list of messages, not {messages!r:.40}")
+    for message in messages:
+        if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
+            raise ValueError(f"{column!r}: a message is {{role, content}}, not {message!r:.40}")
+        for name in ("role", "content"):
+            text_of(message, name)
+    return messages
+
+
+def _read_preference(row: dict) -> Example:
+    """A row with the columns chosen and rejected."""
+    if isinstance(row["chosen"], list):
+        return _read_conversations(row)
+    chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
+    if "prompt" in row:
+        return Example("prompt, chosen, rejected", text_of(row, "prompt"), chosen, rejected)
+    prompt, chosen = _split_transcript(chosen, "chosen")
+    rejected_prompt, rejected = _split_transcript(rejected, "rejected")
+    if prompt != rejected_prompt:
+        raise UnusableError("the transcripts differ before their last answer")
+    return Example("transcripts", prompt, chosen, rejected, continues=True)
+
+
+def _split_transcript(transcript: str, column: str) -> tuple[str, str]:
+    """The transcript up to the assistant's last turn, and the text of that turn."""
+    before, turn, answer = transcript.rpartition(ASSISTANT_TURN)
+    if not turn:
+        raise ValueError(
+            f"no column 'prompt', and {column!r} is no transcript: it has no {ASSISTANT_TURN!r}"
+        )
+    if HUMAN_TURN in answer:
+        raise UnusableError("the transcript does not end in an assistant's turn")
+    return before + turn, answer
+
+
+def _read_conversations(row: dict) -> Example:
+    """Two conversations. The messages that they share are the prompt, and the first messages that
+    differ are the answers. Later messages are ignored."""
+    form = "conversations"
+    chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
+    if "prompt" in row and chosen[0]["role"] == "assistant":
+        form = "prompt and messages"
+        if isinstance(row["prompt"], list):
+            prompt = messages_of(row, "prompt")
+        else:
+            prompt = [{"role": "user", "content": text_of(row, "prompt")}]
+        chosen, rejected = prompt + chosen, prompt + rejected
+    # Messages may carry more than role and content, an id for example, which makes no difference.
+    chosen_turns, rejected_turns = (
+        [(message["role"], message["content"]) for message in side] for side in (chosen, rejected)
+    )
+    if chosen_turns == rejected_turns:
+        raise UnusableError(IDENTICAL)
+    turns = list(zip(chosen_turns, rejected_turns))
+    shared = next((i for i, (ours, theirs) in enumerate(turns) if ours != theirs), len(turns))
+    answers = [side[shared] for side in (chosen, rejected) if shared < len(side)]
+    if shared == 0 or [answer["role"] for answer in answers] != ["assistant", "assistant"]:
+        raise UnusableError("the conversations do not part at an assistant's turn after a prompt")
+    return Example(form, chosen[:shared], *answers)
+
+
+def _read_completion(row: dict) -> Example:
+    """A row with one answer, which is chosen unless its label is false."""
+    form, label = "unpaired" if "label" in row else "supervised", row.get("label", True)
+    if not isinstance(label, bool):
+        raise ValueError(f"'label' must be true or false, not {label!r:.40}")
+    completes = row.keys() >= {"prompt", "completion"}
+    if completes and isinstance(row["prompt"], list):
+        messages = messages_of(row, "prompt") + messages_of(row, "completion")
+        prompt, answer = _split_messages(messages)
+    elif completes:
+        prompt, answer = text_of(row, "prompt"), text_of(row, "completion")
+    else:
+        form = f"{form} messages"
+        prompt, answer = _split_messages(messages_of(row, "messages"))
+    return Example(form, prompt, *((answer, None) if label else (None, answer)))
+
+
+def _split_messages(messages: list[dict]) -> tuple[list[dict], dict]:
+    """The conversation up to the assistant's last turn, and that turn."""
+    *prompt, answer = messages
+    if not prompt or answer["role"] != "assistant":
+        raise UnusableError("the conversation does not end in an assistant's turn after a prompt")
+    return prompt, answer
+
+
+@dataclasses.dataclass
+class Report:
+    """What becomes of the rows of a file. Lists hold line numbers."""
+
+    rows: int = 0
+    forms: Counter = dataclasses.field(default_factory=Counter)  # of the rows that are used
+    unused: dict[str, None] = dataclasses.field(default_factory=dict)  # columns that no form has
+    truncated: list[int] = dataclasses.field(default_factory=list)
+    dropped: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # by reason
+
+    def lines(self) -> list[str]:
+        """One line of text for every kind of loss: columns, rows dropped by reason, rows cut."""
+        losses = {f"dropped, {reason}": lines for reason, lines in self.dropped.items()}
+        if self.truncated:
+            losses["cut, the prompt lost its oldest tokens to --max_length"] = self.truncated
+        unused = f"columns not used: {', '.join(sorted(self.unused))}"
+        return ([f"{unused:.200}"] if self.unused else []) + [
+            f"{len(lines)} of {self.rows} rows {loss}: line {', '.join(map(str, lines[:5]))}"
+            f"{', ...' if len(lines) > 5 else ''}"
+            for loss, lines in losses.items()
+        ]

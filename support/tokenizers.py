@@ -1,0 +1,475 @@
+"""Tokenizers: byte-pair encoding on tiktoken, from the files of Llama, Mistral, Qwen and others.
+
+`load_tokenizer` reads a `tokenizer.json` or Llama 3's `tokenizer.model` and refuses what it would
+read differently from transformers. `Tokenizer` gives the ids of transformers for text and for
+conversations. The rule for the BOS is in `Tokenizer.prompt_ids`.
+"""
+
+import base64
+import dataclasses
+import functools
+import json
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import regex  # a dependency of tiktoken
+import tiktoken
+
+from support.chat import render_template
+from support.files import parse_json
+from support.rows import UnusableError
+
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                   "special_tokens_map.json", "generation_config.json",
+                   "chat_template.jinja"]  # fmt: skip
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Meta publishes this pattern and these special tokens in Llama 3's tokenizer.py.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPECIALS = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
+    "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(3, 249)),
+]  # fmt: skip
+SPLIT_SECONDS = 10  # for one text; the regular expressions of known models take far less
+# The parts of a regular expression that tokenizers (by Oniguruma) and `regex` read alike.
+PORTABLE = regex.compile(
+    r"(?:\\[pP]\{\^?\w+\}|\\[sSdDwWnrt]|\\[^\w]|\[\^?(?:\\.|[^\[\]\\])+\]"  # classes and escapes
+    r"|\(\?(?:[:=!]|<[=!]|i:)|\)|\{\d+(?:,\d*)?\}(?!\+)|[^\\\[\](){}.^$])+"  # groups, counts, text
+)
+# GPT-2 writes a byte as a visible character: a printable byte as itself, others from 256 on.
+HIDDEN = [byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "]
+BYTE_CHARS = [chr(256 + HIDDEN.index(b)) if b in HIDDEN else chr(b) for b in range(256)]
+BYTE_OF_CHAR = {char: byte for byte, char in enumerate(BYTE_CHARS)}
+FALLBACK_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's tokens of bytes
+SPACE = "▁"  # SentencePiece's space, which it also writes before a text that follows:
+PREFIXED = {"nothing": ("first", "always", "legacy"), "token": ("always", "legacy"), "text": ()}
+
+
+def _require(condition, what: str) -> None:
+    if not condition:
+        raise ValueError(f"{what} is not supported; use BPE as of Llama, Mistral, Qwen or GPT-2")
+
+
+# --- Byte-pair encoding ---------------------------------------------------------------------------
+
+
+def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], cached: bool) -> Callable:
+    """A function from a piece of text to its ids, by tiktoken, which joins tokens in their order.
+    The i-th token has the ids `ids[i]`: several if it is a part of a character."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    bpe = tiktoken.Encoding("mio", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
+
+    def encode_piece(piece: str) -> tuple[int, ...]:
+        return tuple(id for rank in bpe.encode_ordinary(piece) for id in ids[rank])
+
+    return functools.lru_cache(2**16)(encode_piece) if cached else encode_piece
+
+
+def merge(token: str, ranks: dict[tuple[str, str], int]) -> tuple[list[str], int]:
+    """Byte-pair encoding as in the tokenizers library: of all adjacent pairs, the pair of lowest
+    rank is joined first, and the leftmost of equals. Returns the symbols that are left and the
+    rank of the last pair that was joined, or -1."""
+    symbols, last = list(token), -1
+    while True:
+        pairs = enumerate(zip(symbols, symbols[1:]))
+        found = [(ranks[pair], i) for i, pair in pairs if pair in ranks]
+        if not found:
+            return symbols, last
+        last, i = min(found)
+        symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+
+
+def byte_pairs(
+    vocab: dict[str, int], merges: list, ignore_merges: bool, byte_level: bool
+) -> tuple[list[bytes], list[tuple[int, ...]]]:
+    """The tokens and ids with which `piece_encoder` gives the ids of a tokenizer.json.
+
+    Symbols are bytes, written as in BYTE_CHARS, if `byte_level`, else characters, with bytes for
+    characters outside the vocabulary. `ignore_merges` makes a piece that is a token that token.
+
+    tiktoken joins any two neighbors whose concatenation is a token, while a tokenizer.json lists
+    the pairs that may be joined. Both agree if tiktoken is given only the tokens that `merge` forms
+    from their own symbols, at the rank of the pair that is joined last: until a merge crosses the
+    ends of a token, the merges inside it depend on its own symbols alone.
+    """
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    alphabet = BYTE_OF_CHAR.keys() if byte_level else {token for token in vocab if len(token) == 1}
+    last_rank, whole_pieces = {}, []
+    for token in vocab if ignore_merges else {left + right for left, right in merges}:
+        if len(token) > 1 and alphabet >= set(token):
+            symbols, rank = merge(token, ranks)
+            if len(symbols) == 1:
+                last_rank[token] = rank
+            elif ignore_merges:
+                _require(len(symbols) > 2, f"ignore_merges without the merge of {token!r}")
+                whole_pieces.append(token)
+
+    tokens = dict.fromkeys(bytes([byte]) for byte in range(256))
+    for char in () if byte_level else alphabet:  # the bytes of a character are joined first
+        tokens |= dict.fromkeys(char.encode()[:end] for end in range(2, len(char.encode()) + 1))
+    for token in (*sorted(last_rank, key=last_rank.get), *whole_pieces):
+        tokens[_to_bytes(token, byte_level)] = None
+    known = {_to_bytes(t, byte_level): (id,) for t, id in vocab.items() if alphabet >= set(t)}
+    byte_ids = [vocab[token] for token in (BYTE_CHARS if byte_level else FALLBACK_TOKENS)]
+    ids = [known.get(token) or tuple(byte_ids[byte] for byte in token) for token in tokens]
+    return list(tokens), ids
+
+
+def _to_bytes(token: str, byte_level: bool) -> bytes:
+    """The text of a token of a vocabulary."""
+    if byte_level and BYTE_OF_CHAR.keys() >= set(token):
+        return bytes(BYTE_OF_CHAR[char] for char in token)
+    return token.encode()
+
+
+# --- The tokenizer --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back. `encode` adds no special token and reads none in the text."""
+
+    encode_piece: Callable[[str], tuple[int, ...]]  # byte-pair encoding
+    token_bytes: dict[int, bytes]  # id -> text, added tokens included
+    added: dict[str, int]  # added tokens: text -> id
+    reserved: dict[str, int]  # the special tokens among them
+    special: regex.Pattern  # finds all of them, in what a chat template writes
+    literal: regex.Pattern  # finds those that are not special, in any text
+    bos_id: int | None  # None if sequences start without one
+    end_id: int  # ends an answer
+    stop_ids: frozenset[int]  # any of these ends a generated answer
+    names: dict[str, str]  # bos_token, eos_token and so on, for chat templates
+    template: str | None  # the chat template
+    files: dict[str, bytes]  # the files that `save` writes
+    form: str | None = None  # the Unicode normal form of text
+    splits: list[regex.Pattern] = ()  # they cut text into pieces, in turn
+    space: str = ""  # SentencePiece's prefix: a scheme in PREFIXED, or "never"; "" for byte level
+    strip: bool = False  # decoding removes the prefix
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self.token_bytes) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids as transformers gives with add_special_tokens=False, split_special_tokens=True."""
+        return self._encode(text, self.literal)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Ids of a text that begins a sequence: one BOS, if the tokenizer has one, and the text."""
+        return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
+
+    def continue_ids(self, text: str) -> list[int]:
+        """Ids of a text that follows another text, so that SentencePiece adds no prefix."""
+        return self._encode(text, self.literal, after="text")
+
+    def _encode(self, text: str, added, mark: str = "", after: str = "nothing") -> list[int]:
+        """`added` finds added tokens in the text, `mark` is removed from the text between them, and
+        `after` says what precedes the text: "nothing", "text" or a "token"."""
+        ids, start = [], 0
+        for match in added.finditer(text):
+            ids += self._encode_plain(text[start : match.start()].replace(mark, ""), after)
+            ids.append(self.added[match[match.lastindex]])
+            start, after = match.end(), "token"
+        return ids + self._encode_plain(text[start:].replace(mark, ""), after)
+
+    def _encode_plain(self, text: str, after: str) -> list[int]:
+        if self.form:
+            text = unicodedata.normalize(self.form, text)
+        if self.space:
+            text = text.replace(" ", SPACE)
+            has_prefix = self.space != "legacy" and text.startswith(SPACE)
+            if text and self.space in PREFIXED[after] and not has_prefix:
+                text = SPACE + text
+        pieces = [text]
+        try:
+            for split in self.splits:  # its one group makes `split` return the matches as well
+                parts = [split.split(piece, timeout=SPLIT_SECONDS) for piece in pieces]
+                pieces = [piece for part in parts for piece in part if piece]
+        except TimeoutError:
+            what = f"tokenizer.json: its Split by {split.pattern!r:.60}"
+            raise ValueError(f"{what} takes more than {SPLIT_SECONDS} s on one text") from None
+        return [id for piece in pieces for id in self.encode_piece(piece)]
+
+    def decode(self, ids) -> str:
+        """The text of ids. Bytes that are not UTF-8 become U+FFFD, and ids beyond the vocabulary
+        (a model's embedding may be padded) become nothing."""
+        text = b"".join(self.token_bytes.get(id, b"") for id in ids).decode(errors="replace")
+        text = text.replace(SPACE, " ") if self.space else text
+        return text.removeprefix(" ") if self.strip else text
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
+        """Ids of a conversation, [{"role": ..., "content": ...}, ...], by the chat template.
+
+        These are the ids of transformers' apply_chat_template, except that the text of a special
+        token inside a message stays text. Raises ValueError if there is no template or it fails.
+        """
+        mark = self._mark(messages)
+        return self._encode(self._write(messages, add_generation_prompt, mark), self.special, mark)
+
+    def turns(self, messages: list[dict], answers: list[dict]) -> tuple[list[int], list[list[int]]]:
+        """Ids of a conversation and ids of each answer to it, up to the token that ends the answer.
+
+        The conversation's ids followed by an answer's begin the ids of both rendered together.
+        Raises UnusableError if the template refuses the conversation.
+        """
+        mark, answer_ids = self._mark([*messages, *answers]), []
+        head = self._write(messages, True, mark)
+        ends = [match.end() for match in self.special.finditer(head)]
+        after = "token" if ends and ends[-1] == len(head) else "text"
+        for answer in answers:
+            text = self._write([*messages, answer], False, mark)
+            if not text.startswith(head):
+                raise UnusableError("the chat template does not write the answer after its prompt")
+            ids = self._encode(text[len(head) :], self.special, mark, after)
+            stops = [i for i, id in enumerate(ids) if id in self.stop_ids]
+            closing = [i for i, id in enumerate(ids) if id in self.reserved.values()]
+            end = stops[0] if stops else closing[-1] if closing else len(ids)
+            answer_ids.append(ids[: end + 1] if end < len(ids) else [*ids, self.end_id])
+        return self._encode(head, self.special, mark), answer_ids
+
+    def _mark(self, messages: list[dict]) -> str:
+        """A character that no message contains. It breaks up the text of special tokens inside
+        messages until they are encoded. "" if no message contains such text."""
+        text = "".join(message["content"] for message in messages)
+        if not any(token in text for token in self.reserved):
+            return ""
+        noncharacters = map(chr, range(0xFDD0, 0xFDF0))
+        return next((char for char in noncharacters if char not in text), "")
+
+    def _write(self, messages: list[dict], add_generation_prompt: bool, mark: str) -> str:
+        if self.template is None:
+            raise ValueError("messages need a chat template, and the tokenizer has none; put a "
+                             "chat_template.jinja into its folder")  # fmt: skip
+        for token in self.reserved if mark else ():
+            broken = token[:1] + mark + token[1:]
+            messages = [m | {"content": m["content"].replace(token, broken)} for m in messages]
+        return render_template(self.template, messages, add_generation_prompt, self.names)
+
+    def save(self, folder) -> None:
+        """Writes the files that `load_tokenizer` and transformers' AutoTokenizer read."""
+        for name, content in self.files.items():
+            (Path(folder) / name).write_bytes(content)
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path) -> Tokenizer:
+    """Reads a folder, a `tokenizer.json` or a tiktoken rank file such as Llama 3's
+    `tokenizer.model`, and the JSON files beside it, which say for example what ends an answer.
+    Raises OSError, or ValueError that names the file and the remedy."""
+    path = Path(path)
+    if path.is_dir():
+        found = [name for name in TOKENIZER_FILES[:2] if (path / name).is_file()]
+        path = path / (found or TOKENIZER_FILES)[0]
+    files = {TOKENIZER_FILES[path.suffix != ".json"]: path.read_bytes()}
+    for file in (path.parent / name for name in (*TOKENIZER_FILES[2:], "config.json")):
+        if file.is_file():
+            files[file.name] = file.read_bytes()
+    try:
+        return _read(files)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError, regex.error) as error:
+        raise ValueError(
+            f"{path}: it, or a file beside it, is malformed ({error!r:.200})"
+        ) from None
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The built-in tokenizer: 256 bytes, a token that begins a sequence and one that ends it."""
+    begin, end = "<|begin|>", "<|end|>"
+    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [off | {"id": 256, "content": begin, "special": True},
+             off | {"id": 257, "content": end, "special": True}]  # fmt: skip
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": False}  # fmt: skip
+    single = [{"SpecialToken": {"id": begin, "type_id": 0}},
+              {"Sequence": {"id": "A", "type_id": 0}}]  # fmt: skip
+    bos = {"id": begin, "ids": [256], "tokens": [begin]}
+    template = {"type": "TemplateProcessing", "single": single, "special_tokens": {begin: bos},
+                "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}]}  # fmt: skip
+    spec = {"version": "1.0", "added_tokens": added, "pre_tokenizer": byte_level,
+            "post_processor": template, "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": BYTE_OF_CHAR, "merges": []}}  # fmt: skip
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end,
+              "clean_up_tokenization_spaces": False}  # fmt: skip
+    contents = {"tokenizer.json": spec, "tokenizer_config.json": config}
+    return _read({name: json.dumps(content).encode() for name, content in contents.items()})
+
+
+def _read(files: dict[str, bytes]) -> Tokenizer:
+    """Builds a tokenizer from the contents of its files, config.json among them."""
+    settings = {name: parse_json(files[name], name) for name in files if name.endswith(".json")}
+    config = settings.get("special_tokens_map.json", {})
+    config = config | settings.get("tokenizer_config.json", {})
+    names = {key: value for key, value in config.items() if key.endswith("_token") and value}
+    names = {key: v["content"] if isinstance(v, dict) else v for key, v in names.items()}
+    if "tokenizer.json" in files:
+        fields, added_tokens, bos = _read_spec(settings["tokenizer.json"], settings)
+    else:
+        fields, added_tokens, bos = _read_ranks(files["tokenizer.model"])
+        names = {"bos_token": bos, "eos_token": LLAMA3_SPECIALS[1]} | names
+    added = {token["content"]: token["id"] for token in added_tokens}
+    if (end := names.get("eos_token")) not in added:
+        raise ValueError(f"eos_token in tokenizer_config.json must be an added token, not {end!r}")
+    stop_ids = {added[end]}
+    for name in ("config.json", "generation_config.json"):
+        eos = settings.get(name, {}).get("eos_token_id")
+        stop_ids |= set(eos if isinstance(eos, list) else [eos]) - {None}
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several templates by name
+        template = {one["name"]: one["template"] for one in template}.get("default")
+    if "chat_template.jinja" in files:
+        template = files["chat_template.jinja"].decode(errors="replace")
+    fields["token_bytes"] |= {id: text.encode() for text, id in added.items()}
+    for id in (*stop_ids, *fields["token_bytes"]):
+        if type(id) is not int or not 0 <= id < 2**31:
+            raise ValueError(f"{id!r:.60} is not an id, in it or as eos_token_id beside it")
+    return Tokenizer(
+        added=added, names=names, template=template, end_id=added[end], bos_id=added.get(bos),
+        stop_ids=frozenset(stop_ids), special=_any_of(added_tokens),
+        reserved={token["content"]: token["id"] for token in added_tokens if token["special"]},
+        literal=_any_of([token for token in added_tokens if not token["special"]]),
+        files={name: content for name, content in files.items() if name != "config.json"}, **fields,
+    )  # fmt: skip
+
+
+def _any_of(added_tokens: list[dict]) -> regex.Pattern:
+    """Finds added tokens in text, the longest at a place. The group is the token itself."""
+    parts = []
+    for token in sorted(added_tokens, key=lambda token: -len(token["content"])):
+        left, right = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
+        parts.append(f"{left}({regex.escape(token['content'])}){right}")
+    return regex.compile("|".join(parts) or "(?!)")
+
+
+def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
+    """Reads Llama 3's kind of tokenizer.model: a token in base64 and its rank a line, in order.
+    Returns fields of Tokenizer, the added tokens and the BOS."""
+    ranks, lines = {}, content.splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            what = f"line {number} is not a tiktoken rank (base64, number)"
+            remedy = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) converts it"
+            raise ValueError(f"{what}; if it is a SentencePiece model, {remedy}") from None
+    _require(list(ranks.values()) == list(range(len(lines))), "a rank other than 0, 1, 2, ...")
+    _require(ranks.keys() >= {bytes([byte]) for byte in range(256)}, "a byte without a rank")
+    added_tokens = [
+        {"id": len(ranks) + i, "content": text, "special": True}
+        for i, text in enumerate(LLAMA3_SPECIALS)
+    ]
+    fields = {
+        "encode_piece": piece_encoder(list(ranks), [(rank,) for rank in ranks.values()], True),
+        "token_bytes": {rank: token for token, rank in ranks.items()},
+        "splits": [regex.compile(f"({LLAMA3_PATTERN})")],
+    }
+    return fields, added_tokens, LLAMA3_SPECIALS[0]
+
+
+def _read_spec(spec: dict, settings: dict) -> tuple[dict, list[dict], str | None]:
+    """Reads a tokenizer.json. `settings` are the JSON files beside it. Returns fields of Tokenizer,
+    the added tokens, and the BOS that it puts before every text."""
+    model, added_tokens = spec["model"], spec.get("added_tokens") or []
+    _require(model.get("type", "BPE") == "BPE", f"a model of type {model.get('type')}")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        _require(not model.get(key), f"{key} = {model.get(key)!r}")
+    for token in added_tokens:
+        _require(token["content"] and not token.get("single_word"), f"the added token {token}")
+    vocab, ignore_merges = model["vocab"], bool(model.get("ignore_merges"))
+    ids = vocab | {token["content"]: token["id"] for token in added_tokens}
+    _require(len(set(ids.values())) == len(ids), "one id for two tokens")
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    unknown = [m for m in merges if len(m) != 2 or not vocab.keys() >= {*m, "".join(m)}]
+    _require(not unknown, f"the merge {unknown[:1]} outside the vocabulary")
+    normalizer = _steps(spec.get("normalizer"), "normalizers")
+    steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
+    byte_level = any(step["type"] == "ByteLevel" for step in steps)
+    if byte_level:
+        fields = _read_byte_level(normalizer, steps)
+    else:
+        _require(model.get("byte_fallback"), "a model with neither ByteLevel nor byte_fallback")
+        fields = _read_sentencepiece(_llama_steps(settings) or [*normalizer, *steps])
+        decoders = {step["type"] for step in _steps(spec.get("decoder"), "decoders")}
+        fields["strip"] = fields["space"] != "never" and bool(decoders & {"Strip", "Metaspace"})
+    tokens, ids = byte_pairs(vocab, merges, ignore_merges, byte_level)
+    fields["encode_piece"] = piece_encoder(tokens, ids, cached=bool(fields["splits"]))
+    fields["token_bytes"] = {id: _to_bytes(token, byte_level) for token, id in vocab.items()}
+    if not byte_level:
+        fields["token_bytes"] |= {vocab[t]: bytes([i]) for i, t in enumerate(FALLBACK_TOKENS)}
+    for step in _steps(spec.get("post_processor"), "processors"):
+        if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            return fields, added_tokens, step["single"][0]["SpecialToken"]["id"]
+    return fields, added_tokens, None
+
+
+def _steps(spec: dict | None, key: str) -> list[dict]:
+    """A normalizer, pre-tokenizer, post-processor or decoder as the list of its steps."""
+    if spec is None:
+        return []
+    return [step for part in spec[key] for step in _steps(part, key)] if key in spec else [spec]
+
+
+def _read_byte_level(normalizer: list[dict], steps: list[dict]) -> dict:
+    """The fields of Tokenizer that say how text is cut."""
+    kinds = [step["type"] for step in normalizer]
+    _require(kinds in ([], ["NFC"]), f"a normalizer {', '.join(kinds)}")
+    *before, last = steps
+    plain = last["type"] == "ByteLevel" and not last.get("add_prefix_space")
+    _require(plain, "a pre-tokenizer that does not end in ByteLevel without a prefix space")
+    splits = [_split(step) for step in before]
+    if last.get("use_regex", True):
+        splits.append(GPT2_PATTERN)
+    splits = [regex.compile(f"({split})") for split in splits]
+    return {"form": "NFC" if normalizer else None, "splits": splits}
+
+
+def _split(step: dict) -> str:
+    """The regular expression whose matches a Digits or a Split cuts out of the text."""
+    kind = step["type"]
+    if kind == "Digits":
+        return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
+    isolated = kind == "Split" and step["behavior"] == "Isolated" and not step.get("invert")
+    _require(isolated, f"a pre-tokenizer {kind} {step.get('behavior', '')}")
+    pattern = step["pattern"]
+    pattern = pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
+    portable = PORTABLE.fullmatch(pattern) and not regex.fullmatch(pattern, "")
+    _require(portable, f"a Split by {pattern!r:.60}, which libraries read differently,")
+    return pattern
+
+
+def _llama_steps(settings: dict) -> list[dict]:
+    """The steps by which transformers 5 replaces those of a Llama's tokenizer.json, if it does."""
+    config = settings.get("tokenizer_config.json", {})
+    llama = settings.get("config.json", {}).get("model_type", "llama") == "llama"
+    if not llama or config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        return []
+    scheme = "always" if config.get("legacy") else "first"
+    if config.get("add_prefix_space") is False:
+        scheme = "never"
+    return [{"type": "Metaspace", "replacement": SPACE, "split": False, "prepend_scheme": scheme}]
+
+
+def _read_sentencepiece(steps: list[dict]) -> dict:
+    """The fields of Tokenizer that say how text is changed and cut. `steps` are the normalizer,
+    which writes a space as SPACE, or a pre-tokenizer that does so."""
+    kinds = [step["type"] for step in steps]
+    _require(kinds in (["Prepend", "Replace"], ["Replace"], ["Metaspace"]), f"the steps {kinds}")
+    for step in steps:
+        written = step.get("prepend") or step.get("content") or step.get("replacement")
+        exact = written == SPACE and step.get("pattern", {"String": " "}) == {"String": " "}
+        _require(exact, f"byte_fallback with a {step['type']} other than of a space by {SPACE}")
+    fields = {"space": "legacy" if len(kinds) == 2 else "never", "splits": []}
+    if kinds == ["Metaspace"]:
+        fields["space"] = steps[0].get("prepend_scheme", "always")
+        if steps[0].get("split", True):
+            fields["splits"] = [regex.compile(f"({SPACE}[^{SPACE}]*)")]
+    return fields

@@ -1,0 +1,207 @@
+"""Standard errors against simulations and closed forms, and tables against their text."""
+
+import math
+
+import numpy as np
+import pytest
+
+from support.figures import LEGEND, Column, Difference, Figure, compared, legend, resample, table
+
+
+def test_figure_is_the_mean_with_its_standard_error():
+    assert Column(np.array([1.0, 0.0, 0.0, 1.0])).figure() == (
+        0.5,
+        pytest.approx(math.sqrt(1 / 3) / 2),  # the sample's standard deviation over sqrt(4)
+        4,
+    )
+    column = Column(np.array([3.0, np.nan, 5.0]))
+    assert column.mean() == 4.0 and column.figure().n == 2
+    nothing = Column(np.array([np.nan, np.nan]))
+    assert math.isnan(nothing.mean()) and nothing.figure()[1:] == (None, 0)
+
+
+def test_bootstrap_of_a_mean_agrees_with_the_closed_form():
+    random = np.random.default_rng(1)
+    values, noise = random.normal(0, 1, 400), random.normal(0, 0.1, 400)
+    assert len(resample(values, np.mean, np.arange(400))) == 2000
+    error = resample(values, np.mean, np.arange(400)).std()
+    assert error == pytest.approx(values.std() / 20, rel=0.05)
+    mean, low, high, n = Column(values + 0.05 + noise).difference(Column(values))
+    error = noise.std(ddof=1) / 20  # the error of an unpaired difference would be 14 times as large
+    assert n == 400 and mean == pytest.approx(0.05 + noise.mean())
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
+
+
+def test_a_difference_pairs_the_items_of_the_same_name():
+    random = np.random.default_rng(1)
+    values, others = random.normal(0, 1, 40), random.normal(0, 1, 40)
+    names = np.array([f"file:{i}" for i in range(40)])
+    column, other = Column(values, names=names), Column(others, names=names)
+    by_position = Column(others).difference(Column(values))
+    assert by_position.mean == pytest.approx((others - values).mean())
+    assert other.difference(column) == by_position
+    half = Column(values[::-2], names=names[::-2])  # every second item, in reverse order
+    assert half.difference(column)[:3] == (0, 0, 0) and column.difference(half).n == 20
+    gaps = Column(np.where(np.arange(40) < 10, np.nan, values), names=names)
+    assert gaps.figure().n == gaps.difference(other).n == other.difference(gaps).n == 30
+    assert column.difference(Column(values, names=np.char.add("other ", names))) is None
+    # Prompts follow their items: both items that are left have one prompt.
+    prompts = np.arange(40) // 2
+    two = Column(values[[5, 4]], names=names[[5, 4]])
+    assert column._replace(prompts=prompts).difference(two) is None
+    assert column._replace(prompts=np.roll(prompts, 1)).difference(two).n == 2
+
+
+def test_items_of_one_prompt_are_not_independent():
+    """Errors match the spread of the figures over files that are drawn anew. Errors that ignore
+    prompts are far too small."""
+    random, found = np.random.default_rng(0), []
+    for _ in range(300):
+        prompts = np.repeat(np.arange(60), random.integers(1, 6, 60))
+        values = random.normal(0, 1, 60)[prompts] + random.normal(0, 0.3, len(prompts))
+        column = Column(values, prompts=10 * prompts)  # any numbers identify prompts
+        found.append((*column.figure()[:2], Column(values).figure().error))
+    spread, (_, error, without_prompts) = np.std(found, axis=0)[0], np.mean(found, axis=0)
+    assert error == pytest.approx(spread, rel=0.1) and without_prompts < 0.7 * spread
+    _, low, high, _ = column.difference(Column(0 * values))
+    assert (high - low) / 2 == pytest.approx(1.96 * found[-1][1], rel=0.1)
+    one_prompt = Column(values, prompts=0 * prompts)
+    assert one_prompt.figure().error is None and one_prompt.difference(one_prompt) is None
+
+
+def test_a_statistic_of_several_parts_has_a_bootstrap_error():
+    random = np.random.default_rng(0)
+    values, prompts = random.normal(2, 1, 300), np.arange(300) // 3
+    doubled = np.stack([values, values], axis=1)  # (items, parts)
+    doubled[7, 1] = np.nan  # an item without one of its parts is not used
+    column = Column(doubled, lambda parts: parts[:, 0].mean() + 2 * parts[:, 1].mean(), prompts)
+    mean, error, n = column.figure()
+    expected = Column(np.delete(values, 7), prompts=np.delete(prompts, 7)).figure()
+    assert (mean, n) == (pytest.approx(3 * expected.mean), 299)
+    assert error == pytest.approx(3 * expected.error, rel=0.1)
+    lower, _, _, n = column.difference(column._replace(values=doubled - 1))
+    assert (lower, n) == (pytest.approx(3), 299)
+    maximum = Column(values, np.max)  # not linear: a statistic of a difference would be wrong
+    assert maximum.difference(Column(-values)).mean == pytest.approx(values.max() + values.min())
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_values_cause_no_warnings():
+    values = np.array([1.0, -math.inf, 2.0, math.inf])
+    assert Column(values[:3]).mean() == -math.inf
+    for statistic in (np.mean, lambda x: x.mean() - x.max()):
+        column = Column(values, statistic)
+        assert math.isnan(column.mean()) and math.isnan(column.figure().error)
+        assert math.isnan(column.difference(Column(values)).mean)
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def test_shares_are_percentages_and_other_columns_keep_their_unit():
+    cells = {
+        "greedy": (0.5, 0.0157, "50.0±1.6"),
+        "pass@8": (1.0, None, "100.0"),
+        "strict": (0.0, 0.01, "0.0±1.0"),
+        "reward": (0.75, 0.1, "75.0±10.0"),
+        "Δ chosen": (-12.345678, 0.1, "-12.35±0.10"),
+        "Δ/token chosen": (0.0124, 0.0016, "+0.012±0.002"),
+        "dv ≤0.693": (0.5, 0.01, "+0.500±0.010"),
+        "margin": (math.nan, math.nan, "+nan±nan"),
+        "nwj ≤0.693": (-123456.0, 2e5, "-1.2e+05±2e+05"),
+    }
+    for name, (mean, error, text) in cells.items():
+        lines = table({"mio": {name: Figure(mean, error, 7)}}).splitlines()
+        percent = " %" if name in ("greedy", "pass@8", "strict", "reward") else ""
+        assert lines[0].strip() == name + percent and lines[1].split() == ["mio", *text.split()]
+    difference = Difference(0.25, -0.125, 0.5, 8)
+    for name in ("flexible pass@2", "math maj@4", "exact", "letter", "cut", "acc_norm"):
+        assert "a - b  +25.0 [-12.5, +50.0]" in table({"a - b": {name: difference}})
+    assert "a - b  +0.25 [-0.12, +0.50]" in table({"a - b": {"T chosen": difference}})
+
+
+def test_table_is_aligned_and_wraps_to_the_width():
+    rows = {
+        "base": {"greedy": Figure(0.5, 0.01, 1000), "pass@8": Figure(1.0, None, 1000)},
+        "mio": {"greedy": Figure(0.75, 0.01, 990), "Δ chosen": Figure(-1.5, 0.25, 20)},
+    }
+    marks = [LEGEND["greedy"], LEGEND["Δ chosen"], "±: standard error over prompts"]
+    wide = [
+        "      greedy %  pass@8 %    Δ chosen",
+        "base  50.0±1.0     100.0           -",
+        "mio   75.0±1.0         -  -1.50±0.25",
+        "n     990-1000      1000          20",
+    ]
+    assert table(rows).splitlines() == table(rows, width=36).splitlines() == wide + marks
+    narrow = [
+        "      greedy %  pass@8 %",
+        "base  50.0±1.0     100.0",
+        "mio   75.0±1.0         -",
+        "n     990-1000      1000",
+        "",
+        "        Δ chosen",
+        "base           -",
+        "mio   -1.50±0.25",
+        "n             20",
+    ]
+    assert (
+        table(rows, width=35).splitlines() == table(rows, width=24).splitlines() == narrow + marks
+    )
+    assert table(rows, width=1).splitlines()[4:5] == [""]  # a table has a column, however narrow
+    assert table(rows, markdown=True).splitlines() == [
+        "|  | greedy % | pass@8 % | Δ chosen |",
+        "|---|---|---|---|",
+        "| base | 50.0±1.0 | 100.0 | - |",
+        "| mio | 75.0±1.0 | - | -1.50±0.25 |",
+        "| n | 990-1000 | 1000 | 20 |",
+        "",
+        *marks,
+    ]
+
+
+def test_legend_explains_what_the_table_shows():
+    for name, keys in {
+        "greedy": ["greedy"],
+        "exact pass@2": [],
+        "exact maj@2": ["maj@"],
+        "strict maj@8": ["strict", "maj@"],
+        "chosen": ["chosen"],
+        "Δ chosen": ["Δ chosen"],
+        "Δ/token chosen": [],
+        "js ≤0.4315": ["js"],
+        "KL": ["KL"],
+    }.items():
+        lines = legend({"mio": {name: Figure(1.0, 1.0, 9)}})
+        assert lines == [*(LEGEND[key] for key in keys), "±: standard error over prompts"]
+    rows = {"mio": {"cut": Figure(1.0, 1.0, 9)}, "a - b": {"cut": Difference(0.0, 0.0, 0.0, 9)}}
+    assert "[...]: 95 % bootstrap interval" in legend(rows)[-1]
+    assert legend(rows | {"c - b": {}})[-1] == "-: the two runs have no items in common"
+    lines = [*LEGEND.values(), *legend(rows | {"c - b": {}})]
+    assert max(map(len, lines)) <= 80
+
+
+def test_runs_are_compared_with_the_first_one():
+    column, names = Column(np.arange(9) / 10), np.array([f"a:{i}" for i in range(9)])
+    runs = {
+        "base": {"exact": column, "only": column},
+        "mio": {"exact": column._replace(values=column.values + 0.1), "mine": column},
+        "dpo": {"exact": column._replace(names=names)},
+        "sft": {"mine": column},
+    }
+    rows = compared(runs)
+    assert list(rows) == ["base", "mio", "dpo", "sft", "mio - base", "dpo - base"]
+    assert rows["base"] == {"exact": column.figure(), "only": column.figure()}
+    assert rows["mio - base"].keys() == {"exact"} and rows["dpo - base"] == {}
+    assert rows["mio - base"]["exact"] == pytest.approx((0.1, 0.1, 0.1, 9))
+    assert "-: the two runs have no items in common" in table(rows)
+
+
+def test_names_of_any_length_leave_room_for_figures():
+    names = [f"llama-3.2-1b-gsm8k-{loss}-beta0.2-lr1e-6-seed0" for loss in ("sft", "dpo", "mio")]
+    column = Column(np.arange(9) / 7)
+    rows = compared({name: {"exact": column, "exact maj@8": column} for name in names})
+    assert f"{names[1]} - first" in rows and f"{names[1]} - {names[0]}" not in rows
+    assert max(map(len, table(rows).splitlines())) <= 80
+    first, second = "a" * 20, "b" * 27
+    assert f"{second} - {first}" in compared({first: {"x": column}, second: {"x": column}})
+    assert f"{second}b - first" in compared({first: {"x": column}, f"{second}b": {"x": column}})

@@ -1,0 +1,172 @@
+"""Evaluation rows become items, shots stand before their prompts, prompts fit the model."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from support.files import write_rows
+from support.questions import Item, examples, prompt_ids, read_item, read_items
+
+QUESTIONS = [
+    {"question": "1 + 1?", "answer": "It is <<1+1=2>>2\n#### 2"},
+    {"question": "2 + 2?", "answer": "#### 4"},
+    {"question": "3 + 3?", "answer": "#### 6"},
+]
+SHOTS = [{"question": f"{i} - {i}?", "answer": "#### 0"} for i in (7, 8, 9)]
+CHOICES = [
+    {"prompt": "Which?", "choices": ["a", "bb bb", "ccc", "dé"], "gold": 1},
+    {"prompt": "Count: ", "choices": ["one", " two"], "gold": 0},
+]
+MESSAGES = [{"role": "user", "content": "2+2?"}]
+EXACT = {"prompt": "2+2?", "answer": "4", "grade": "exact", "stop": ["\n", "Q:"]}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes rows to a file and returns its path."""
+
+    def write(rows, name="rows.jsonl") -> Path:
+        write_rows(tmp_path / name, rows)
+        return tmp_path / name
+
+    return write
+
+
+def test_rows_become_items(file):
+    """The keys of a row of GSM8K stand for a prompt, a grade and a stop text."""
+    items = read_items(file([QUESTIONS[0], EXACT, EXACT | {"prompt": MESSAGES}]))
+    key = QUESTIONS[0]["answer"]
+    assert items == [
+        Item(1, "Question: 1 + 1?\nAnswer:", key, "gsm8k", ("Question:",)),
+        Item(2, "2+2?", "4", "exact", ("\n", "Q:")),
+        Item(3, MESSAGES, "4", "exact", ("\n", "Q:")),
+    ]
+    assert read_items(file(CHOICES)) == [
+        Item(1, "Which?", "bb bb", None, (), ("a", "bb bb", "ccc", "dé"), 1),
+        Item(2, "Count: ", "one", None, (), ("one", " two"), 0),
+    ]
+    row = {"prompt": "2+2?", "answer": "4", "grade": "exact"}
+    assert read_item(5, row) == Item(5, "2+2?", "4", "exact")
+
+
+def test_a_file_of_pairs_has_no_items(file):
+    for row in ({"prompt": "p", "chosen": "c", "rejected": "r"}, {"messages": MESSAGES}):
+        assert read_items(file([row])) is None
+    with pytest.raises(ValueError, match="rows.jsonl: the file is empty; rows to evaluate on are"):
+        read_items(file([]))
+
+
+BAD = {
+    "no form": ({"prompt": "a", "gold": 1}, "its columns are prompt, gold; rows to evaluate on"),
+    "prompt": (EXACT | {"prompt": 3}, "'prompt' must be a string, not int"),
+    "messages": (EXACT | {"prompt": [{"role": "user"}]}, "a message is {role, content}"),
+    "question": ({"question": None, "answer": "1"}, "'question' must be a string, not NoneType"),
+    "surrogate": (EXACT | {"stop": ["\ud800"]}, "surrogates not allowed"),
+    "grade": (EXACT | {"grade": "f1"}, "there is no grade 'f1'; choose from gsm8k, math, exact"),
+    "list": (EXACT | {"grade": ["math"]}, "there is no grade ['math']"),
+    "gold": (CHOICES[1] | {"gold": 2}, "'gold' is 2, it must be one of 0 to 1"),
+    "negative": (CHOICES[1] | {"gold": -1}, "'gold' is -1"),
+    "bool": (CHOICES[1] | {"gold": True}, "'gold' is True"),
+    "float": (CHOICES[1] | {"gold": 1.0}, "'gold' is 1.0"),
+    "one choice": (CHOICES[1] | {"choices": ["b"], "gold": 0}, "must be two or more texts"),
+    "blank choice": (CHOICES[1] | {"choices": ["b", " "]}, "texts that are not blank"),
+    "choices": (CHOICES[1] | {"choices": "ab"}, "'choices' must be a list of texts"),
+    "no number": ({"question": "a", "answer": "many"}, "in the answer 'many' there is nothing to"),
+    "no letter": (EXACT | {"answer": "third", "grade": "letter"}, "nothing to grade letter by"),
+    "blank key": (EXACT | {"answer": " "}, "in the answer ' ' there is nothing to grade exact by"),
+    "key": (EXACT | {"answer": 4}, "'answer' must be a string, not int"),
+    "stop": (EXACT | {"stop": "Q"}, "'stop' must be a list of texts that are not empty"),
+    "empty stop": (EXACT | {"stop": [""]}, "'stop' must be a list of texts that are not empty"),
+    "mixed": (CHOICES[0], "questions to answer and choices belong in two files"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_row_is_named_by_file_and_line(name, file):
+    row, fault = BAD[name]
+    path = file([QUESTIONS[0], row])
+    with pytest.raises(ValueError) as error:
+        read_items(path)
+    assert str(error.value).startswith(f"{path}:2: ") and fault in str(error.value)
+
+
+def test_an_answer_is_joined_to_its_prompt_by_one_space():
+    for prompt, text, joined in [
+        ("Answer:", "4", " 4"),
+        ("Answer:", " 4", " 4"),
+        ("Answer: ", "4", "4"),
+        ("Answer\n", "4", "4"),
+        (MESSAGES, "4", "4"),
+    ]:
+        assert Item(1, prompt, "4", "exact").joined(text) == joined
+
+
+def test_shots_are_the_first_rows_with_their_answers(file):
+    shots, items = file(SHOTS, "shots.jsonl"), read_items(file(QUESTIONS))
+    assert examples(shots, 2, items) == (
+        "Question: 7 - 7?\nAnswer: #### 0\n\nQuestion: 8 - 8?\nAnswer: #### 0\n\n"
+    )
+    choices = file(CHOICES, "choices.jsonl")
+    others = read_items(file([CHOICES[0] | {"prompt": "Why?"}], "others.jsonl"))
+    assert examples(choices, 2, others) == "Which? bb bb\n\nCount: one\n\n"
+
+
+def test_shots_of_another_form_or_no_file_give_nothing(file):
+    items = read_items(file(QUESTIONS))
+    assert examples(None, 5, items) == ""
+    assert examples(file(CHOICES, "shots.jsonl"), 1, items) == ""
+    assert examples(file([EXACT], "shots.jsonl"), 1, items) == ""  # another grade
+    assert examples(file([*SHOTS[:1], EXACT], "shots.jsonl"), 1, items) != ""  # not shown
+
+
+def test_shots_that_cannot_be_shown_are_refused(file):
+    items = read_items(file([EXACT]))
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    for rows, k, fault in [
+        ([EXACT | {"prompt": "a"}] * 2, 3, "-k 3, but the file has 2 rows to show"),
+        ([pair] * 9, 3, "-k 3, but the file has 0 rows to show"),
+        ([EXACT | {"prompt": MESSAGES}], 1, "--shots stand before prompts of plain text"),
+        ([EXACT | {"prompt": "a"}, EXACT], 2, "shows the answer to a question that is asked"),
+    ]:
+        shots = file(rows, "shots.jsonl")
+        line = ":2" if "answer" in fault else ""
+        with pytest.raises(ValueError) as error:
+            examples(shots, k, items)
+        assert str(error.value).startswith(f"{shots}{line}: {fault}")
+    shots = file([EXACT | {"prompt": "a"}, EXACT], "shots.jsonl")
+    assert examples(shots, 1, items) == "a 4\n\n"  # the second row is not shown
+
+
+class Letters:
+    """A tokenizer with an id a character, and a chat template that is JSON."""
+
+    def prompt_ids(self, text):
+        return [256, *map(ord, text)]
+
+    def render(self, messages, add_generation_prompt):
+        if messages[0]["role"] == "tool":
+            raise ValueError("the chat template refuses it")
+        return [*map(ord, json.dumps([messages, add_generation_prompt]))]
+
+
+def test_prompts_are_encoded_after_the_shots(file):
+    items = [Item(1, "p", "k", "exact"), Item(2, MESSAGES, "k", "exact")]
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
+    ids = prompt_ids(model, Letters(), "x.jsonl", items, "shot ", [1, 2])
+    assert ids[0] == [256, *b"shot p"]
+    assert bytes(ids[1]).decode() == json.dumps([MESSAGES, True])
+
+
+def test_a_prompt_that_the_model_cannot_read_is_named_by_file_and_line():
+    items = [Item(3, "abc", "k", "exact"), Item(7, "abcd", "k", "exact")]
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=9))
+    assert len(prompt_ids(model, Letters(), "x.jsonl", items, "", [5, 4])) == 2
+    with pytest.raises(ValueError, match="x.jsonl:7: prompt and answer may take 10 tokens, the"):
+        prompt_ids(model, Letters(), "x.jsonl", items, "", [5, 5])
+    with pytest.raises(ValueError, match="x.jsonl:3: prompt and answer may take 10 tokens"):
+        prompt_ids(model, Letters(), "x.jsonl", items, "a", [5, 4])
+    tool = Item(4, [{"role": "tool", "content": "x"}], "k", "exact")
+    with pytest.raises(ValueError, match="x.jsonl:4: the chat template refuses it"):
+        prompt_ids(model, Letters(), "x.jsonl", [tool], "", [1])

@@ -1,0 +1,114 @@
+"""Sampling many prompts: order, seeds, parts, and stop texts against a full decoding."""
+
+from types import SimpleNamespace
+
+import numpy as np
+from conftest import tiny_model
+
+from support import sampling
+from support.sampling import draw, sample_answers, stop_texts
+from support.tokenizers import byte_tokenizer
+
+
+def fake_model(generate) -> SimpleNamespace:
+    """A model that only generates, and records its keyword arguments in `calls`."""
+    calls = []
+
+    def recorded(prompts, max_new_tokens, **how):
+        calls.append({"prompts": prompts, **how})
+        return [generate(prompt) for prompt in prompts]
+
+    return SimpleNamespace(generate=recorded, calls=calls)
+
+
+def test_answers_come_back_to_their_prompts_and_unfinished_ones_are_empty(monkeypatch):
+    monkeypatch.setattr(sampling, "GENERATION_ROWS", 4)
+    # The model answers with the length of the prompt. An answer to three tokens does not end.
+    model = fake_model(lambda ids: [*str(len(ids)).encode()] + ([257] if len(ids) != 3 else []))
+    prompts = ["aaaa", "", "aa", "a", "aaaaaa", "aaa"]
+    answers = sample_answers(model, byte_tokenizer(), prompts, samples=2, temperature=0.5, seed=7)
+    assert answers == [[text, text] for text in ("5", "1", "", "2", "7", "4")]
+    assert [call["seed"] for call in model.calls] == [7, 11, 15]  # each part has its own seed
+    assert {call["temperature"] for call in model.calls} == {0.5}
+    assert all(257 in call["stop_ids"] for call in model.calls)
+    lengths = [len(prompt) for call in model.calls for prompt in call["prompts"]]
+    assert lengths == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 7, 7]
+
+
+def test_as_many_rows_are_generated_at_a_time_as_the_cache_may_hold(monkeypatch):
+    monkeypatch.setattr(sampling, "GENERATION_ROWS", 2)
+    monkeypatch.setattr(sampling, "GENERATION_TOKENS", 60)
+    model, prompts = fake_model(lambda ids: [1]), [[1] * n for n in (20, 5, 1, 60, 10, 2)]
+    draw(model, prompts, max_new_tokens=5)
+    assert [call["rows"] for call in model.calls] == [60 // 7, 60 // 15, 1]
+    model.calls.clear()
+    draw(model, prompts, max_new_tokens=5, rows=3)
+    assert [call["rows"] for call in model.calls] == [3, 3, 3]
+    assert all(call["is_over"] is None for call in model.calls)
+
+
+def test_the_stop_texts_of_a_prompt_end_its_own_answer(monkeypatch):
+    """Prompts keep their numbers when they are sorted by length and split into parts."""
+    monkeypatch.setattr(sampling, "GENERATION_ROWS", 2)
+    tokenizer, prompts = byte_tokenizer(), [[97] * n for n in (5, 2, 4, 1, 3)]
+    is_over = stop_texts(tokenizer, [(f"{len(prompt)}",) for prompt in prompts])
+
+    def generate(prompts, max_new_tokens, is_over, **_):
+        """Counts from 0 until the answer is over."""
+        answers = []
+        for n in range(len(prompts)):
+            counts = (list(b"0123456789"[:end]) for end in range(1, 11))
+            answers.append(next(ids for ids in counts if is_over(n, ids)))
+        return answers
+
+    answers = draw(SimpleNamespace(generate=generate), prompts, 10, is_over=is_over)
+    assert [tokenizer.decode(answer)[-1] for answer in answers] == ["5", "2", "4", "1", "3"]
+
+
+def test_real_answers_do_not_depend_on_rows_and_end_at_their_stop_texts(monkeypatch):
+    monkeypatch.setattr(sampling, "GENERATION_ROWS", 5)
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    prompts = [[256, *b"abcdefgh"[: 1 + 3 * i % 8]] for i in range(12)]
+    answers = draw(model, prompts, 40, seed=1, stop_ids=(257,), top_p=0.9)
+    assert len({tuple(answer) for answer in answers}) == 12
+    assert draw(model, prompts, 40, seed=1, stop_ids=(257,), top_p=0.9, rows=3) == answers
+    # The tenth id of each answer, as a text, becomes the stop text of its prompt.
+    stops = [(tokenizer.decode(answer[9:10]),) if len(answer) > 9 else () for answer in answers]
+    is_over = stop_texts(tokenizer, stops)
+    shorter = draw(model, prompts, 40, seed=1, stop_ids=(257,), top_p=0.9, is_over=is_over)
+    for answer, short, stop in zip(answers, shorter, stops):
+        assert short == answer[: len(short)]  # generate may look at an answer every few tokens
+        assert len(short) == len(answer) or any(text in tokenizer.decode(short) for text in stop)
+    assert sum(map(len, shorter)) < sum(map(len, answers))
+    assert draw(model, [], 40) == []
+
+
+def test_a_long_draw_shows_answers_and_tokens_per_second(capsys):
+    def generate(prompts, max_new_tokens, progress, **_):
+        for _ in prompts:
+            progress([1, 2, 3])
+        return [[1, 2, 3]] * len(prompts)
+
+    model = SimpleNamespace(generate=generate)
+    draw(model, [[1]] * 4, 48)
+    assert capsys.readouterr().err == ""
+    draw(model, [[1]] * 4, 49)
+    shown = capsys.readouterr().err
+    assert "answers: 100%" in shown and "4/4" in shown and "tokens/s" in shown
+    draw(model, [[1]] * 1001, 1)
+    assert "1001/1001" in capsys.readouterr().err
+
+
+def test_a_stop_text_is_found_as_early_as_a_full_decoding_finds_it():
+    tokenizer, random, decoded = byte_tokenizer(), np.random.default_rng(0), []
+    spy = SimpleNamespace(decode=lambda ids: decoded.append(len(ids)) or tokenizer.decode(ids))
+    stops = [("bb",), ("ab", "é\n"), ("é é é", "Q")] * 40
+    is_over = stop_texts(spy, stops)
+    for i, stop in enumerate(stops):
+        answer = [*("".join(random.choice([*"abé \n"], 300)) + stop[-1]).encode()]
+        looks = [*range(1 + i % 7, len(answer), 1 + i % 11), len(answer)]
+        found = next(at for at in looks if any(s in tokenizer.decode(answer[:at]) for s in stop))
+        decoded.clear()
+        assert next(at for at in looks if is_over(i, answer[:at])) == found
+        assert sum(decoded) <= 2 * found + 20 * len(decoded)  # it does not decode all at each look
+    assert stop_texts(spy, [(), ()]) is None
