@@ -168,30 +168,6 @@ def split_pairs(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]
     return pairs.take(train), pairs.take(sorted(held_out))
 
 
-def mismatched_pairs(pairs: Pairs, max_length: int, bos_id: int | None) -> Pairs:
-    """Each prompt with the answers of the next row that has another prompt, for kto's K."""
-    mismatched = Pairs()
-    for i, pair in enumerate(pairs):
-        others = (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs)))
-        other = next((other for other in others if other.prompt != pair.prompt), pair)
-        mixed = truncate(other._replace(prompt=pair.prompt), max_length, bos_id)
-        mismatched.append(mixed, pairs.lines[i])
-    return mismatched
-
-
-def check_answers(pairs: Pairs, needed: str, path, loss: str) -> None:
-    """Raises ValueError for the first row without the answers that a loss needs.
-
-    needed: "both", "chosen" or "any", as in mio.Loss.answers."""
-    present = pairs.lengths()[:, 1:] > 0  # (pairs, 2)
-    complete = {"both": present.all(axis=1), "chosen": present[:, 0], "any": present.any(axis=1)}
-    incomplete = np.flatnonzero(~complete[needed])
-    if len(incomplete):
-        answers = "a chosen and a rejected answer" if needed == "both" else "a chosen answer"
-        line = pairs.lines[incomplete[0]]
-        raise ValueError(f"{path}:{line}: --loss {loss} needs {answers} in each row")
-
-
 # --- Packed batches: the two answers of a pair share the prompt's computation ---------------------
 
 ROW_TOKENS, MICRO_TOKENS = 128, 4096  # defaults: tokens of a row, and of a forward pass
@@ -220,6 +196,18 @@ class Batch(NamedTuple):
         if device.type == "cuda":  # copies from pinned memory can overlap with computation
             tensors = [tensor.pin_memory() for tensor in tensors]
         return Batch(*(t.to(device, non_blocking=True) for t in tensors), *self[6:])
+
+
+class StepData(NamedTuple):
+    """What an optimizer step trains on. The tensors are indexed by the batches' index."""
+
+    batches: list[Batch]
+    ref_logps: Tensor | None = None  # (pairs, 2) nats
+    advantages: Tensor | None = None  # (pairs, 2), for rlhf
+    mismatched: tuple[list[Batch], Tensor] | None = None  # for kto: batches and their ref_logps
+    pairs: Pairs = ()
+    index: Sequence[int] = ()  # the batches' index, of all processes
+    metrics: dict[str, float] = {}  # of drawn answers
 
 
 def attention_rule(batch: Batch, window: int | None = None) -> Callable:

@@ -9,7 +9,6 @@ value is kept for each item and run, so that runs are compared item by item.
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import platform
@@ -37,7 +36,7 @@ from model import Llama
 from support.benchmarks import answer_columns, choice_columns, choice_rows
 from support.builtin_task import SAMPLES, TEST_PROBLEMS, task_values
 from support.cli import Parser, add_options, check_value, option, pick_device
-from support.curves import plot, read_curves
+from support.curves import plot
 from support.figures import Column, Row, compared, table
 from support.files import digest_file, write_json
 from support.questions import examples, read_items
@@ -168,32 +167,29 @@ def preference_row(logps: Tensor, ref_logps: Tensor, pairs: Pairs) -> Row:
 def pair_blocks(model, tokenizer, reference, path, title, pairs: Pairs, options, training) -> dict:
     """The columns of a file of pairs: title -> columns of preferences and of the critic."""
     layout = ROW_TOKENS, MICRO_TOKENS, getattr(torch, training["dtype"])
-    if reference and reference.config.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"{training['init']}: has {reference.config.vocab_size} ids, but the model to compare "
-            f"has {model.config.vocab_size}"
-        )
+    if reference and reference.config.vocab_size != (size := model.config.vocab_size):
+        sizes = f"has {reference.config.vocab_size} ids, the model to compare has {size}"
+        raise ValueError(f"{training['init']}: {sizes}; name runs that started from one model")
     logps = pair_logps(model, pairs, *layout)
     ref_logps = pair_logps(reference, pairs, *layout) if reference else None
+    columns, critic = preference_columns(logps, ref_logps, pairs, training["beta"]), {}
     # File and line identify a row in two runs, even if their tokenizers encode it differently.
     file = digest_file(path)[:16]
     names = np.array([f"{file}:{line}" for line in pairs.lines])
-    columns = preference_columns(logps, ref_logps, pairs, training["beta"])
     columns = {name: column._replace(names=names) for name, column in columns.items()}
-    critic = {}
     if "margin" in columns:
         rewards = np.stack([columns[f"T {side}"].values for side in ("chosen", "rejected")], axis=1)
         same_items = {"prompts": columns["margin"].prompts, "names": names}
-        limits = {"dv": "dv ≤0.693", "nwj": "nwj ≤0.693", "js": "js ≤0.4315"}
         estimates = information(torch.from_numpy(rewards))
-        critic = {limits[n]: estimates[n]._replace(**same_items) for n in limits}
+        for name, limit in (("dv", "0.693"), ("nwj", "0.693"), ("js", "0.4315")):
+            critic[f"{name} ≤{limit}"] = estimates[name]._replace(**same_items)
     if reference and options.kl_samples:
         first = {tuple(pairs[i].prompt): i for i in reversed(range(len(pairs)))}
         prompts = list(map(list, sorted(first, key=first.get)))[: options.kl_samples]
         room = model.config.max_position_embeddings - max(map(len, prompts))
-        new_tokens = max(1, min(options.max_new_tokens, room))
         how = {"stop_ids": tokenizer.stop_ids, "seed": options.seed, "rows": options.batch_size}
-        rows = list(zip(prompts, draw(model, prompts, new_tokens, **how)))
+        drawn = draw(model, prompts, max(1, min(options.max_new_tokens, room)), **how)
+        rows = list(zip(prompts, drawn))
         logps, ref = (torch.cat(answer_logps(m, rows, *layout)) for m in (model, reference))
         names = names[sorted(first.values())[: len(prompts)]]
         critic["KL"] = Column((logps - ref).double().numpy(), names=names)
@@ -201,9 +197,41 @@ def pair_blocks(model, tokenizer, reference, path, title, pairs: Pairs, options,
     return {title: block for title, block in blocks.items() if block}
 
 
+def evaluate(run: Run, shots: dict[str, str], options: "Options") -> tuple[dict, dict]:
+    """Evaluates a run on all of its data. `shots` maps a file to the text before its prompts.
+
+    Returns title -> columns of a table, and title -> the texts of each item's answers or the
+    log-probs of its choices."""
+    blocks, answers, dtype = {}, {}, getattr(torch, options.dtype)
+    load = functools.cache(lambda dtype: load_checkpoint(run.folder, options.device, dtype))
+    reference = functools.cache(lambda: load_reference(run.training, options.device))
+    for title, (path, rows) in run.data.items():
+        if isinstance(rows, Pairs):
+            models = *load(torch.float32), reference()
+            blocks |= pair_blocks(*models, path, title, rows, options, run.training)
+            continue
+        model, tokenizer = load(dtype)
+        questions = model, tokenizer, path, rows, shots[path]
+        title += f", {options.k} shots" if shots[path] else ""
+        if rows[0].choices:
+            logps = answer_logps(model, choice_rows(*questions), ROW_TOKENS, MICRO_TOKENS, dtype)
+            blocks[title] = choice_columns(rows, [x.double().numpy() for x in logps])
+            answers[title] = [x.tolist() for x in logps]
+        else:
+            title += f", temperature {options.temperature:g}" if options.temperature else ", greedy"
+            blocks[title], answers[title] = answer_columns(*questions, options)
+    if run.is_demonstration:
+        samples = options.n if options.n > 1 else SAMPLES
+        values = task_values(*load(torch.float32), TEST_PROBLEMS, samples)
+        columns = {name: Column(np.array(value)) for name, value in values.items()}
+        blocks = {"problems": columns} | blocks
+    return blocks, answers
+
+
 # --- The command ----------------------------------------------------------------------------------
 
 
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class Options:
     shots: str | None = option(None, "JSONL file whose first rows, solved, precede each prompt")
@@ -214,34 +242,35 @@ class Options:
     max_new_tokens: int = option(256, "largest length of an answer", least=1)
     kl_samples: int = option(64, "answers sampled to estimate KL; 0 for no KL", least=0)
     batch_size: int | None = option(None, "answers generated at a time (default: by length)",
-                                    least=1)  # fmt: skip
+                                    least=1)
     seed: int = option(0, "seed of the sampled answers", least=0)
     dtype: str | None = option(None, "precision of generation (default: bfloat16 on a GPU)",
-                               choices=("float32", "bfloat16"))  # fmt: skip
+                               choices=("float32", "bfloat16"))
     device: str = option("auto", "cpu, cuda or cuda:N")
     plot: str | None = option(None, "file .png, .pdf or .svg for the curves of the runs")
     out: str | None = option(None, "JSON file for all results (default: eval.json in each run)")
+# fmt: on
 
 
 def parse_options(argv: list[str] | None) -> tuple[Parser, list[str], list[str], Options]:
-    """The parser, the runs, the files of --data, and the options, checked."""
+    """Returns the parser, the runs, the files of --data, and the options."""
     parser = Parser("eval.py", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT",
-                        help="folders; the others are compared with the first")  # fmt: skip
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILE.jsonl",
-                        help="questions, questions with choices, or pairs")  # fmt: skip
+    help = "folders; the others are compared with the first"
+    parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=help)
+    help = "questions, questions with choices, or pairs"
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILE.jsonl", help=help)
     add_options(parser, Options)
     flags = vars(parser.parse_args(argv))
     runs, data = flags.pop("runs"), flags.pop("data")
     fields = {field.name: field for field in dataclasses.fields(Options)}
     try:
         flags = {name: check_value(fields[name], v) for name, v in flags.items() if v is not None}
-        return parser, runs, data, check_options(Options(**flags), runs)
+        return parser, runs, data, resolve(Options(**flags), runs)
     except (OSError, ValueError) as error:
         parser.error(error)
 
 
-def check_options(options: Options, runs: list[str]) -> Options:
+def resolve(options: Options, runs: list[str]) -> Options:
     """Fills in defaults that depend on other options. Raises ValueError for what cannot be done."""
     temperature = float(options.n > 1) if options.temperature is None else options.temperature
     if options.n > 1 and temperature == 0:
@@ -250,12 +279,6 @@ def check_options(options: Options, runs: list[str]) -> Options:
         raise ValueError("-k needs --shots FILE.jsonl")
     device = pick_device(options.device)
     dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install -r requirements-dev.txt")
-    if options.plot and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--plot {options.plot}: must end in .png, .pdf or .svg")
-    if options.plot and not read_curves({run: Path(run) for run in runs}):
-        raise ValueError(f"--plot {options.plot}: no run has a metrics.jsonl with figures")
     folders = [Path(run).resolve() for run in runs]
     if len(set(folders)) < len(folders):
         raise ValueError(f"{max(folders, key=folders.count)}: is named twice")
@@ -268,41 +291,6 @@ def check_options(options: Options, runs: list[str]) -> Options:
     return dataclasses.replace(options, **filled)
 
 
-def evaluate(run: Run, shots: dict[str, str], options: Options) -> tuple[dict, dict]:
-    """Evaluates a run on all of its data. `shots` maps a file to the text before its prompts.
-
-    Returns title -> columns of a table, and title -> the texts of each item's answers or the
-    log-probs of its choices."""
-    blocks, answers = {}, {}
-    generation_dtype = getattr(torch, options.dtype)
-    load = functools.cache(lambda dtype: load_checkpoint(run.folder, options.device, dtype))
-    reference = functools.cache(lambda: load_reference(run.training, options.device))
-    for title, (path, rows) in run.data.items():
-        if isinstance(rows, Pairs):
-            models = *load(torch.float32), reference()
-            blocks |= pair_blocks(*models, path, title, rows, options, run.training)
-            continue
-        model, tokenizer = load(generation_dtype)
-        question = model, tokenizer, path, rows, shots[path]
-        title += f", {options.k} shots" if shots[path] else ""
-        if rows[0].choices:
-            layout = ROW_TOKENS, MICRO_TOKENS, generation_dtype
-            logps = [
-                x.double().numpy() for x in answer_logps(model, choice_rows(*question), *layout)
-            ]
-            blocks[title] = choice_columns(rows, logps)
-            answers[title] = [scores.tolist() for scores in logps]
-        else:
-            title += f", temperature {options.temperature:g}" if options.temperature else ", greedy"
-            blocks[title], answers[title] = answer_columns(*question, options)
-    if run.is_demonstration:
-        samples = options.n if options.n > 1 else SAMPLES
-        values = task_values(*load(torch.float32), TEST_PROBLEMS, samples)
-        columns = {name: Column(np.array(value)) for name, value in values.items()}
-        blocks = {"problems": columns} | blocks
-    return blocks, answers
-
-
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Evaluates and compares runs, prints tables and writes the results.
 
@@ -312,6 +300,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     names = {Path(run).name: run for run in runs}
     names = names if len(names) == len(runs) else {run: run for run in runs}
     try:
+        if options.plot:
+            plot({name: Path(run) for name, run in names.items()}, Path(options.plot))
         files = {path: read_items(path) for path in data}
         shots = {
             p: examples(options.shots, options.k, items) for p, items in files.items() if items
@@ -320,8 +310,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             raise ValueError(f"--shots {options.shots}: no file of --data has rows of its form")
         parsed = {name: read_run(Path(run), files) for name, run in names.items()}
         results = {name: evaluate(run, shots, options) for name, run in parsed.items()}
-        if options.plot:
-            plot({name: Path(run) for name, run in names.items()}, Path(options.plot))
     except (OSError, ValueError) as error:
         parser.error(error)
     tables = {}
@@ -329,13 +317,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         columns = {name: blocks[title] for name, (blocks, _) in results.items() if title in blocks}
         tables[title] = compared(columns)
         print(f"{title}\n\n{table(tables[title], markdown=not sys.stdout.isatty())}\n")
-    inputs = {file: digest_file(file) for file in filter(None, (*data, options.shots))}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
     made_by = {
         "argv": sys.argv[1:] if argv is None else argv,
         "options": {"runs": runs, "data": data, **dataclasses.asdict(options)},
-        "sha256": inputs,
-        "versions": versions | {"numpy": np.__version__},
+        "sha256": {file: digest_file(file) for file in filter(None, (*data, options.shots))},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     records, means = {}, {}
     for name, run in names.items():
@@ -346,7 +332,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             "items": {t: {c: x.values.tolist() for c, x in b.items()} for t, b in blocks.items()},
             "answers": answers,
         }
-        # JSON has no NaN.
         records[run] = json.loads(json.dumps(record), parse_constant=lambda nan: None)
         if not options.out and (Path(run) / "train_config.json").is_file():
             write_json(Path(run) / "eval.json", records[run])

@@ -244,15 +244,14 @@ class Loss:
     function: Callable[..., Tensor]  # of chosen, rejected and options with defaults
     uses: str  # "sums" or "means" over the tokens of an answer, or "sums and means"
     beta: float  # the default of --beta, and the scale of the logged rewards
-    # The value while the policy equals the reference: a number, a function of beta, or None if it
-    # depends on the answers.
+    # The value while the policy equals the reference; None if it depends on the answers.
     start: float | Callable[[float], float] | None
     source: str
     needs_reference: bool = True
     uses_beta: bool = True
     answers: str = "both"  # which a row must have: "both", "chosen", "any"; "drawn": sampled anew
-    # A loss of the whole batch couples its pairs through one scalar without gradient. The trainer
-    # computes the scalar first, for kto on prompts paired with the answers of other rows.
+    # A loss of the whole batch couples its pairs through one scalar, which the trainer computes
+    # first and without gradient; for kto, on prompts paired with the answers of other rows.
     shared: Callable[[Answers, Answers], Tensor] | None = None
     shared_of_mismatched: bool = False
 
@@ -367,20 +366,14 @@ def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: T
 
     hidden (N, D), head_weight (V, D), targets (N,), lengths (S,) -> summed log-probability of each
     answer (S,), in nats, differentiable."""
-    logits = at_least_float32(hidden @ head_weight.T)  # (N, V)
+    logits = hidden @ head_weight.T  # (N, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     token_logps = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]  # (N,)
     return torch.stack([part.sum() for part in token_logps.split(lengths.tolist())])
 
 
 @torch.no_grad()
-def chunked_logps(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    lengths: Tensor,
-    chunk_tokens: int = CHUNK_TOKENS,
-    compiled: bool = False,
-) -> Tensor:
+def chunked_logps(hidden, head_weight, targets, lengths, chunk_tokens=CHUNK_TOKENS, compiled=False):
     """naive_logps without a gradient and with at most `chunk_tokens` rows of logits at a time."""
     head = _ChunkedHead(head_weight, hidden, min(chunk_tokens, len(hidden)), compiled)
     parts = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
@@ -512,7 +505,8 @@ class _ChunkedHead:
 
 def _to_residual(logits: Tensor, targets: Tensor) -> Tensor:
     """Turns logits (n, V) into softmax minus one-hot in place; returns token log-probs (n,)."""
-    p = at_least_float32(logits)  # a copy if the logits have lower precision
+    # In bfloat16 a log-softmax errs by nats over a long answer, so this makes a copy in float32.
+    p = logits.to(torch.promote_types(logits.dtype, torch.float32))
     torch.log_softmax(p, dim=-1, out=p)
     token_logps = p.gather(1, targets[:, None])[:, 0]
     p.exp_().scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1.0))
@@ -535,11 +529,6 @@ def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, overwrite: b
     for part, columns in zip(total.split(2**14), residual.split(2**14, dim=1)):
         product = columns.T @ weighted
         part.copy_(product) if overwrite else part.add_(product)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Casts bfloat16 up, because its log-softmax errs by nats over a long answer."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _answer_of_token(lengths: Tensor, device: torch.device) -> Tensor:

@@ -1,13 +1,12 @@
 """A transformer of the Llama family with Hugging Face's parameter names.
 
-The file goes from the leaves to the root: configuration, rotary embedding, attention, block, model,
-generation. It knows nothing of losses, adapters or several processes. Sizes in comments: B rows,
+The file goes from the leaves to the root: configuration, rotary embedding, attention, block, model.
+It knows nothing of losses, adapters or several processes. Sizes in comments: B rows,
 T tokens, S tokens attended to, D width, H query heads, K key-value heads, E head width, V
 vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from support.files import read_json, write_json
 from support.hf_config import LLAMA3_ROPE, read_config, write_config
+from support.sampling import generate
 from support.weights import read_weights, write_weights
 
 
@@ -258,7 +258,6 @@ class Llama(nn.Module):
                 x = block.forward(x, rotary, mask, cache[index], positions)
         return self.model["norm"](x)
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: list[list[int]],
@@ -267,89 +266,11 @@ class Llama(nn.Module):
         top_p: float = 1.0,
         stop_ids=(),
         seed: int = 0,
-        *,
-        rows: int | None = None,
-        is_over: Callable[[int, list[int]], bool] | None = None,
-        progress: Callable[[list[int]], None] | None = None,
+        **how,
     ) -> list[list[int]]:
-        """Continues each prompt until a stop id or for `max_new_tokens`.
-
-        prompts: non-empty lists of ids of any lengths. temperature 0 is greedy; top_p keeps the
-        smallest set of tokens whose probability reaches it. rows: how many prompts are continued at
-        a time (default: all). is_over(prompt number, ids so far), asked every few tokens, also ends
-        an answer. progress(ids) is called for each finished answer.
-        Returns the new ids of each prompt, with the stop id if one was produced. The same seed and
-        prompts give the same answers.
-        """
-        assert prompts and all(prompts), "every prompt needs at least one token"
-        rows, device = rows or len(prompts), self.head_weight.device
-        # One uniform draw per token and prompt, so an answer does not depend on the other rows.
-        generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand(max_new_tokens, len(prompts), generator=generator).to(device)
-        stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-        answers: dict[int, list[int]] = {}
-        for start in range(0, len(prompts), rows):
-            live = list(range(len(prompts)))[start : start + rows]  # the prompt of each row
-            hidden, cache = self._read_prompts([prompts[i] for i in live], max_new_tokens)
-            lengths = torch.tensor([len(prompts[i]) for i in live], device=device)  # (R,)
-            new = torch.zeros(len(live), 0, dtype=torch.long, device=device)  # (R, steps)
-            for step in range(max_new_tokens):
-                logits = (hidden @ self.head_weight.T).float()  # (R, V)
-                token = sample(logits, temperature, top_p, uniform[step, live])  # (R,)
-                new = torch.cat((new, token[:, None]), dim=1)
-                last = step + 1 == max_new_tokens
-                if step % (8 if device.type == "cuda" or is_over else 1) == 0 or last:
-                    self._collect(answers, live, new, stop, last, is_over, progress)
-                    unfinished = [row for row, i in enumerate(live) if i not in answers]
-                    if not unfinished:
-                        break
-                    if len(unfinished) <= len(live) // 2:  # drop the finished rows
-                        live = [live[row] for row in unfinished]
-                        cache, lengths = cache[:, :, unfinished], lengths[unfinished]
-                        new = new[unfinished]
-                seen = max(len(prompts[i]) for i in live) + step + 1
-                hidden = self._read_token(new[:, -1], lengths + step, seen, cache)
-        return [answers[i] for i in range(len(prompts))]
-
-    @staticmethod
-    def _collect(answers, live, new, stop, last, is_over, progress) -> None:
-        """Adds to `answers` those of the rows `live` that a stop id, `is_over` or `last` ends."""
-        is_stop = torch.isin(new, stop)  # (R, steps)
-        made = torch.where(is_stop.any(dim=1), is_stop.int().argmax(dim=1) + 1, new.shape[1])
-        for row, (ended, count) in enumerate(zip(is_stop.any(dim=1).tolist(), made.tolist())):
-            if live[row] not in answers and (ended or last or is_over):
-                answer = new[row, :count].tolist()
-                if ended or last or is_over(live[row], answer):
-                    answers[live[row]] = answer
-                    if progress:
-                        progress(answer)
-
-    def _read_token(self, token: Tensor, position: Tensor, seen: int, cache: Tensor) -> Tensor:
-        """The hidden state (R, D) of a token per row (R,) at its position (R,), which attends to
-        the cache's first `seen` positions up to its own."""
-        keys = torch.arange(seen, device=position.device)
-        mask = keys <= position[:, None]  # (R, S)
-        if self.config.sliding_window is not None:
-            mask &= position[:, None] - keys < self.config.sliding_window
-        return self(token[:, None], position[:, None], mask[:, None, None], cache)[:, 0]
-
-    def _read_prompts(self, prompts: list[list[int]], new_tokens: int) -> tuple[Tensor, Tensor]:
-        """The hidden state of each prompt's last token (R, D), and a cache that holds the prompts
-        and has room for `new_tokens`. A prompt that occurs several times is read once."""
-        number: dict[tuple, int] = {}
-        source = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
-        config, weight = self.config, self.head_weight
-        lengths = torch.tensor([len(prompt) for prompt in number], device=weight.device)
-        T = int(lengths.max())
-        # Padding at the end is never attended to, and the answer overwrites it in the cache.
-        padded = [[*prompt, *[0] * (T - len(prompt))] for prompt in number]
-        shape = (config.num_hidden_layers, 2, len(number), config.num_key_value_heads)
-        cache = weight.new_zeros(*shape, T + new_tokens, config.head_dim)
-        hidden = self(torch.tensor(padded, device=weight.device), None, None, cache)
-        hidden = hidden[torch.arange(len(number)), lengths - 1]  # (unique prompts, D)
-        if len(number) == len(prompts):
-            return hidden, cache
-        return hidden[source], cache[:, :, source]
+        """Samples an answer to each prompt, as sampling.generate explains."""
+        how |= {"temperature": temperature, "top_p": top_p, "stop_ids": stop_ids, "seed": seed}
+        return generate(self, prompts, max_new_tokens, **how)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Llama":
@@ -374,26 +295,3 @@ class Llama(nn.Module):
         write_weights(folder, self.state_dict())
         dtype = str(self.head_weight.dtype).removeprefix("torch.")
         write_json(folder / "config.json", self.config.to_hf() | {"dtype": dtype})
-
-
-def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
-    """Samples a token per row by inverting the cumulative distribution at `uniform` in [0, 1).
-
-    logits (B, V) float32, uniform (B,) -> ids (B,). temperature 0 takes the most probable token.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities = (logits / temperature).softmax(dim=-1)  # (B, V)
-    order = None
-    if top_p < 1:
-        # The full vocabulary is sorted only if its 1,024 most probable tokens do not suffice.
-        top = probabilities.topk(min(1024, probabilities.shape[-1]), dim=-1)
-        enough = bool((top.values.sum(dim=-1) >= top_p).all())
-        probabilities, order = top if enough else probabilities.sort(dim=-1, descending=True)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    cumulative = probabilities.cumsum(dim=-1)
-    # Strictly above: a token of probability zero is never sampled, not even at uniform 0.
-    above = cumulative > uniform[:, None] * cumulative[:, -1:]
-    choice = above.to(torch.uint8).argmax(dim=-1)
-    return choice if order is None else order.gather(1, choice[:, None])[:, 0]

@@ -19,39 +19,26 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 import eval as evaluation
-from data import (
-    MICRO_TOKENS,
-    ROW_TOKENS,
-    Batch,
-    Pairs,
-    answer_states,
-    autocast,
-    epoch_order,
-    needs_fixed_length,
-    row_length,
-)
+from data import StepData, answer_states, autocast, epoch_order, row_length
 from mio import LOSSES, OPTION_BOUNDS, Answers, fused_pair_loss, pair_loss
 from model import Llama
 from support import builtin_task, checkpoints, lora, run_folder
 from support.checkpoints import MAY_CHANGE, Progress
 from support.cli import option, stage
 from support.distributed import World, join
-from support.figures import Column, table
-from support.files import digest, locked, write_json
-from support.job import Job, hash_pairs, load_job
+from support.figures import table, task_row
+from support.files import locked, write_json
+from support.job import Job, TrainingError, describe, first_progress, load_job, logps_of
 from support.on_policy import draw_pairs, draws, prompts_per_step
 from support.plan import GPUS, PRESETS, plan
 from support.run_options import parse_options
-from support.weights import save_tensors
 
 
 # fmt: off
@@ -75,8 +62,8 @@ class RunOptions:
     samples: int = option(8, "answers drawn to each prompt", least=2, most=1024)
     max_new_tokens: int | None = option(None, "largest length of a drawn answer", least=1)
     max_length: int | None = option(None, "largest length of a prompt and an answer", least=2)
-    row_tokens: int = option(ROW_TOKENS, "pairs share a row up to this many tokens", least=1)
-    micro_tokens: int = option(MICRO_TOKENS, "tokens in a forward pass", least=1)
+    row_tokens: int = option(128, "pairs share a row up to this many tokens", least=1)
+    micro_tokens: int = option(4096, "tokens in a forward pass", least=1)
     lora_rank: int | None = option(None, "train adapters of this rank; base weights are frozen and "
                                    "stored in --dtype", least=1)
     lora_alpha: float | None = option(None, "numerator of the adapters' scale (default: twice the "
@@ -138,19 +125,13 @@ def loss_options(options: Options) -> dict[str, float]:
 def train_step(
     model: Llama,
     optimizer: torch.optim.Optimizer,
-    batches: list[Batch],
+    data: StepData,
     options: Options,
-    *,
-    ref_logps: Tensor | None = None,
-    advantages: Tensor | None = None,
-    mismatched: tuple[list[Batch], Tensor] | None = None,
-    world: World = World(),  # noqa: B008 - one process
+    world: World = World(),  # noqa: B008 - a single process
     check: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Makes one optimizer step on the pairs of `batches`.
+    """Makes one optimizer step on the pairs of `data`. check(losses, logps) runs before the update.
 
-    ref_logps and advantages: (all pairs, 2), indexed by the batches' index. mismatched: batches of
-    mismatched pairs and their ref_logps, for kto. check(losses, logps) runs before the update.
     Returns the loss of each pair (B,), log-probs (B, 2) and the norm of the gradient before
     clipping, on the model's device. The weights stay as they are if a loss or the gradient is not
     finite.
@@ -158,18 +139,18 @@ def train_step(
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     losses, logps, own = [], [], loss_options(options)
     if not LOSSES[options.loss].pairwise:
-        own["shared"] = shared_term(model, *(mismatched or (batches, ref_logps)), options, world)
-    for batch in batches:
-        ref, advantage = (
+        own["shared"] = shared_term(model, data, options, world)
+    for batch in data.batches:
+        ref_logps, advantages = (
             None if x is None else x[batch.index].flatten().to(device)  # (2B,)
-            for x in (ref_logps, advantages)
+            for x in (data.ref_logps, data.advantages)
         )
         batch = batch.to(device)
         with autocast(device, dtype):
             hidden = answer_states(model, batch)  # (N, D)
             loss, logp = fused_pair_loss(
-                *(hidden, model.head_weight, batch.targets, batch.lengths, ref, options.loss),
-                **{"advantages": advantage, "compiled": model.compiled, **own},
+                *(hidden, model.head_weight, batch.targets, batch.lengths, ref_logps, options.loss),
+                **{"advantages": advantages, "compiled": model.compiled, **own},
             )  # (B,), (2B,)
         loss.sum().backward()
         losses.append(loss.detach())
@@ -189,16 +170,15 @@ def train_step(
     return losses, logps, grad_norm
 
 
-def shared_term(model: Llama, batches: list[Batch], ref_logps: Tensor, options, world: World):
-    """The scalar () that couples the pairs of a step in dv and kto, without gradient."""
+def shared_term(model: Llama, data: StepData, options: Options, world: World) -> Tensor:
+    """The scalar () that couples the pairs of a step in dv and kto; computed without gradient."""
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
-    logps = [
-        evaluation.batch_logps(model, batch.to(device), dtype) for batch in batches
-    ]  # (2B,) each
-    ref = [ref_logps[batch.index].flatten().to(device) for batch in batches]
+    batches, ref_logps = data.mismatched or (data.batches, data.ref_logps)
+    logps = [evaluation.batch_logps(model, batch.to(device), dtype) for batch in batches]
+    ref = [ref_logps[batch.index].flatten().to(device) for batch in batches]  # (2B,) each
     lengths = [batch.lengths.to(device) for batch in batches]
-    sums = [world.cat(parts) for parts in (logps, ref, lengths)]
-    sides = (Answers(*(x[side::2] for x in sums), options.beta) for side in (0, 1))
+    terms = [world.cat(parts) for parts in (logps, ref, lengths)]
+    sides = (Answers(*(x[side::2] for x in terms), options.beta) for side in (0, 1))
     return LOSSES[options.loss].shared(*sides)
 
 
@@ -222,53 +202,16 @@ def learning_rate(options: Options, step: int, steps: int) -> float:
 # --- The loop -------------------------------------------------------------------------------------
 
 
-class TrainingError(Exception):
-    """Training cannot go on; the message says why and names the remedy."""
-
-
-class StepData(NamedTuple):
-    """What a step trains on. The arguments of train_step carry the same names."""
-
-    pairs: Pairs
-    index: list[int]  # which of the pairs, in the order of the batches of all processes
-    batches: list[Batch]
-    ref_logps: Tensor | None
-    advantages: Tensor | None
-    mismatched: tuple[list[Batch], Tensor] | None
-    metrics: dict[str, float]
-
-
-def step_data(job: Job, progress: Progress, step: int) -> StepData:
-    """The data of step 1, 2, ..., a function of seed and step (and of the weights, if drawn)."""
-    options = job.options
-    epoch, place = divmod(step - 1, job.per_epoch)
-    count, size = len(job.questions or job.pairs), prompts_per_step(options)
-    rows = epoch_order(count, options.seed, epoch)[place * size : (place + 1) * size].tolist()
-    layout = options.row_tokens, options.micro_tokens, needs_fixed_length(job.model)
-    pairs, ref_logps, advantages, metrics = job.pairs, progress.ref_logps, None, {}
-    if job.questions:
-        pairs, ref_logps, advantages, metrics = draw_pairs(job, step, rows)
-        rows = list(range(len(pairs)))
-    batches, mismatched = job.world.batches(pairs, rows, *layout), None
-    if job.mismatched:
-        mismatched = job.world.batches(job.mismatched, rows, *layout), progress.ref_mismatched
-    index = torch.tensor([i for batch in batches for i in batch.index], dtype=torch.long)
-    index = job.world.cat([index]).tolist()
-    return StepData(pairs, index, batches, ref_logps, advantages, mismatched, metrics)
-
-
 def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dict]:
-    """Trains job.model in place from `progress` on; writes metrics.jsonl and checkpoints.
+    """Trains job.model in place from `progress` on; writes metrics.jsonl and checkpoints. Stops
+    early after a signal.
 
-    Stops early after a signal. Returns the held-out pairs' log-probs (pairs, 2) and the metrics of
-    the last step."""
+    Returns the held-out pairs' log-probs (pairs, 2) and the metrics of the last step."""
     options, model, world, tokens = job.options, job.model, job.world, progress.num_tokens
     optimizer = make_optimizer(model, options)
-    put_moments(model, optimizer, progress.moments, world)
+    checkpoints.put_moments(model, optimizer, progress.moments, world)
     remaining = range(progress.step + 1, job.stop + 1)
-    next_step = job.record.get("step", -1) + 1
-    folder = Path(options.out)
-    with run_folder.metrics_log(folder, next_step, options.tensorboard, world.first) as (row, log):
+    with run_folder.metrics_log(job) as (row, log):
         end = progress.start_logps
         if progress.step == 0 or not remaining:
             end = logps_of(job, job.held_out) if progress.step else end
@@ -280,24 +223,21 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
         bar = {"initial": progress.step, "total": job.stop, "desc": options.loss, "unit": "step"}
         for step in tqdm(remaining, leave=False, **bar):
             data = step_data(job, progress, step)
-            lr = set_lr(optimizer, learning_rate(options, step, job.steps))
+            lr = learning_rate(options, step, job.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             check = functools.partial(check_start, options, data) if step == 1 else None
             losses, logps, grad_norm = torch.zeros(0), torch.zeros(0, 2), torch.zeros(())
             if data.batches:  # none if every drawn answer is right, or every one is wrong
-                losses, logps, grad_norm = train_step(
-                    *(model, optimizer, data.batches, options),
-                    **{"ref_logps": data.ref_logps, "advantages": data.advantages},
-                    **{"mismatched": data.mismatched, "world": world, "check": check},
-                )
+                losses, logps, grad_norm = train_step(model, optimizer, data, options, world, check)
             tokens += sum(row_length(data.pairs[i]) for i in data.index)
             unchecked.append((step, data, losses, grad_norm))
             # What is written at a step depends on the step alone, not on where this run stops.
             evaluate, last = step % options.eval_every == 0 or step == job.steps, step == job.stop
             is_logged = evaluate or step % options.log_every == 0
             received = world.cat([torch.tensor(signals, dtype=torch.long)])
-            stopped = len(received) > 0
-            every = options.save_every
-            save = stopped if every is None else stopped or last or step % every == 0
+            stopped, every = len(received) > 0, options.save_every
+            save = stopped or (every is not None and (last or step % every == 0))
             if not (is_logged or save or last):
                 continue  # reading the losses would wait for the GPU
             for unread in unchecked:
@@ -316,7 +256,9 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
                 log(row | held_out if evaluate else row)
             row |= held_out
             if save:
-                save_progress(job, optimizer, progress._replace(step=step, num_tokens=tokens))
+                check_weights(job, step)
+                now = progress._replace(step=step, num_tokens=tokens)
+                checkpoints.save_checkpoint(job, optimizer, now)
             if stopped:
                 signals[:] = world.cat([received]).tolist()  # waits until the first process saved
                 break
@@ -325,28 +267,25 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
     return end, row
 
 
-def put_moments(model: Llama, optimizer, moments: dict[str, Tensor], world: World) -> None:
-    """Restores AdamW's state from tensors under "exp_avg.NAME", "exp_avg_sq.NAME", "step.NAME"."""
-    for name, moment in moments.items():
-        key, _, parameter = name.partition(".")
-        parameter = model.get_parameter(parameter)
-        optimizer.state[parameter][key] = world.place(moment, parameter)
+def step_data(job: Job, progress: Progress, step: int) -> StepData:
+    """The data of step 1, 2, ..., a function of seed and step (and of the weights, if drawn)."""
+    epoch, place = divmod(step - 1, job.per_epoch)
+    rows = epoch_order(len(job.questions or job.pairs), job.options.seed, epoch).tolist()
+    size = prompts_per_step(job.options)
+    rows, layout = rows[place * size : (place + 1) * size], job.layout
+    pairs, ref_logps, advantages, metrics = job.pairs, progress.ref_logps, None, {}
+    if job.questions:
+        pairs, ref_logps, advantages, metrics = draw_pairs(job, step, rows)
+        rows = list(range(len(pairs)))
+    batches, mismatched = job.world.batches(pairs, rows, *layout), None
+    if job.mismatched:
+        mismatched = job.world.batches(job.mismatched, rows, *layout), progress.ref_mismatched
+    index = torch.tensor([i for batch in batches for i in batch.index], dtype=torch.long)
+    index = job.world.cat([index]).tolist()
+    return StepData(batches, ref_logps, advantages, mismatched, pairs, index, metrics)
 
 
-def save_progress(job: Job, optimizer, progress: Progress) -> None:
-    check_weights(job, progress.step)
-    named = {name: optimizer.state.get(p, {}) for name, p in job.model.named_parameters()}
-    moments = {f"{key}.{name}": x for name, state in named.items() for key, x in state.items()}
-    moments = job.world.gather_state(moments)
-    model = job.world.gather_model(job.model)
-    if job.world.first:
-        checkpoints.save_checkpoint(job, model, progress._replace(moments=moments))
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
+# --- Checks and metrics ---------------------------------------------------------------------------
 
 
 def check_start(options: Options, data: StepData, losses: Tensor, logps: Tensor) -> None:
@@ -358,16 +297,17 @@ def check_start(options: Options, data: StepData, losses: Tensor, logps: Tensor)
     drift = (logps.cpu() - ref).abs().max().item()
     # Rounding differs between packings, and grows with the length of a sum.
     allowed = (1e-4 if options.dtype == "float32" else 5e-3) * (1 + ref.abs().max())
-    remedy = "report this, it is a bug" if not options.init_adapter else "check --init_adapter"
-    if not drift <= allowed:
-        raise TrainingError(f"step 0: policy and reference differ by {drift:.2g} nats; {remedy}")
     start, loss = LOSSES[options.loss].start, mean(losses)
     start = start(options.beta) if callable(start) else start
-    if start is not None and loss_options(options).keys() == {"beta"}:
-        # A loss changes with a log-ratio by beta or, if its target is 1 / (2 beta), by 1 / beta.
-        slope = 10 * max(options.beta, 1 / options.beta)
-        if not abs(loss - start) <= 1e-5 * (1 + abs(start)) + slope * drift:
-            raise TrainingError(f"step 0: the loss is {loss:.6f}, not {start:.6f}; {remedy}")
+    if start is None or loss_options(options).keys() != {"beta"}:
+        start = loss  # it depends on the answers, or on an option that was set
+    # A loss changes with a log-ratio by beta or, if its target is 1 / (2 beta), by 1 / beta.
+    slope = 10 * max(options.beta, 1 / options.beta)
+    if not (drift <= allowed and abs(loss - start) <= 1e-5 * (1 + abs(start)) + slope * drift):
+        raise TrainingError(
+            f"step 0: policy and reference differ by {drift:.2g} nats, and the loss is {loss:.6f} "
+            f"where {start:.6f} is expected; remove the cache beside --out and start again"
+        )
     print(f"  step 0: rewards 0 within {drift * options.beta:.1e}, loss {loss:.6f}")
 
 
@@ -378,10 +318,8 @@ def check_finite(job: Job, step: int, data: StepData, losses: Tensor, grad_norm:
     if not (all(finite) and grad_norm.isfinite()):
         rows = [i for i, fine in zip(data.index, finite) if not fine] or data.index
         lines = ", ".join(str(data.pairs.lines[i]) for i in rows[:8])
-        raise TrainingError(
-            f"step {step}: loss or gradient not finite, from line {lines} of {job.options.data}; "
-            "try a lower --lr"
-        )
+        where = f"from line {lines} of {job.options.data}"
+        raise TrainingError(f"step {step}: loss or gradient not finite, {where}; try a lower --lr")
 
 
 def check_weights(job: Job, step: int) -> None:
@@ -399,7 +337,7 @@ def training_metrics(job: Job, data: StepData, logps: Tensor) -> dict[str, float
     pairs of a chosen and a rejected one."""
     if data.advantages is not None:
         return {}
-    present = torch.from_numpy(data.pairs.lengths()[data.index, 1:] > 0)
+    present = torch.from_numpy(data.pairs.lengths()[data.index, 1:] > 0)  # (B, 2)
     logps = torch.where(present, logps, torch.nan)
     ref = None if data.ref_logps is None else data.ref_logps[data.index]
     values = evaluation.preference_values(logps, ref, job.options.beta)
@@ -415,115 +353,15 @@ def held_out_metrics(job: Job, logps: Tensor, start_logps: Tensor) -> dict[str, 
     options, metrics = job.options, {"loss": math.nan}
     lengths = torch.from_numpy(job.held_out.lengths()[:, 1:])  # (pairs, 2)
     if not job.mismatched and LOSSES[options.loss].answers != "drawn":
-        n_w, n_l = lengths.unbind(dim=1)
-        losses = pair_loss(
-            *(options.loss, *logps.unbind(dim=1), *start_logps.unbind(dim=1)),
-            **{"chosen_lengths": n_w, "rejected_lengths": n_l, **loss_options(options)},
-        )
-        metrics = {"loss": mean(losses)}
+        sums = *logps.unbind(dim=1), *start_logps.unbind(dim=1)
+        n = dict(zip(("chosen_lengths", "rejected_lengths"), lengths.unbind(dim=1)))
+        metrics["loss"] = mean(pair_loss(options.loss, *sums, **n, **loss_options(options)))
     logps = torch.where(lengths > 0, logps, torch.nan)
     metrics |= evaluation.preference_metrics(logps, start_logps, options.beta)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
-def logps_of(job: Job, pairs: Pairs) -> Tensor:
-    """Log-probs of pairs under job.model (pairs, 2), in nats, in the precision of training."""
-    options, world = job.options, job.world
-    layout = options.row_tokens, options.micro_tokens, getattr(torch, options.dtype)
-    logps = world.sum(evaluation.pair_logps(job.model, pairs, *layout, world.batches))
-    world.reshard(job.model)
-    return logps
-
-
 # --- The whole run --------------------------------------------------------------------------------
-
-
-def first_progress(job: Job) -> Progress:
-    """The state at step 0: log-probs of training and held-out pairs under the initial weights."""
-    ref_logps = ref_mismatched = None
-    if LOSSES[job.options.loss].needs_reference and not job.questions:
-        ref_logps = reference_logps(job, job.pairs)
-    if job.mismatched:
-        ref_mismatched = reference_logps(job, job.mismatched)
-    return Progress(0, 0, ref_logps, ref_mismatched, logps_of(job, job.held_out), {})
-
-
-def reference_logps(job: Job, pairs: Pairs) -> Tensor:
-    """Log-probs of training pairs under the initial weights (pairs, 2), in nats.
-
-    They are cached under a hash of weights, token ids and precision. Nothing else of the reference
-    stays in memory."""
-    options, same = job.options, False
-    weights = job.inputs["init"], job.inputs["init_adapter"]
-    key = digest(*weights, hash_pairs(pairs), options.dtype)
-    file = Path(options.out).parent / "cache" / f"reference-{key[:16]}.safetensors"
-    if file.is_file():
-        with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as tensors:
-            logps = tensors.get_tensor("logps")
-            same = (tensors.metadata() or {}).get("key") == digest(key, logps.numpy().tobytes())
-            same = same and logps.shape == (len(pairs), 2) and bool(logps.isfinite().all())
-    if job.world.cat([torch.tensor([same])]).all():
-        print(f"reference log-probs: found in {file}")
-        return logps
-    with stage("reference log-probs: the initial weights on the training pairs") as notes:
-        logps = logps_of(job, pairs)
-        if not logps.isfinite().all():
-            raise TrainingError(f"{options.init}: its log-probs are not finite; check its weights")
-        if job.world.first:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(file, {"logps": logps}, key=digest(key, logps.numpy().tobytes()))
-        notes.append(f"in {file}")
-    return logps
-
-
-def describe(job: Job) -> str:
-    """What is about to be trained, so that a wrong flag is seen before it costs anything."""
-    options, loss = job.options, LOSSES[job.options.loss]
-    own = loss.options | loss_options(options)
-    own = {name: x for name, x in own.items() if name != "beta" or loss.uses_beta}
-    own = "".join(f", {name} {value:g}" for name, value in sorted(own.items()))
-    reference = "with" if loss.needs_reference else "without"
-    parameters = list(job.model.parameters())
-    total, trained = (
-        sum(p.numel() for p in parameters if p.requires_grad or count_all) for count_all in (1, 0)
-    )
-    processes = f", {job.world.count} processes" if job.world.count > 1 else ""
-    rows = f"{len(job.pairs)} pairs"
-    if job.questions:
-        rows = f"{len(job.questions)} questions, {options.samples} answers drawn to each"
-    first, unit = job.record.get("step", 0) + 1, "prompts" if job.questions else "pairs"
-    return (
-        f"{options.loss}: {loss.formula}   [{loss.source}]\n"
-        f"  log-probs as {loss.uses} over an answer's tokens{own}, {reference} a reference\n"
-        f"  {options.init}: {total:,} parameters, {trained:,} of them trained, {options.dtype} "
-        f"products on {options.device}{processes}\n"
-        f"  {rows}, {len(job.held_out)} held out; steps {first} to {job.stop} of {job.steps}, "
-        f"{prompts_per_step(options)} {unit} each; lr {options.lr:g}, {options.schedule}, seed "
-        f"{options.seed}"
-    )
-
-
-def merge_adapters(job: Job) -> None:
-    """Writes the adapters, merges them into the weights, and prints by how much logits change."""
-    options, model = job.options, job.model
-    pairs = (job.held_out or job.pairs)[:2]
-    layout = options.row_tokens, options.micro_tokens, needs_fixed_length(model)
-
-    @torch.no_grad()
-    def logits() -> Tensor:
-        """Of the first batch of answers: (at most 64 tokens, V), empty if there are no pairs."""
-        for batch in job.world.batches(pairs, list(range(len(pairs))), *layout)[:1]:
-            batch = batch.to(model.head_weight.device)
-            with autocast(batch.tokens.device, getattr(torch, options.dtype)):
-                return (answer_states(model, batch)[:64] @ model.head_weight.T).float()
-        return torch.zeros(0)
-
-    lora.save_adapter(model, Path(options.out) / "adapter", options.init)
-    before = logits()
-    lora.merge_lora(model, getattr(torch, options.dtype))
-    if len(before):
-        change = (logits() - before).abs().max()
-        print(f"  merged in {options.dtype}: logits move by at most {change:.1e}")
 
 
 def finish(job: Job, start: Tensor, end: Tensor, last: dict, began: float) -> None:
@@ -532,7 +370,14 @@ def finish(job: Job, start: Tensor, end: Tensor, last: dict, began: float) -> No
     start, end: log-probs of the held-out pairs at step 0 and after the last step, (pairs, 2)."""
     options, folder, init = job.options, Path(job.options.out), Path(job.options.init)
     if lora.lora_of(job.model):
-        merge_adapters(job)
+        lora.save_adapter(job.model, folder / "adapter", options.init)
+        pairs = (job.held_out or job.pairs)[:2]
+        layout = options.row_tokens, options.micro_tokens, getattr(torch, options.dtype)
+        before = evaluation.pair_logps(job.model, pairs, *layout)
+        lora.merge_lora(job.model, getattr(torch, options.dtype))
+        after = evaluation.pair_logps(job.model, pairs, *layout)
+        change = max((after - before).abs().flatten().tolist(), default=0.0)
+        print(f"  merged in {options.dtype}: log-probs of answers change by at most {change:.1e}")
     job.model.save_pretrained(folder)
     job.tokenizer.save(folder)
     rows = {options.loss: evaluation.preference_row(end, start, job.held_out)}
@@ -541,12 +386,10 @@ def finish(job: Job, start: Tensor, end: Tensor, last: dict, began: float) -> No
         with stage("evaluation: the trained model on the held-out problems") as notes:
             after = builtin_task.task_values(job.model, job.tokenizer)
             notes.append(f"in {folder / 'summary.json'}")
-        # Both answered the same problems, so the change is one of paired values.
+        # Both models answered the same problems, so the change is one of paired values.
         change = {name: np.subtract(after[name], before[name]) for name in after}
-        figures = [{name: Column(np.array(x)).figure() for name, x in values.items()}
-                   for values in (before, after, change)]  # fmt: skip
-        rows[options.loss] = figures[1] | rows[options.loss]
-        rows = {"base": figures[0], **rows, "change": figures[2]}
+        before, after, change = map(task_row, (before, after, change))
+        rows = {"base": before, options.loss: after | rows[options.loss], "change": change}
     printed = {name: {k: f._asdict() for k, f in row.items()} for name, row in rows.items()}
     metrics = json.loads(run_folder.strict_json({"seconds": time.perf_counter() - began, **last}))
     write_json(folder / "summary.json", {**metrics, "table": printed})
@@ -565,19 +408,15 @@ def main(argv: list[str] | None = None) -> Path:
                 print(plan(options))
                 parser.exit()
             # Base model and pairs
-            base = options.init or builtin_task.base_folder(options)
-            sources = base, options.init_adapter, options.data, options.eval_data
-            with world.together():
-                if world.first:
-                    run_folder.check_out(options, sources)
-                if not options.init:
-                    tools = make_optimizer, train_step
-                    options = builtin_task.prepare(options, draws(options), *tools)
-                job = load_job(options, world)
-            with world.together():  # nothing is written before all processes have read their files
-                if world.first:
-                    stack.enter_context(locked(folder))
-                    run_folder.check_free(options)
+            sources = options.init or builtin_task.base_folder(options), options.init_adapter
+            run_folder.check_out(options, (*sources, options.data, options.eval_data))
+            if not options.init:
+                tools = make_optimizer, train_step
+                options = builtin_task.prepare(options, draws(options), *tools)
+            job = load_job(options, world)
+            if world.first:
+                stack.enter_context(locked(folder))
+                run_folder.check_free(options)
         except (OSError, ValueError) as error:
             parser.error(error)
         print(describe(job), flush=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import encode_example, load_tokenizer, make_batches
+from data import StepData, encode_example, load_tokenizer, make_batches
 from model import Llama, ModelConfig
 from support.cli import stage
 from support.files import digest, locked, read_json, write_json, write_rows
@@ -115,8 +115,8 @@ def make_base(folder: Path, options, make_optimizer, train_step) -> None:
 
 
 def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[int, float]:
-    """Trains until the validation accuracy is between target and upper limit. If it jumps over both,
-    returns to the weights of the last check at half the rate. Returns (steps, accuracy)."""
+    """Trains until the validation accuracy is between target and upper limit. If it is higher, goes
+    on from the last check at half the rate. Returns the number of steps and the accuracy."""
     optimizer, lr = make_optimizer(model, options), BASE["lr"]
     prompts = problems("validation", BASE["problems"], seed=0)
     last_weights, step, accuracy = copy.deepcopy(model.state_dict()), 0, 0.0
@@ -135,7 +135,7 @@ def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[
                 group["lr"] = lr * min(1, step / 50)  # warms up for 50 steps
             layout = options.row_tokens, options.micro_tokens
             batches = make_batches(batch, list(range(len(batch))), *layout)
-            train_step(model, optimizer, batches, options)
+            train_step(model, optimizer, StepData(batches), options)
             bar.update()
             if step % BASE["check_every"] == 0:
                 greedy = sample_answers(model, tokenizer, prompts, temperature=0)
@@ -177,8 +177,8 @@ def make_pairs(folder: Path, seed: int, device: str) -> None:
 
 
 def task_values(model, tokenizer, count: int = TEST_PROBLEMS, samples: int = SAMPLES) -> dict:
-    """Lists of one number for each test problem: the greedy accuracy, and pass@k for k = 1 and 8 or,
-    with another number of samples, for that number and the powers of two below it."""
+    """The greedy accuracy and pass@k as lists with one number for each test problem. k is 1 and 8;
+    for another number of samples k is that number and the powers of two below it."""
     questions = problems("test", count, seed=0)
     greedy = sample_answers(model, tokenizer, questions, temperature=0)
     sampled = sample_answers(model, tokenizer, questions, samples=samples)

@@ -61,10 +61,24 @@ def recorded(options) -> dict:
     return dataclasses.asdict(options) | {"resume": False, "overwrite": False, "config": None}
 
 
-def save_checkpoint(job, model, progress: Progress) -> None:
-    """Writes a checkpoint of the unsharded `model`, then removes those beyond --keep. A crash
+def put_moments(model, optimizer, moments: dict[str, Tensor], world) -> None:
+    """Restores the state of AdamW from tensors under the names in `Progress.moments`."""
+    for name, moment in moments.items():
+        key, _, parameter = name.partition(".")
+        parameter = model.get_parameter(parameter)
+        optimizer.state[parameter][key] = world.place(moment, parameter)
+
+
+def save_checkpoint(job, optimizer, progress: Progress) -> None:
+    """Writes a checkpoint of job.model and the optimizer, then removes those beyond --keep. A crash
     leaves the checkpoint complete or absent, and an older one goes only after it is complete."""
     folder, options = Path(job.options.out), job.options
+    named = {name: optimizer.state.get(p, {}) for name, p in job.model.named_parameters()}
+    moments = {f"{key}.{name}": x for name, state in named.items() for key, x in state.items()}
+    moments, model = job.world.gather_state(moments), job.world.gather_model(job.model)
+    if not job.world.first:
+        return
+    progress = progress._replace(moments=moments)
     tensors = {f"moments.{name}": moment for name, moment in progress.moments.items()}
     tensors |= {"start": progress.start_logps, "random.cpu": torch.get_rng_state()}
     for name in ("ref_logps", "ref_mismatched"):

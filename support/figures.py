@@ -97,6 +97,11 @@ class Column(NamedTuple):
         return Difference(float(mean), low, high, len(values))
 
 
+def task_row(values: dict[str, list[float]]) -> Row:
+    """The row of a table from the values of each item by column."""
+    return {name: Column(np.array(value)).figure() for name, value in values.items()}
+
+
 def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np.ndarray:
     """Bootstrap over prompts: (RESAMPLES,) values of the statistic.
 

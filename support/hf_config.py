@@ -90,7 +90,7 @@ def _features(hf: dict, fields: set[str]) -> dict:
 
 
 def _rope(hf: dict) -> dict:
-    """Reads rope_theta and rope_scaling, from the older keys or transformers 5's rope_parameters."""
+    """Reads rope_theta and rope_scaling from the older keys or from rope_parameters."""
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     _check(isinstance(rope, dict), f"rope_scaling must be an object, not {rope!r:.60}")
     kind = rope.get("rope_type", rope.get("type", "default"))

@@ -1,6 +1,7 @@
 """The job of a run: loads and checks everything that training reads, before a file is written.
 Stands on mio.py, model.py and data.py."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -9,19 +10,27 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from data import Pairs, check_answers, load_pairs, mismatched_pairs, split_pairs
+from data import Pairs, load_pairs, needs_fixed_length, split_pairs, truncate
+from eval import pair_logps
 from mio import LOSSES
 from model import Llama
 from support import lora
-from support.checkpoints import check_resumed, newest_checkpoint
+from support.checkpoints import Progress, check_resumed, newest_checkpoint
+from support.cli import stage
 from support.distributed import World
 from support.files import digest, read_json
 from support.on_policy import draws, load_questions, prompts_per_step
 from support.questions import Item
 from support.tokenizers import Tokenizer
 from support.trained_run import load_checkpoint
-from support.weights import weight_files
+from support.weights import save_tensors, weight_files
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message says why and names the remedy."""
 
 
 class Job(NamedTuple):
@@ -39,6 +48,12 @@ class Job(NamedTuple):
     mismatched: Pairs | None = None  # the prompts of `pairs` with the answers of other rows (kto)
     questions: list[Item] | None = None  # to which the policy draws answers
     reference: Llama | None = None  # stays in memory if the policy draws answers
+
+    @property
+    def layout(self) -> tuple[int, int, bool]:
+        """Arguments of data.make_batches."""
+        options = self.options
+        return options.row_tokens, options.micro_tokens, needs_fixed_length(self.model)
 
     @property
     def per_epoch(self) -> int:
@@ -91,6 +106,30 @@ def load_job(options, world: World) -> Job:
     if record:
         check_resumed(job)
     return job
+
+
+def mismatched_pairs(pairs: Pairs, max_length: int, bos_id: int | None) -> Pairs:
+    """Each prompt with the answers of the next row that has another prompt, for kto's K."""
+    mismatched = Pairs()
+    for i, pair in enumerate(pairs):
+        others = (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs)))
+        other = next((other for other in others if other.prompt != pair.prompt), pair)
+        mixed = truncate(other._replace(prompt=pair.prompt), max_length, bos_id)
+        mismatched.append(mixed, pairs.lines[i])
+    return mismatched
+
+
+def check_answers(pairs: Pairs, needed: str, path, loss: str) -> None:
+    """Raises ValueError for the first row without the answers that a loss needs.
+
+    needed: "both", "chosen" or "any", as in mio.Loss.answers."""
+    present = pairs.lengths()[:, 1:] > 0  # (pairs, 2)
+    complete = {"both": present.all(axis=1), "chosen": present[:, 0], "any": present.any(axis=1)}
+    incomplete = np.flatnonzero(~complete[needed])
+    if len(incomplete):
+        answers = "a chosen and a rejected answer" if needed == "both" else "a chosen answer"
+        line = pairs.lines[incomplete[0]]
+        raise ValueError(f"{path}:{line}: --loss {loss} needs {answers} in each row")
 
 
 def hash_inputs(options, pairs: Pairs, held_out: Pairs, questions) -> dict[str, str]:
@@ -146,3 +185,74 @@ def _add_adapter(model: Llama, options) -> None:
         raise ValueError(f"{folder or options.init}: {error}") from None
     if folder:
         lora.load_adapter(model, folder)
+
+
+def describe(job: Job) -> str:
+    """What is about to be trained, so that a wrong flag is seen before it costs anything."""
+    options, loss = job.options, LOSSES[job.options.loss]
+    own = ({"beta": options.beta} if loss.uses_beta else {}) | loss.options
+    own |= {name: x for name in loss.options if (x := getattr(options, name)) is not None}
+    own = "".join(f", {name} {value:g}" for name, value in own.items())
+    reference = "with" if loss.needs_reference else "without"
+    parameters = list(job.model.parameters())
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    processes = f", {job.world.count} processes" if job.world.count > 1 else ""
+    rows, unit = f"{len(job.pairs)} pairs", "pairs"
+    if job.questions:
+        rows, unit = f"{len(job.questions)} questions, {options.samples} answers to each", "prompts"
+    return (
+        f"{options.loss}: {loss.formula}   [{loss.source}]\n"
+        f"  log-probs as {loss.uses} over an answer's tokens{own}, {reference} a reference\n"
+        f"  {options.init}: {total:,} parameters, {trained:,} of them trained, {options.dtype} "
+        f"products on {options.device}{processes}\n"
+        f"  {rows}, {len(job.held_out)} held out; steps {job.record.get('step', 0) + 1} to "
+        f"{job.stop} of {job.steps}, {prompts_per_step(options)} {unit} each; lr {options.lr:g}, "
+        f"{options.schedule}, seed {options.seed}"
+    )
+
+
+def logps_of(job: Job, pairs: Pairs) -> Tensor:
+    """Log-probs of pairs under job.model (pairs, 2), in nats, by the code path of training."""
+    options, world = job.options, job.world
+    layout = options.row_tokens, options.micro_tokens, getattr(torch, options.dtype)
+    logps = world.sum(pair_logps(job.model, pairs, *layout, world.batches))
+    world.reshard(job.model)
+    return logps
+
+
+def first_progress(job: Job) -> Progress:
+    """The state at step 0: log-probs of training and held-out pairs under the initial weights."""
+    ref_logps = ref_mismatched = None
+    if LOSSES[job.options.loss].needs_reference and not job.questions:
+        ref_logps = reference_logps(job, job.pairs)
+    if job.mismatched:
+        ref_mismatched = reference_logps(job, job.mismatched)
+    return Progress(0, 0, ref_logps, ref_mismatched, logps_of(job, job.held_out), {})
+
+
+def reference_logps(job: Job, pairs: Pairs) -> Tensor:
+    """Log-probs of training pairs under the initial weights (pairs, 2), in nats.
+
+    They are cached under a hash of weights, token ids and precision. Nothing else of the reference
+    stays in memory."""
+    options, cached = job.options, None
+    weights = job.inputs["init"], job.inputs["init_adapter"]
+    key = digest(*weights, hash_pairs(pairs), options.dtype)
+    file = Path(options.out).parent / "cache" / f"reference-{key[:16]}.safetensors"
+    if file.is_file():
+        with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as tensors:
+            logps, stored = tensors.get_tensor("logps"), (tensors.metadata() or {}).get("key")
+            cached = logps if stored == digest(key, logps.numpy().tobytes()) else None
+    if job.world.cat([torch.tensor([cached is not None])]).all():
+        print(f"reference log-probs: found in {file}")
+        return cached
+    with stage("reference log-probs: the initial weights on the training pairs") as notes:
+        logps = logps_of(job, pairs)
+        if not logps.isfinite().all():
+            raise TrainingError(f"{options.init}: its log-probs are not finite; check its weights")
+        if job.world.first:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(file, {"logps": logps}, key=digest(key, logps.numpy().tobytes()))
+        notes.append(f"in {file}")
+    return logps

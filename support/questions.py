@@ -107,7 +107,7 @@ def examples(path: str | None, k: int, items: list[Item]) -> str:
     if shots is None or k > len(shots):
         raise ValueError(f"{path}: -k {k}, but the file has {len(shots or [])} rows to show")
     shots = shots[:k]
-    if len({(item.grade, bool(item.choices)) for item in shots + items}) > 1:
+    if len({item.grade for item in shots + items}) > 1:
         return ""
     if any(isinstance(item.prompt, list) for item in shots + items):
         raise ValueError(f"{path}: --shots stand before prompts of plain text, not conversations")

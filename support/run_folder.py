@@ -76,17 +76,17 @@ def provenance(processes: int) -> dict:
 
 
 @contextlib.contextmanager
-def metrics_log(folder: Path, next_step: int = 0, tensorboard: bool = False, first: bool = True):
+def metrics_log(job):
     """Yields the last row of metrics.jsonl, or {}, and a function that appends a row. Event files
-    for tensorboard get the same rows; those from `next_step` on of an earlier attempt are void."""
-    if not first:
+    for tensorboard get the same rows; those from the step of job.record on of an earlier attempt are void."""
+    if not job.world.first:
         yield {}, lambda row: None
         return
-    board = None
-    if tensorboard:
+    folder, board = Path(job.options.out), None
+    if job.options.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(folder / "tensorboard", purge_step=next_step)
+        board = SummaryWriter(folder / "tensorboard", purge_step=job.record.get("step", -1) + 1)
 
     def log(row: dict) -> None:
         print(strict_json(row), file=file, flush=True)

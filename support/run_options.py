@@ -39,13 +39,12 @@ def parse_options(argv: list[str] | None, cls: type, description: str, world):
         print(loss_table())
         parser.exit()
     try:
-        with world.together():
-            if "config" in flags:
-                flags = _read_config(Path(flags["config"]), flags, fields.keys()) | flags
-            flags = {name: check_value(fields[name], value) for name, value in flags.items()}
-            if flags.get("resume"):
-                flags = resumed_options(flags, cls, default_out)
-            return parser, resolve(cls(**flags), world)
+        if "config" in flags:
+            flags = _read_config(Path(flags["config"]), flags, fields.keys()) | flags
+        flags = {name: check_value(fields[name], value) for name, value in flags.items()}
+        if flags.get("resume"):
+            flags = resumed_options(flags, cls, default_out)
+        return parser, resolve(cls(**flags), world)
     except (OSError, ValueError) as error:
         parser.error(error)
 

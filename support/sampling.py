@@ -1,12 +1,133 @@
-"""Answers sampled from a model: many prompts, texts in place of ids, and stop texts."""
+"""Sampling from a model: generation with a cache, prompts and answers as text, and stop texts."""
 
 import time
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 GENERATION_ROWS = 1000  # prompts in one call of `generate`, which share a seed
 GENERATION_TOKENS = 2**16  # tokens of prompts and answers in the cache at a time
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop_ids=(),
+    seed: int = 0,
+    rows: int | None = None,
+    is_over: Callable[[int, list[int]], bool] | None = None,
+    progress: Callable[[list[int]], None] | None = None,
+) -> list[list[int]]:
+    """Continues each prompt until a stop id or for `max_new_tokens`.
+
+    prompts: non-empty lists of ids of any lengths. temperature 0 is greedy; top_p keeps the
+    smallest set of tokens whose probability reaches it. rows: how many prompts are continued at a
+    time (default: all). is_over(prompt number, ids so far), asked every few tokens, also ends an
+    answer. progress(ids) is called for each finished answer.
+    Returns the new ids of each prompt, with the stop id if one was produced. The same seed and
+    prompts give the same answers.
+    """
+    assert prompts and all(prompts), "every prompt needs at least one token"
+    rows, device = rows or len(prompts), model.head_weight.device
+    # One uniform draw per token and prompt, so an answer does not depend on the other rows.
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(max_new_tokens, len(prompts), generator=generator).to(device)
+    stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    look_every = 8 if device.type == "cuda" or is_over else 1  # tokens between looks
+    answers: dict[int, list[int]] = {}
+
+    def collect(live: list[int], new: Tensor, is_last: bool) -> None:
+        """Adds finished answers. `live` are the prompts of the rows of `new` (R, steps)."""
+        is_stop = torch.isin(new, stop)  # (R, steps)
+        lengths = torch.where(is_stop.any(dim=1), is_stop.int().argmax(dim=1) + 1, new.shape[1])
+        for row, (ended, length) in enumerate(zip(is_stop.any(dim=1).tolist(), lengths.tolist())):
+            number, ended = live[row], ended or is_last
+            if number not in answers and (ended or is_over):
+                answer = new[row, :length].tolist()
+                if ended or is_over(number, answer):
+                    answers[number] = answer
+                    if progress:
+                        progress(answer)
+
+    for start in range(0, len(prompts), rows):
+        live = list(range(len(prompts)))[start : start + rows]  # the prompt of each row
+        lengths = torch.tensor([len(prompts[i]) for i in live], device=device)  # (R,)
+        hidden, cache = _read_prompts(model, [prompts[i] for i in live], max_new_tokens)
+        new = torch.zeros(len(live), 0, dtype=torch.long, device=device)  # (R, steps)
+        for step in range(max_new_tokens):
+            logits = (hidden @ model.head_weight.T).float()  # (R, V)
+            token = sample(logits, temperature, top_p, uniform[step, live])  # (R,)
+            new = torch.cat((new, token[:, None]), dim=1)
+            if step % look_every == 0 or step + 1 == max_new_tokens:
+                collect(live, new, step + 1 == max_new_tokens)
+                unfinished = [row for row, i in enumerate(live) if i not in answers]
+                if not unfinished:
+                    break
+                if len(unfinished) <= len(live) // 2:  # drop the finished rows
+                    live, new = [live[row] for row in unfinished], new[unfinished]
+                    cache, lengths = cache[:, :, unfinished], lengths[unfinished]
+            longest = max(len(prompts[i]) for i in live)
+            hidden = _read_token(model, new[:, -1], lengths + step, longest + step + 1, cache)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _read_prompts(model, prompts: list[list[int]], new_tokens: int) -> tuple[Tensor, Tensor]:
+    """The hidden state of each prompt's last token (R, D), and a cache that holds the prompts and
+    has room for `new_tokens`. A prompt that occurs several times is read once."""
+    number: dict[tuple, int] = {}
+    source = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
+    config, weight = model.config, model.head_weight
+    lengths = torch.tensor([len(prompt) for prompt in number], device=weight.device)
+    T = int(lengths.max())
+    # Padding at the end is never attended to, and the answer overwrites it in the cache.
+    padded = [[*prompt, *[0] * (T - len(prompt))] for prompt in number]
+    shape = (config.num_hidden_layers, 2, len(number), config.num_key_value_heads)
+    cache = weight.new_zeros(*shape, T + new_tokens, config.head_dim)
+    hidden = model(torch.tensor(padded, device=weight.device), None, None, cache)
+    hidden = hidden[torch.arange(len(number)), lengths - 1]  # (unique prompts, D)
+    if len(number) == len(prompts):
+        return hidden, cache
+    return hidden[source], cache[:, :, source]
+
+
+def _read_token(model, token: Tensor, position: Tensor, keys: int, cache: Tensor) -> Tensor:
+    """The hidden state (R, D) of a token per row (R,) at its position (R,), which attends to the
+    first `keys` positions of the cache up to its own."""
+    keys = torch.arange(keys, device=position.device)
+    mask = keys <= position[:, None]  # (R, S)
+    if model.config.sliding_window is not None:
+        mask &= position[:, None] - keys < model.config.sliding_window
+    return model(token[:, None], position[:, None], mask[:, None, None], cache)[:, 0]
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
+    """Samples a token per row by inverting the cumulative distribution at `uniform` in [0, 1).
+
+    logits (B, V) float32, uniform (B,) -> ids (B,). temperature 0 takes the most probable token.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits / temperature).softmax(dim=-1)  # (B, V)
+    order = None
+    if top_p < 1:
+        # The full vocabulary is sorted only if its 1,024 most probable tokens do not suffice.
+        top = probabilities.topk(min(1024, probabilities.shape[-1]), dim=-1)
+        enough = bool((top.values.sum(dim=-1) >= top_p).all())
+        probabilities, order = top if enough else probabilities.sort(dim=-1, descending=True)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
+    # Strictly above: a token of probability zero is never sampled, not even at uniform 0.
+    above = cumulative > uniform[:, None] * cumulative[:, -1:]
+    choice = above.to(torch.uint8).argmax(dim=-1)
+    return choice if order is None else order.gather(1, choice[:, None])[:, 0]
 
 
 def draw(

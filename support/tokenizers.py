@@ -191,8 +191,8 @@ class Tokenizer:
                 parts = [split.split(piece, timeout=SPLIT_SECONDS) for piece in pieces]
                 pieces = [piece for part in parts for piece in part if piece]
         except TimeoutError:
-            what = f"tokenizer.json: its Split by {split.pattern!r:.60}"
-            raise ValueError(f"{what} takes more than {SPLIT_SECONDS} s on one text") from None
+            message = f"tokenizer.json: its Split by {split.pattern!r:.60} takes too long"
+            raise ValueError(message) from None
         return [id for piece in pieces for id in self.encode_piece(piece)]
 
     def decode(self, ids) -> str:
@@ -203,20 +203,16 @@ class Tokenizer:
         return text.removeprefix(" ") if self.strip else text
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
-        """Ids of a conversation, [{"role": ..., "content": ...}, ...], by the chat template.
-
-        These are the ids of transformers' apply_chat_template, except that the text of a special
-        token inside a message stays text. Raises ValueError if there is no template or it fails.
-        """
+        """Ids of a conversation, [{"role": ..., "content": ...}, ...], by the chat template: those
+        of transformers' apply_chat_template, but the text of a special token in a message stays
+        text. Raises ValueError if there is no template or it fails."""
         mark = self._mark(messages)
         return self._encode(self._write(messages, add_generation_prompt, mark), self.special, mark)
 
     def turns(self, messages: list[dict], answers: list[dict]) -> tuple[list[int], list[list[int]]]:
         """Ids of a conversation and ids of each answer to it, up to the token that ends the answer.
-
         The conversation's ids followed by an answer's begin the ids of both rendered together.
-        Raises UnusableError if the template refuses the conversation.
-        """
+        Raises UnusableError if the template refuses the conversation."""
         mark, answer_ids = self._mark([*messages, *answers]), []
         head = self._write(messages, True, mark)
         ends = [match.end() for match in self.special.finditer(head)]
@@ -332,8 +328,8 @@ def _read(files: dict[str, bytes]) -> Tokenizer:
         if type(id) is not int or not 0 <= id < 2**31:
             raise ValueError(f"{id!r:.60} is not an id, in it or as eos_token_id beside it")
     return Tokenizer(
-        added=added, names=names, template=template, end_id=added[end], bos_id=added.get(bos),
-        stop_ids=frozenset(stop_ids), special=_any_of(added_tokens),
+        added=added, names=names, template=template, special=_any_of(added_tokens),
+        bos_id=None if bos is None else added[bos], end_id=added[end], stop_ids=frozenset(stop_ids),
         reserved={token["content"]: token["id"] for token in added_tokens if token["special"]},
         literal=_any_of([token for token in added_tokens if not token["special"]]),
         files={name: content for name, content in files.items() if name != "config.json"}, **fields,
@@ -367,11 +363,10 @@ def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
         {"id": len(ranks) + i, "content": text, "special": True}
         for i, text in enumerate(LLAMA3_SPECIALS)
     ]
-    fields = {
-        "encode_piece": piece_encoder(list(ranks), [(rank,) for rank in ranks.values()], True),
-        "token_bytes": {rank: token for token, rank in ranks.items()},
-        "splits": [regex.compile(f"({LLAMA3_PATTERN})")],
-    }
+    ids = [(rank,) for rank in ranks.values()]
+    fields = {"encode_piece": piece_encoder(list(ranks), ids, cached=True),
+              "token_bytes": {rank: token for token, rank in ranks.items()},
+              "splits": [regex.compile(f"({LLAMA3_PATTERN})")]}  # fmt: skip
     return fields, added_tokens, LLAMA3_SPECIALS[0]
 
 
@@ -462,7 +457,7 @@ def _read_sentencepiece(steps: list[dict]) -> dict:
     """The fields of Tokenizer that say how text is changed and cut. `steps` are the normalizer,
     which writes a space as SPACE, or a pre-tokenizer that does so."""
     kinds = [step["type"] for step in steps]
-    _require(kinds in (["Prepend", "Replace"], ["Replace"], ["Metaspace"]), f"the steps {kinds}")
+    _require(kinds in (["Prepend", "Replace"], ["Replace"], ["Metaspace"]), f"a sequence {kinds}")
     for step in steps:
         written = step.get("prepend") or step.get("content") or step.get("replacement")
         exact = written == SPACE and step.get("pattern", {"String": " "}) == {"String": " "}

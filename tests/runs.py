@@ -5,10 +5,15 @@ import io
 import json
 from pathlib import Path
 
+import torch
+
 import train
 
+torch.set_num_threads(1)  # such small models are no faster on several
+
 TIMINGS = ("step_seconds", "tokens_per_second")
-FILES = ("model.safetensors", "training.safetensors", "tokenizer.json", "config.json")
+# Files that hold timings, or names of folders.
+DESCRIPTIONS = ("metrics.jsonl", "summary.json", "train_config.json", "training.json", "SHA256SUMS")
 
 
 def run(init: Path, data: Path, out: Path, *flags: str) -> Path:
@@ -27,7 +32,7 @@ def refused(*argv) -> str:
             status = stop.code
     error = stderr.getvalue().rpartition("\r")[2]  # without a progress bar
     assert status == 2 and error.startswith("train.py: error: "), error
-    assert error.count("\n") == 1 and error.endswith("\n")
+    assert error.count("\n") == 1 and error.endswith("\n"), error
     return error
 
 
@@ -38,15 +43,14 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """The files that differ by a bit between two runs and their checkpoints, and metrics.jsonl if
-    its metrics differ."""
+    """The files that only one of two run folders has, or that differ in a bit; metrics.jsonl if its
+    metrics differ."""
+    names = [
+        {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()} for run in (one, other)
+    ]
+    assert "model.safetensors" in names[0] & names[1]
     found = [] if metrics(one) == metrics(other) else ["metrics.jsonl"]
-    names = [sorted(p.name for p in run.glob("checkpoints/*")) for run in (one, other)]
-    found += [] if names[0] == names[1] else ["names of the checkpoints"]
-    for inner in ("", *(f"checkpoints/{name}/" for name in names[0])):
-        for name in FILES if inner else (FILES[0], *FILES[2:]):
-            files = [run / inner / name for run in (one, other)]
-            contents = [file.read_bytes() if file.is_file() else None for file in files]
-            same = contents[0] is not None and contents[0] == contents[1]
-            found += [] if same else [f"{inner}{name}"]
-    return found
+    for name in sorted(names[0] & names[1]):
+        if Path(name).name not in DESCRIPTIONS:
+            found += [] if (one / name).read_bytes() == (other / name).read_bytes() else [name]
+    return found + sorted(names[0] ^ names[1])

@@ -63,6 +63,7 @@ def test_plot_shows_the_mean_and_band_of_seeds_up_to_the_shortest_run(tmp_path):
     runs = {
         "a": (held_out([0, 10, 20], [-5.0, -4.0, -2.0], [1.0, 0.8, 0.6]), {"seed": 0}),
         "b": (held_out([0, 5, 15], [-10.0, -8.0, -6.0], [0.9, 0.7, 0.5]), {"seed": 1}),
+        "c": (held_out([0, 20], [-1.0, -0.8], [0.8, 0.4]), {"seed": 2}),
         "other": (held_out([0, 30], [-3.0, -4.0], [0.5, 0.25]), {"seed": 0, "beta": 2.0}),
     }
     folders = {n: make_run(tmp_path / n, rows, **config) for n, (rows, config) in runs.items()}
@@ -71,15 +72,16 @@ def test_plot_shows_the_mean_and_band_of_seeds_up_to_the_shortest_run(tmp_path):
     assert [axis.get_title() for axis in figure.axes] == list(PANELS)
     chosen, rejected, loss, rewards, *_ = figure.axes
     mean, other, zero = chosen.lines
-    # Steps of run a up to step 15. Run b moves by +2 until step 5 and by +3 until step 10.
-    assert mean.get_xydata().tolist() == [[0, 0], [10, 2.0]]
+    # The steps are those of run a up to 15, the last step of run b. At step 10 the changes are +1
+    # in run a, +3 in run b (between +2 at step 5 and +4 at step 15) and +0.1 in run c.
+    assert mean.get_xydata().tolist() == [[0, 0], [10, pytest.approx(4.1 / 3)]]
     assert other.get_xydata().tolist() == [[0, 0], [30, -1.0]]
     assert list(zero.get_ydata()) == [0, 0]
     (band,) = chosen.collections  # a single run has no band
     corners = set(map(tuple, np.round(band.get_paths()[0].vertices, 6).tolist()))
-    assert corners == {(0.0, 0.0), (10.0, 1.0), (10.0, 3.0)}
+    assert corners == {(0.0, 0.0), (10.0, 0.1), (10.0, 3.0)}
     mean, other = loss.lines
-    assert mean.get_xydata().tolist() == [[0, pytest.approx(0.95)], [10, pytest.approx(0.7)]]
+    assert mean.get_xydata().tolist() == [[0, pytest.approx(0.9)], [10, pytest.approx(2 / 3)]]
     assert other.get_xydata().tolist() == [[0, 0.5], [30, 0.25]]
     thick, thin, *_ = rewards.lines
     assert thick.get_xydata().tolist() == mean.get_xydata().tolist()
@@ -88,7 +90,7 @@ def test_plot_shows_the_mean_and_band_of_seeds_up_to_the_shortest_run(tmp_path):
     for number, line in enumerate((mean, other)):
         assert (line.get_color(), line.get_linestyle()) == (COLORS[number], STYLES[number])
     assert len(rejected.lines) == 1  # no run has this metric
-    assert [text.get_text() for text in figure.legends[0].texts] == ["a (2 seeds)", "other"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["a (3 seeds)", "other"]
 
 
 def test_labels_of_any_length_fit_in_the_picture(tmp_path):

@@ -29,7 +29,7 @@ from support.grading import (
         ("2 + 3 = 5\n#### 5", 5, 5),
         ("#### 1,234,567", 1234567, 1234567),
         ("#### $18.00", 18, 18),
-        ("#### -7.", -7, -7),
+        ("#### -7...", -7, -7),
         ("#### -$3.50", -3.5, -3.5),
         ("####12\nQuestion: of 3 apples", 12, 3),  # strict takes the first, flexible the last
         ("#### 1\n#### 2", 1, 2),
@@ -106,7 +106,7 @@ def test_formulas_that_mean_the_same_are_equal(left, right):
 
 def test_formulas_that_differ_are_not_equal():
     different = [r"\frac13", r"\frac31", "-5", "5", r"\sqrt{2}", "2", "(1,2)", "(2,1)", "x"]
-    different += ["12", "1,2", "2,1", "1/2/3", "3/2"]
+    different += ["12", "1,2", "2,1", "1/2/3", "3/2", "2 x"]
     assert len({normalize_formula(text) for text in different}) == len(different)
     assert normalize_formula("1/0") == "1/0"  # it is no number, and grading goes on
     for key, wrong in (("2x", "2x^2"), ("2x", "2y"), ("3", "3x"), ("3", "3i"), ("125", "12_5")):
@@ -120,6 +120,7 @@ def test_formulas_that_differ_are_not_equal():
         (r"The final answer is $\frac{6}{4}$. I hope it is correct.", Fraction(3, 2)),
         ("Final Answer: The final answer is 0.25.", Fraction(1, 4)),
         ("The final answer is 3. No. The final answer is 4.", 4),
+        ("THE FINAL ANSWER IS: 7\nAre there questions?", 7),
         (r"so \fbox{5}", 5),
         (r"\boxed{3", None),
         ("it is 3", None),

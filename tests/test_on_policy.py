@@ -1,93 +1,194 @@
-"""Answers drawn from the policy: RLHF by leave-one-out returns, and pairs that are drawn anew."""
+"""Answers drawn from the policy: RLHF with leave-one-out baselines, and pairs drawn anew."""
 
-import json
+import copy
+import dataclasses
+import re
 
 import pytest
 import torch
 from conftest import write_rows
-from test_data import single_logp
-from test_train import metrics
+from runs import metrics, refused
 
-import data
 import train
-from data import load_pairs, load_tokenizer
+from data import Pair, StepData, make_batches
+from support import on_policy
+from support.distributed import World
+from support.job import load_job
+from support.lora import merge_lora
+from support.on_policy import check_draws, draw_pairs, prompts_per_step
+from support.run_options import parse_options
 
-QUESTIONS = [{"prompt": f"{i} and {j}?", "answer": "#### 1", "grade": "gsm8k"}
-             for i in range(4) for j in range(3)]  # fmt: skip
+QUESTIONS = [
+    {"prompt": f"{i} and {j}?", "answer": "#### 1", "grade": "gsm8k"}
+    for i in range(4)
+    for j in range(3)
+]
 
 
-def grade(item, tokenizer, answer) -> float:
-    return float(answer[0] % 2)  # so that a model of random weights is right half of the time
+def grade(item, tokenizer, answer: list[int]) -> float:
+    """A random model is right half of the time."""
+    return float(answer[0] % 2)
 
 
 @pytest.fixture
 def argv(checkpoint, pairs_file, tmp_path, monkeypatch) -> list[str]:
-    monkeypatch.setattr(train.evaluation, "grade_drawn", grade)
-    questions = write_rows(tmp_path / "questions.jsonl", QUESTIONS)
-    files = {
-        "init": checkpoint,
-        "data": questions,
-        "eval_data": pairs_file,
-        "out": tmp_path / "out",
-    }
-    flags = {"samples": 4, "batch_size": 6, "max_new_tokens": 5, "lr": 1e-3, "micro_tokens": 40}
-    flags |= {"row_tokens": 20}
+    monkeypatch.setattr(on_policy, "grade_drawn", grade)
+    data = write_rows(tmp_path / "questions.jsonl", QUESTIONS)
+    files = {"init": checkpoint, "data": data, "eval_data": pairs_file, "out": tmp_path / "out"}
+    flags = {"samples": 4, "batch_size": 6, "max_new_tokens": 5, "lr": 1e-3, "row_tokens": 20}
+    flags |= {"micro_tokens": 40, "device": "cpu"}
     return [str(x) for name, value in (files | flags).items() for x in (f"--{name}", value)]
 
 
-def test_rlhf_is_the_policy_gradient_with_a_leave_one_out_baseline(argv):
-    options, _ = train.parse_options([*argv, "--loss", "rlhf", "--beta", "0.3"])
-    job = train.load_job(options)
-    model = job.model.double()
-    with torch.no_grad():  # some steps later than the reference
+def job_of(argv: list[str], *flags: str):
+    _, options = parse_options([*argv, *flags], train.Options, "", World())
+    return load_job(options, World())
+
+
+def move(model, scale: float = 0.02) -> None:
+    """Changes the trained weights, as some steps of training would."""
+    with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    now, ref_logps, given, extra = train.draw_pairs(job, 1)
-    assert len(now.pairs) == 6 and [p.prompt for p in now.pairs[:2]] == [now.pairs[0].prompt] * 2
-    assert now.pairs[0].prompt != now.pairs[2].prompt  # four answers to a prompt, two to a pair
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn_like(parameter))
+
+
+def single_logp(model, pair: Pair, side: int) -> torch.Tensor:
+    """The log-prob of one answer after its prompt, with nothing else in the row: ()."""
+    ids = torch.tensor([[*pair.prompt, *pair[side]]])
+    logps = (model(ids[:, :-1])[0] @ model.head_weight.T).log_softmax(-1)  # (T - 1, V)
+    return logps.gather(1, ids[0, 1:, None])[len(pair.prompt) - 1 :].sum()
+
+
+# --- What is drawn --------------------------------------------------------------------------------
+
+
+def test_rlhf_is_the_policy_gradient_with_a_leave_one_out_baseline(argv):
+    job = job_of(argv, "--loss", "rlhf", "--beta", "0.3")
+    model = job.model.double()
+    move(model)
+    drawn = draw_pairs(job, 1, rows=[7, 2, 11])
+    assert [pair.prompt for pair in drawn.pairs] == [  # four answers to a prompt, two in a pair
+        job.tokenizer.prompt_ids(QUESTIONS[i]["prompt"]) for i in (7, 7, 2, 2, 11, 11)
+    ]
+    assert [*drawn.pairs.lines] == [8, 8, 3, 3, 12, 12]
     loss, kl, grades = 0.0, [], []
     for first in range(0, 6, 2):
-        drawn = [(pair, side) for pair in now.pairs[first : first + 2] for side in (1, 2)]
-        logps = [single_logp(model, *one) for one in drawn]
-        ref = [single_logp(job.reference, *one) for one in drawn]
+        answers = [(pair, side) for pair in drawn.pairs[first : first + 2] for side in (1, 2)]
+        logps = [single_logp(model, *answer) for answer in answers]
+        ref = [single_logp(job.reference, *answer) for answer in answers]
         kl += [(s - r).item() for s, r in zip(logps, ref)]
-        grades += [grade(None, None, pair[side]) for pair, side in drawn]
+        grades += [grade(None, None, pair[side]) for pair, side in answers]
         returns = [g - 0.3 * z for g, z in zip(grades[-4:], kl[-4:])]
         for i, s in enumerate(logps):
             baseline = sum(returns[:i] + returns[i + 1 :]) / 3
+            assert drawn.advantages[first + i // 2, i % 2] == pytest.approx(
+                returns[i] - baseline, abs=1e-5
+            )
             loss = loss - (returns[i] - baseline) * s / 12
-    assert extra["reward"] == sum(grades) / 12 and 0 < extra["reward"] < 1
-    assert extra["kl"] == pytest.approx(sum(kl) / 12, abs=1e-5)
-    assert extra["num_drawn"] == sum(len(a) for pair in now.pairs for a in pair[1:])
+    assert drawn.metrics["reward"] == sum(grades) / 12 and 0 < drawn.metrics["reward"] < 1
+    assert drawn.metrics["kl"] == pytest.approx(sum(kl) / 12, abs=1e-5)
+    assert drawn.metrics["num_drawn"] == sum(len(a) for pair in drawn.pairs for a in pair[1:])
     expected = torch.autograd.grad(loss, model.head_weight)[0]
-    batches, gradients = train.step_batches(now, 1), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # shows the gradient as a change
+    batches, gradients = make_batches(drawn.pairs, list(range(6)), *job.layout), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     optimizer.step = lambda: gradients.append(model.head_weight.grad / 6)
-    train.train_step(model, optimizer, batches, job.options, given.double())
+    data = StepData(batches, drawn.ref_logps.double(), drawn.advantages.double())
+    train.train_step(model, optimizer, data, job.options)
     assert len(batches) > 1
     torch.testing.assert_close(gradients[0], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_pairs_are_drawn_from_the_weights_of_the_step_right_against_wrong(argv):
-    options, _ = train.parse_options([*argv, "--loss", "mio", "--on_policy"])
-    job = train.load_job(options)
-    first, again, other = (train.draw_pairs(job, step) for step in (1, 1, 2))
-    assert list(first[0].pairs) == list(again[0].pairs) != list(other[0].pairs)
-    for pair, line in zip(first[0].pairs, first[0].pairs.lines):
+def test_pairs_are_right_against_wrong_from_the_weights_of_the_step(argv):
+    job = job_of(argv, "--loss", "mio", "--on_policy")
+    drawn = draw_pairs(job, 1, rows=range(12))
+    assert 3 < len(drawn.pairs) <= 12 and drawn.advantages is None
+    assert len({*drawn.pairs.lines}) == len(drawn.pairs)  # at most one pair for each prompt
+    for pair, line in zip(drawn.pairs, drawn.pairs.lines):
         assert (grade(None, None, pair.chosen), grade(None, None, pair.rejected)) == (1, 0)
         assert pair.prompt == job.tokenizer.prompt_ids(QUESTIONS[line - 1]["prompt"])
-    expected = [[single_logp(job.reference, p, side) for side in (1, 2)] for p in first[0].pairs]
-    torch.testing.assert_close(first[1], torch.tensor(expected), rtol=1e-4, atol=1e-4)
-    assert first[2] is first[1]
-    with torch.no_grad():
-        job.model.head_weight.mul_(0.5)
-    moved, ref_logps, *_ = train.draw_pairs(job, 1)
-    assert list(moved.pairs) != list(first[0].pairs)
-    torch.testing.assert_close(ref_logps[:1], train.logps_of(job, moved.pairs, job.reference)[:1])
+    expected = [[single_logp(job.reference, p, side) for side in (1, 2)] for p in drawn.pairs]
+    torch.testing.assert_close(drawn.ref_logps, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    assert drawn.metrics.keys() == {"reward", "num_drawn"}
+    move(job.model, scale=0.3)
+    moved = draw_pairs(job, 1, rows=range(12))
+    assert list(moved.pairs) != list(drawn.pairs)
+    expected = [[single_logp(job.reference, p, side) for side in (1, 2)] for p in moved.pairs]
+    torch.testing.assert_close(moved.ref_logps, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_a_step_without_pairs_changes_nothing(argv, monkeypatch, tmp_path):
-    monkeypatch.setattr(train.evaluation, "grade_drawn", lambda *_: 1.0)
+def test_each_step_and_each_seed_draws_other_answers_from_the_same_weights(argv):
+    job = job_of(argv, "--loss", "rlhf")
+    one, again, next_step = (draw_pairs(job, step, rows=[0, 1, 2]) for step in (1, 1, 2))
+    assert list(one.pairs) == list(again.pairs) != list(next_step.pairs)
+    other_seed = job._replace(options=dataclasses.replace(job.options, seed=1))
+    assert list(draw_pairs(other_seed, 1, rows=[0, 1, 2]).pairs) != list(one.pairs)
+
+
+def test_adapters_draw_as_the_merged_model_does_and_stay(argv):
+    job = job_of(argv, "--loss", "rlhf", "--lora_rank", "3")
+    at_start = draw_pairs(job, 1, rows=[0, 1, 2])
+    assert at_start.metrics["kl"] == pytest.approx(0, abs=1e-6)
+    move(job.model, scale=0.3)
+    before = copy.deepcopy(job.model.state_dict())
+    drawn = draw_pairs(job, 1, rows=[0, 1, 2])
+    after = job.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert list(drawn.pairs) != list(at_start.pairs) and abs(drawn.metrics["kl"]) > 1e-3
+    merged = merge_lora(copy.deepcopy(job.model), torch.float32)
+    assert list(draw_pairs(job._replace(model=merged), 1, rows=[0, 1, 2]).pairs) == [*drawn.pairs]
+
+
+# --- How much is drawn ----------------------------------------------------------------------------
+
+
+def options_of(**changes) -> train.Options:
+    return train.Options(**{"loss": "rlhf", "batch_size": 32} | changes)
+
+
+@pytest.mark.parametrize("samples", [2, 4, 8, 16, 32, 64])
+def test_a_step_of_rlhf_draws_twice_as_many_answers_as_pairs(samples):
+    options = options_of(samples=samples)
+    check_draws(options)
+    assert prompts_per_step(options) * samples == 64
+    assert prompts_per_step(options_of(loss="mio", on_policy=True, samples=samples)) == 32
+
+
+def test_samples_that_do_not_divide_the_answers_of_a_step_are_refused():
+    for samples in (3, 24, 10, 128):
+        with pytest.raises(ValueError, match=f"--samples {samples}: .*even.*64.*--batch_size 32"):
+            check_draws(options_of(samples=samples))
+        check_draws(options_of(loss="mio", on_policy=True, samples=samples))  # one pair each
+        check_draws(options_of(loss="mio", samples=samples))  # draws nothing
+    for samples, batch_size in ((3, 3), (5, 10)):  # divides, but is odd
+        with pytest.raises(ValueError, match="even"):
+            check_draws(options_of(samples=samples, batch_size=batch_size))
+
+
+def test_a_run_draws_and_says_how_many(argv, monkeypatch, capsys):
+    counts = []
+
+    def draw(model, prompts, max_new_tokens, *, stop_ids, seed):
+        counts.append(len(prompts))
+        assert max_new_tokens == 5 and stop_ids == {257}
+        return [[i % 3, 257] for i in range(len(prompts))]
+
+    monkeypatch.setattr(on_policy, "draw", draw)
+    train.main([*argv, "--loss", "rlhf", "--max_steps", "2"])
+    assert counts == [12, 12]  # twice --batch_size 6
+    assert "4 answers to each" in (text := capsys.readouterr().out) and "3 prompts each" in text
+    flags = ["--overwrite", "--batch_size", "32", "--max_steps", "0"]
+    train.main([*argv, "--loss", "rlhf", *flags])
+    assert "16 prompts each" in capsys.readouterr().out  # 16 * 4 answers make 32 pairs
+    train.main([*argv, "--on_policy", *flags])
+    assert "32 prompts each" in capsys.readouterr().out
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+def test_a_step_without_pairs_changes_nothing(argv, monkeypatch):
+    monkeypatch.setattr(on_policy, "grade_drawn", lambda *_: 1.0)
     out = train.main([*argv, "--on_policy", "--epochs", "2", "--save_every", "1"])
     rows = metrics(out)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[1]["reward"] == 1.0
@@ -98,55 +199,32 @@ def test_a_step_without_pairs_changes_nothing(argv, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--loss", "rlhf"], ["--on_policy", "--loss", "dpo"]])
 def test_the_policy_learns_what_is_graded(flags, argv):
-    steps = ["--epochs", "12", "--lr", "5e-3", "--schedule", "constant", "--log_every", "1"]
+    steps = ["--epochs", "10", "--lr", "5e-3", "--schedule", "constant", "--eval_every", "100"]
     rows = metrics(train.main([*argv, *flags, *steps]))[1:]
-    early, late = rows[: len(rows) // 4], rows[-len(rows) // 4 :]
-    assert sum(r["reward"] for r in late) / len(late) > sum(r["reward"] for r in early) / len(
-        early
-    ) + 0.2  # fmt: skip
+    rewards = torch.tensor([row["reward"] for row in rows])
+    quarter = len(rows) // 4
+    assert rewards[-quarter:].mean() > rewards[:quarter].mean() + 0.2
     assert ("kl" in rows[0]) == ("rlhf" in flags) and rows[0]["num_drawn"] > 0
 
 
-def test_graded_by_the_answer_key_if_the_answer_ends(checkpoint):
-    tokenizer = load_tokenizer(checkpoint)
-    item = train.evaluation.read_item(1, {"prompt": "x", "answer": "#### 7", "grade": "gsm8k"})
-    ids, end = tokenizer.encode("6+1=7\n#### 7"), tokenizer.end_id
-    loose = tokenizer.encode("it is 7")  # flexible would take it
-    for answer, expected in (([*ids, end], 1), (ids, 0), ([end], 0), ([*loose, end], 0)):
-        assert train.evaluation.grade_drawn(item, tokenizer, answer) == expected
-
-
-def test_what_cannot_be_drawn_is_refused(argv, pairs_file, tmp_path, capsys):
-    for flags, words in (
-        (["--loss", "rlhf", "--data", str(pairs_file)], "must be questions"),
-        (["--loss", "rlhf", "--samples", "3"], "must be even"),
-        (["--loss", "kto", "--on_policy"], "kto is not one of pairs"),
-        (["--loss", "rlhf", "--on_policy"], "rlhf is not one of pairs"),
-        (["--loss", "rlhf", "--max_new_tokens", "300"], "--max_new_tokens"),
-    ):
-        with pytest.raises(SystemExit):
-            train.main([*argv, *flags])
-        assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_the_demonstration_draws_from_its_own_problems(tmp_path, monkeypatch):
-    from conftest import tiny_model
-
-    from data import byte_tokenizer
-
-    tiny_model().save_pretrained(tmp_path)
-    byte_tokenizer().save(tmp_path)
-    monkeypatch.setattr(train, "PAIRS", train.PAIRS | {"prompts": 20, "held_out": 5})
-    drawn = lambda model, tokenizer, qs, **_: [["#### 0", data.solution(q)] for q in qs]  # noqa: E731
-    monkeypatch.setattr(train.evaluation, "sample_answers", drawn)
-    train.make_pairs(tmp_path, 0, "cpu")
-    problems = [json.loads(x) for x in (tmp_path / "problems.jsonl").read_text().splitlines()]
-    assert [p["answer"] for p in problems] == [data.solution(p["prompt"]) for p in problems]
-    pairs = load_pairs(tmp_path / "pairs.jsonl", byte_tokenizer())
-    asked = {tuple(byte_tokenizer().prompt_ids(p["prompt"])) for p in problems}
-    assert {tuple(pair.prompt) for pair in pairs} == asked
-
-
-def test_a_run_on_policy_does_not_meet_the_one_beside_it():
+def test_a_run_on_policy_has_a_folder_of_its_own():
     for flags, out in ((["--loss", "mio"], "out/mio"), (["--on_policy"], "out/mio-on-policy")):
-        assert train.parse_options(flags)[0].out == out
+        _, options = parse_options(flags, train.Options, "", World())
+        assert options.out == out
+
+
+def test_what_cannot_be_drawn_is_refused_in_one_line(argv, pairs_file, tmp_path):
+    choices = [{"prompt": "1 + 1 =", "choices": ["2", "3"], "gold": 0}]
+    choices = write_rows(tmp_path / "choices.jsonl", choices)
+    long = write_rows(tmp_path / "long.jsonl", [QUESTIONS[0] | {"prompt": "x" * 251}])
+    for flags, message in (
+        (["--loss", "rlhf", "--data", pairs_file], f"{pairs_file}: .*must be questions"),
+        (["--on_policy", "--data", choices], f"{choices}: .*must be questions"),
+        (["--on_policy", "--data", long], f"{long}:1: .*257.*256.*lower --max_new_tokens"),
+        (["--loss", "rlhf", "--samples", "3"], "--samples 3: must be even and divide the 12"),
+        (["--loss", "rlhf", "--samples", "8"], "--samples 8: .*--batch_size 6"),
+        (["--loss", "kto", "--on_policy"], "--on_policy: --loss kto does not support it"),
+        (["--loss", "rlhf", "--on_policy"], "--on_policy: --loss rlhf does not support it"),
+    ):
+        assert re.search(message, refused(*argv, *flags)), message
+        assert not (tmp_path / "out").exists()

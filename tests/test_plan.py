@@ -13,7 +13,7 @@ from torch.utils.flop_counter import (
 )
 
 import train
-from data import Pair, answer_states, autocast, make_batches
+from data import Pair, StepData, answer_states, autocast, make_batches
 from mio import CHUNK_TOKENS
 from model import Llama
 from support.lora import LORA_TARGETS, LoraConfig, add_lora
@@ -59,27 +59,28 @@ def planned(config, options, batches):
 # --- Against a real step --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", CONFIGS)
-@pytest.mark.parametrize("adapters", [{}, LORA])
-def test_weights_gradients_and_moments_are_those_of_a_step(changes, adapters):
-    config, options = tiny_config(**changes), options_of(**adapters)
+@pytest.mark.parametrize("changes, more", [(c, {}) for c in CONFIGS] + [(CONFIGS[2], LORA)])
+def test_weights_gradients_and_moments_are_those_of_a_step(changes, more):
+    config, options = tiny_config(**changes), options_of(**more)
     model, batches = model_of(config, options), make_batches(PAIRS, [0, 1], 128, 4096)
     optimizer, found = train.make_optimizer(model, options), planned(config, options, batches)
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = []
     optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad for p in trained))
-    train.train_step(model, optimizer, batches, options, ref_logps=torch.zeros(3, 2))
-    frozen = sum(p.numel() for p in Llama(config).parameters())
-    assert found.parameters == frozen + sum(p.numel() for p in trained) * bool(adapters)
+    train.train_step(model, optimizer, StepData(batches, torch.zeros(3, 2)), options)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.weights == sum(p.nbytes for p in model.parameters())
     assert found.gradients == sum(gradient.nbytes for gradient in gradients)
     states = [optimizer.state[p] for p in trained]
     assert found.moments == sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in states)
 
 
-@pytest.mark.parametrize("changes", CONFIGS)
+@pytest.mark.parametrize(
+    "changes, more",
+    [(changes, {}) for changes in CONFIGS]
+    + [(changes, more) for changes in (CONFIGS[0], CONFIGS[3]) for more in (RECOMPUTED, LORA)],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("more", [{}, RECOMPUTED, LORA])
 def test_activations_are_what_autograd_saves(changes, dtype, more):
     """The storages that the forward pass saves, rounded weights included, other weights not."""
     config, options = tiny_config(num_hidden_layers=4, **changes), options_of(dtype=dtype, **more)
@@ -94,21 +95,21 @@ def test_activations_are_what_autograd_saves(changes, dtype, more):
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, autocast(torch.device("cpu"), getattr(torch, dtype)):
         hidden = answer_states(model, batch)  # must stay alive: it holds the storages
-    expected = sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in weights)
+    tensors = [t for at, t in saved.items() if at not in weights and t.is_floating_point()]
+    expected = sum(t.untyped_storage().nbytes() for t in tensors)
     if options.checkpointing == "on":  # holds more, which the hooks do not see:
         expected += 8 * config.head_dim * len(batch.pair)  # the rotary table, in a tuple
         if dtype == "bfloat16":  # rounded weights, in autocast's cache
             matrices = (p for p in model.model["layers"].parameters() if p.dim() > 1)
             expected += sum(2 * p.numel() for p in matrices)
     found = planned(config, options, [batch]).activations
-    # Ids and the factors of norms are left out; for adapters the first norm is counted in vain.
+    # The factors of norms are left out; with adapters the first norm saves less than the others.
     assert found == pytest.approx(expected, rel=0.06 if options.lora_rank else 0.025)
     del hidden
 
 
-@pytest.mark.parametrize("changes", [CONFIGS[0], CONFIGS[3]])
 @pytest.mark.parametrize("more", [{}, RECOMPUTED, {"loss": "dv"}, LORA])
-def test_operations_are_those_of_pytorchs_counter(changes, more):
+def test_operations_are_those_of_pytorchs_counter(more):
     def product(_, a, b, **__):
         return 2 * a[0] * a[1] * b[1]
 
@@ -124,14 +125,14 @@ def test_operations_are_those_of_pytorchs_counter(changes, more):
         ops._scaled_dot_product_flash_attention_for_cpu: attention,
         ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-    config, options = tiny_config(num_hidden_layers=4, **changes), options_of(**more)
+    config, options = tiny_config(num_hidden_layers=2, **CONFIGS[3]), options_of(**more)
     model, batches = model_of(config, options), make_batches(PAIRS, [0, 1, 2], 128, 4096)
     optimizer = train.make_optimizer(model, options)
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        train.train_step(model, optimizer, batches, options, ref_logps=torch.zeros(3, 2))
+        train.train_step(model, optimizer, StepData(batches, torch.zeros(3, 2)), options)
     found, counted = planned(config, options, batches).flops, counter.get_total_flops()
     # No gradient flows into a frozen embedding, so the first block computes less than the others.
-    assert found == pytest.approx(counted, rel=0.06 if options.lora_rank else 1e-9)
+    assert found == pytest.approx(counted, rel=0.12 if options.lora_rank else 1e-9)
 
 
 # --- Against arithmetic by hand -------------------------------------------------------------------
@@ -153,13 +154,13 @@ def test_bytes_by_hand():
     # 9 rows of logits; 9 states for the answers and 9 in a chunk, with their gradients.
     head = 4 * 8256 + 4 * 9 * 258 + 2 * 4 * 32 * (9 + 9)
     assert found.head == head == 46920
-    # The peak comes in the backward pass of a block: gradients of gate and up, of the residual
-    # stream and of the norm, while the head's gradient waits.
-    at_work = 16 * 4 * (2 * 48 + 2 * 32)
-    assert found.peak == 128128 + 256256 + max(72256 + 33024 + 13896, 128128 + max(at_work, 33024))
-    many = needs(tiny_config(), options_of(), [1000], [400, 500])  # here at the start of backward
-    logits = 4 * 900 * 258 + 8 * 32 * (900 + 900)
-    assert many.peak == 128128 + 256256 + many.activations + 33024 + max(logits, 1000 * 640)
+    # The peak comes in the backward pass of the last block: all gradients, and besides those of two
+    # factors of the MLP, of the residual stream and of the norm.
+    assert found.peak == 128128 + 256256 + 128128 + 16 * 4 * (2 * 48 + 2 * 32)
+    # With long answers it comes in the head: activations, the head's gradient, logits and states.
+    many = needs(tiny_config(), options_of(), [1000], [400, 500])
+    assert many.head == 4 * 8256 + 4 * 900 * 258 + 8 * 32 * (900 + 900)
+    assert many.peak == 128128 + 256256 + many.activations + many.head
 
 
 def test_traffic_by_hand():
@@ -224,14 +225,17 @@ def test_gpus_share_what_stays_and_gather_what_is_at_work():
 
 
 def test_gradients_of_earlier_passes_wait():
-    for tied in (False, True):
-        config = tiny_config(tie_word_embeddings=tied, vocab_size=50_000)
-        one, two, three = (needs(config, options_of(), [9], [4, 4], n) for n in (1, 2, 3))
-        head = 4 * 50_000 * 32
-        # The end of a pass is the peak: its own gradient of the head, and that of the pass before.
-        assert two.peak - one.peak == head and three.peak == two.peak
-        gradients = one.gradients + (head if tied else 9 * 640)
-        assert one.peak == one.weights + one.moments + gradients or not tied
+    """With a vocabulary of 50,000 the gradient of the head is larger than all activations."""
+    config = tiny_config(vocab_size=50_000)
+    one, two, three = (needs(config, options_of(), [9], [4, 4], passes) for passes in (1, 2, 3))
+    stored, head = one.weights + one.moments, 4 * 50_000 * 32
+    assert one.peak == stored + one.gradients + 9 * 640
+    assert two.peak == three.peak == stored + one.gradients + one.activations + one.head
+    # A tied matrix has one gradient from the head, one from the embedding, one of earlier passes.
+    config = tiny_config(vocab_size=50_000, tie_word_embeddings=True)
+    one, two, three = (needs(config, options_of(), [9], [4, 4], passes) for passes in (1, 2, 3))
+    assert one.peak == one.weights + one.moments + one.gradients + head
+    assert two.peak == three.peak == one.peak + head
 
 
 def test_pairs_are_as_long_as_they_may_be_and_passes_are_padded():
@@ -262,7 +266,7 @@ def printed(capsys, *flags: str) -> list[str]:
 def table_of(lines: list[str]) -> list[list[str]]:
     """The fields of each row, from the number of GPUs on."""
     start = next(i for i, line in enumerate(lines) if "GPU weight" in line) + 1
-    return [line[11:].replace("*", " * ").split() for line in lines[start:]]
+    return [line[12:].replace("*", " * ").split() for line in lines[start:]]
 
 
 def test_presets_have_their_makers_count_of_parameters():
@@ -298,19 +302,21 @@ def test_the_text_of_a_plan(capsys):
     assert ["*" in row for row in recomputed[:4]] == [False, False, True, True]
 
 
-def test_a_plan_bound_by_memory_traffic_and_its_advice(capsys):
-    advice = ["--lora_rank", "16", "--dtype", "bfloat16"]
-    lines = printed(capsys, "llama-3.1-8b", *advice, "--mfu", "1", "--batch_size", "1")
-    assert lines[0] == "llama-3.1-8b, bfloat16, on one h100 of 80 GB: fits"
-    all_weights = table_of(lines)[0]  # 0.09 PFLOP, 0.39 TB in 0.1 s
-    petaflop, terabytes, seconds = map(float, all_weights[-3:])
-    assert terabytes / 3.35 > 1.1 * petaflop * 1e3 / 989
-    assert seconds == pytest.approx(terabytes / 3.35, abs=0.05)
-    # A run that has adapters is not told to add them.
-    lines = printed(capsys, "llama-3.1-70b", "--lora_rank", "8", "--batch_size", "2")
-    assert [line for line in lines if "it does" in line] == [
-        "  it does with 2 GPUs --dtype bfloat16"
-    ]
+def test_a_step_that_moves_many_bytes_takes_as_long_as_they_do(capsys):
+    flags = ["--compile", "off", "--max_length", "64", "--batch_size", "1", "--mfu", "1"]
+    lines = printed(capsys, "llama-3.1-70b", "--gpu", "a100", "--dtype", "bfloat16", *flags)
+    petaflop, terabytes, seconds = map(float, table_of(lines)[0][-3:])
+    assert terabytes / 2.039 > 10 * petaflop * 1e3 / 312
+    assert seconds == pytest.approx(terabytes / 2.039, abs=0.055)
+
+
+def test_a_run_that_fits_needs_no_advice_and_one_with_adapters_no_other(capsys):
+    adapters = ["--lora_rank", "8", "--dtype", "bfloat16"]
+    lines = printed(capsys, "llama-3.1-8b", *adapters)
+    assert lines[:2] == ["llama-3.1-8b, bfloat16, on one h100 of 80 GB: fits", ""]
+    lines = printed(capsys, "llama-3.1-70b", *adapters)
+    assert lines[1:3] == ["  it does with 4 GPUs --checkpointing on", ""]
+    assert any(line.startswith("rank 8") for line in lines)
 
 
 def test_a_plan_reads_config_json_alone_and_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -330,7 +336,7 @@ BAD = {
     "both": (["--plan", "llama-3.2-1b", "--init", "x"], "--init FOLDER"),
     "nothing there": (["--plan", "--init", "empty"], "config.json"),
     "no object": (["--plan", "--init", "list"], "expected a JSON object"),
-    "other model": (["--plan", "--init", "gpt2"], "model_type 'gpt2' is not supported"),
+    "other model": (["--plan", "--init", "gpt2"], "model_type 'gpt2' is not"),
     "rank": (["--plan", "llama-3.2-1b", "--lora_rank", "4096"], "LoRA rank 4096"),
     "target": (["--plan", "llama-3.2-1b", "--lora_rank", "4", "--lora_targets", "x,y"], "'x'"),
     "drawn": (["--plan", "llama-3.2-1b", "--loss", "rlhf"], "leave out"),

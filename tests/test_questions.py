@@ -79,6 +79,7 @@ BAD = {
     "key": (EXACT | {"answer": 4}, "'answer' must be a string, not int"),
     "stop": (EXACT | {"stop": "Q"}, "'stop' must be a list of texts that are not empty"),
     "empty stop": (EXACT | {"stop": [""]}, "'stop' must be a list of texts that are not empty"),
+    "pair": ({"prompt": "p", "chosen": "c", "rejected": "r"}, "its columns are prompt, chosen"),
     "mixed": (CHOICES[0], "questions to answer and choices belong in two files"),
 }
 

@@ -36,26 +36,27 @@ def test_a_report_counts_rows_repeats_lengths_and_shared_prompts(report_on):
             GOOD,
             BAD,
             PAIR | {"source": "here"},
+            PAIR | {"rejected": "ihgf"},
             GOOD,
         ]
     )
     assert all(len(line) < 80 for line in lines)
-    # Prompts have 4, 4, 55, 2, 3, 4, 2 tokens, chosen answers 4, 4, 4, 3, 4, 3 and rejected answers
-    # 5, 5, 5, 8, 5. A pair takes 4 + 3 + 4 tokens, and 7 + 8 without sharing its prompt.
+    # Prompts have 4, 4, 55, 2, 3, 4, 4, 2 tokens, chosen answers 4, 4, 4, 3, 4, 4, 3 and rejected
+    # answers 5, 5, 5, 8, 5, 5. A pair takes 4 + 3 + 4 tokens, and 7 + 8 without sharing its prompt.
     assert lines == [
-        "9 rows, of which used: 4 of prompt, chosen, rejected, 3 of unpaired",
+        "10 rows, of which used: 5 of prompt, chosen, rejected, 3 of unpaired",
         "columns not used: source",
-        "1 of 9 rows dropped, chosen and rejected are identical: line 3",
-        "1 of 9 rows dropped, the longer answer leaves no room for the prompt; raise",
+        "1 of 10 rows dropped, chosen and rejected are identical: line 3",
+        "1 of 10 rows dropped, the longer answer leaves no room for the prompt; raise",
         "  --max_length: line 4",
-        "1 of 9 rows cut, the prompt lost its oldest tokens to --max_length: line 5",
-        "7 pairs to train on, at most 60 tokens each",
+        "1 of 10 rows cut, the prompt lost its oldest tokens to --max_length: line 5",
+        "8 pairs to train on, at most 60 tokens each",
         "3 of them repeat an earlier pair",
         "tokens         0 %    25 %    50 %    75 %    95 %   100 %",
-        "prompt           2       2       4       4      40      55",
-        "chosen           3       3       4       4       4       4",
+        "prompt           2       3       4       4      37      55",
+        "chosen           3       4       4       4       4       4",
         "rejected         5       5       5       5       7       8",
-        "prompts shared: 113 tokens to compute instead of 180 (-37%)",
+        "prompts shared: 124 tokens to compute instead of 195 (-36%)",
         "",
         "line 1, scored tokens marked ^:",
         "prompt       0 <|begin|> a b \\n",

@@ -190,7 +190,7 @@ def test_other_rows_are_unusable_for_the_same_reasons(row, reason):
 
 def test_unusable_rows_are_dropped_and_counted_by_line(tokenizer, tmp_path, capsys):
     unusable = UNUSABLE | {
-        "the chat template refuses it: no tools": {
+        "the chat template refuses the messages: no tools": {
             "messages": [{"role": "tool", "content": "x"}, *LONGER]
         },
         "the longer answer leaves no room": {"prompt": "p", "chosen": "x" * 99, "rejected": "y"},
@@ -219,6 +219,8 @@ def test_only_rows_that_are_used_count_as_a_form(tokenizer, tmp_path):
 MALFORMED = {
     '{"prompt": "p"}': "its columns are prompt; rows are {",
     "{}": "its columns are none; rows are {",
+    '{"completion": "c"}': "its columns are completion; rows are {",
+    '{"prompt": "p", "chosen": "c"}': "its columns are prompt, chosen; rows are {",
     '{"prompt": ["p"], "chosen": [], "rejected": []}': "'chosen' must be a list of messages",
     '{"chosen": "a", "rejected": "b"}': "no column 'prompt', and 'chosen' is no transcript",
     '{"prompt": "p", "chosen": "a", "rejected": [1]}': "'rejected' must be a string, not list",

@@ -1,0 +1,419 @@
+"""Checkpoints: a resumed run equals one that never stopped, and no damage goes unnoticed."""
+
+import dataclasses
+import fcntl
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PAIR_ROWS, byte_tokenizer, tiny_model, write_rows
+from crash import crash_table
+from runs import differences, metrics, refused, run
+
+import train
+from support import checkpoints, files, on_policy, run_options, weights
+from support.checkpoints import catch_signals, newest_checkpoint, read_record
+from support.files import locked
+
+# 9 steps; the checkpoints of steps 8 and 9 remain.
+SAVED = ("--save_every", "2", "--epochs", "3", "--log_every", "2", "--eval_every", "4")
+
+
+def steps(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in checkpoints.checkpoints(folder)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """init, pairs.jsonl, and the run of SAVED in `out`, which tests copy before they change it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    tiny_model().save_pretrained(folder / "init")
+    byte_tokenizer().save(folder / "init")
+    write_rows(folder / "pairs.jsonl", PAIR_ROWS)
+    run(folder / "init", folder / "pairs.jsonl", folder / "out", *SAVED)
+    return folder
+
+
+@pytest.fixture
+def copied(undisturbed, tmp_path) -> Path:
+    return shutil.copytree(undisturbed / "out", tmp_path / "copied")
+
+
+# --- Exact resumption -----------------------------------------------------------------------------
+
+# Pairwise with a reference, with answers of other rows, without a reference, with adapters.
+KINDS = {
+    "mio": ("--loss", "mio"),
+    "bfloat16": ("--loss", "mio", "--dtype", "bfloat16"),
+    "kto": ("--loss", "kto"),
+    "simpo": ("--loss", "simpo"),
+    "lora": ("--loss", "mio", "--lora_rank", "2"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_n_steps_and_n_after_a_resume_equal_two_n_steps(
+    kind, checkpoint, pairs_file, tmp_path, monkeypatch
+):
+    flags = (*KINDS[kind], "--micro_tokens", "200", *SAVED)
+    whole = run(checkpoint, pairs_file, tmp_path / "whole", *flags, "--max_steps", "8")
+    half = run(checkpoint, pairs_file, tmp_path / "half", *flags, "--max_steps", "4")
+    before = torch.get_rng_state()
+    torch.manual_seed(99)
+    monkeypatch.setattr(train, "reference_logps", None)  # a checkpoint holds those of step 0
+    if kind != "lora":
+        shutil.rmtree(checkpoint)  # a checkpoint holds all that is needed
+    train.main(["--resume", "--out", str(half), "--max_steps", "8"])
+    assert differences(whole, half) == [] and torch.equal(torch.get_rng_state(), before)
+    assert [row["step"] for row in metrics(half)] == [0, 2, 4, 6, 8]
+    assert steps(half) == [6, 8]
+
+
+@pytest.mark.parametrize("flags", [["--loss", "rlhf"], ["--on_policy"]])
+def test_draws_after_a_resume_equal_those_of_a_run_that_never_stopped(
+    flags, checkpoint, pairs_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(on_policy, "grade_drawn", lambda i, t, answer: answer[0] % 2 / 1)
+    rows = [{"prompt": f"{i}?", "answer": "1", "grade": "exact"} for i in range(20)]
+    questions = write_rows(tmp_path / "questions.jsonl", rows)
+    flags += ["--eval_data", str(pairs_file), "--max_new_tokens", "4", "--samples", "4", *SAVED]
+    whole = run(checkpoint, questions, tmp_path / "whole", *flags, "--max_steps", "4")
+    half = run(checkpoint, questions, tmp_path / "half", *flags, "--max_steps", "2")
+    train.main(["--resume", "--out", str(half), "--max_steps", "4"])
+    assert differences(whole, half) == []
+
+
+def test_a_run_with_fewer_steps_is_the_beginning_of_a_longer_one(undisturbed, tmp_path):
+    whole, flags = undisturbed / "out", (*SAVED, "--log_every", "1")
+    init, data = undisturbed / "init", undisturbed / "pairs.jsonl"
+    part = run(init, data, tmp_path / "part", *flags, "--max_steps", "5")
+    assert [row["step"] for row in metrics(part)] == [0, 1, 2, 3, 4, 5]
+    assert [row for row in metrics(part) if row["step"] % 2 == 0] == metrics(whole)[:3]
+    assert json.loads((part / "summary.json").read_text())["step"] == 5
+    moved = part.rename(tmp_path / "moved")
+    (moved / "checkpoints/step-000013").touch()  # neither of these is a checkpoint
+    (moved / "checkpoints/step-٣").mkdir()
+    more = ("--max_steps", "100", "--keep", "1", "--log_every", "2", "--device", "auto")
+    train.main(["--resume", "--out", str(moved), *more])
+    assert metrics(moved)[6:] == metrics(whole)[3:] and steps(moved) == [9]
+    error = refused("--resume", "--out", moved, "--max_steps", "7")
+    assert "step-000009: is beyond the 7 steps" in error and "raise --epochs" in error
+    for name in ("summary.json", "model.safetensors"):  # as if it had died before these
+        (moved / name).unlink()
+    train.main(["--resume", "--out", str(moved)])
+    one, other = (json.loads((folder / "summary.json").read_text()) for folder in (whole, moved))
+    assert one["table"] == other["table"] and one["loss"] == other["loss"]
+    longer = train.main(["--resume", "--out", str(moved), "--epochs", "4"])
+    assert metrics(longer)[-1]["step"] == 12 and steps(longer) == [12]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(undisturbed, copied):
+    shutil.rmtree(copied / "checkpoints")
+    (copied / "summary.json").unlink()
+    train.main(["--resume", "--out", str(copied)])
+    assert differences(undisturbed / "out", copied) == []
+
+
+def test_a_changed_flag_is_refused_by_name(copied):
+    resume = ("--resume", "--out", copied)
+    values = {"loss": "dpo", "schedule": "linear", "dtype": "bfloat16", "compile": "off"}
+    values |= {"checkpointing": "on", "warmup": "0.7", "eval_fraction": "0.3"}
+    values |= {"label_smoothing": "0.2", "epsilon": "0.2"}
+    values |= {"plan": "llama-3.2-1b", "gpu": "a100", "mfu": "0.5"}
+    free = {*checkpoints.MAY_CHANGE, *checkpoints.FILES, "device", "config", "resume", "overwrite"}
+    for field in dataclasses.fields(train.Options):
+        if field.name not in free:
+            value = [] if field.type is bool else [values.get(field.name, "77")]
+            error = refused(*resume, f"--{field.name}", *value)
+            assert f"--{field.name}" in error and f"leave out --{field.name}" in error
+    assert "--eval_data" in refused(*resume, "--eval_data", "gone.jsonl")  # the run had none
+    assert "--device cuda:99" in refused(*resume, "--device", "cuda:99")
+    assert "choose one" in refused(*resume, "--overwrite")
+    assert steps(copied) == [8, 9]
+
+
+def test_a_changed_file_is_refused_by_name(checkpoint, pairs_file, tmp_path):
+    out = run(checkpoint, pairs_file, tmp_path / "out", *SAVED, "--max_steps", "2")
+    resume = ("--resume", "--out", out, "--max_steps", "4")
+    other = write_rows(tmp_path / "other.jsonl", PAIR_ROWS[1:])
+    remedy = f"has changed since the run in {out} started; restore it, or start again with"
+    assert f"--data {other}: the file {remedy} --overwrite" in refused(*resume, "--data", other)
+    tiny_model(seed=3).save_pretrained(checkpoint)
+    other = shutil.copytree(checkpoint, tmp_path / "another")
+    assert f"--init {other}: the folder {remedy}" in refused(*resume, "--init", other)
+    same = shutil.copy(pairs_file, tmp_path / "moved.jsonl")  # a name does not count
+    train.main([*map(str, resume), "--data", str(same), "--loss", "mio", "--lr", "1e-3"])
+    assert steps(out) == [2, 4]
+
+
+def test_held_out_pairs_count_as_input(checkpoint, pairs_file, tmp_path):
+    held_out = write_rows(tmp_path / "held_out.jsonl", PAIR_ROWS[:4])
+    flags = ("--eval_data", str(held_out), "--save_every", "1", "--max_steps", "1")
+    out = run(checkpoint, pairs_file, tmp_path / "out", *flags)
+    write_rows(held_out, PAIR_ROWS[:3])
+    assert f"--eval_data {held_out}: the file has" in refused("--resume", "--out", out)
+
+
+def test_without_anything_to_resume_the_reason_is_named(undisturbed, copied, tmp_path):
+    shutil.rmtree(copied / "checkpoints")
+    error = refused("--resume", "--out", copied)
+    assert "is finished and has no checkpoints" in error and "--overwrite" in error
+    assert (copied / "model.safetensors").is_file()
+    error = refused("--resume", "--out", tmp_path / "nothing")
+    assert "there is no run in" in error and not (tmp_path / "nothing").exists()
+
+
+def test_without_out_a_run_is_looked_for_in_its_default_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert "no run in out/dpo;" in refused("--resume", "--loss", "dpo")
+    (tmp_path / "out/dpo").mkdir(parents=True)
+    options = checkpoints.recorded(train.Options(loss="dpo", beta=0.3, seed=5, overwrite=True))
+    assert not options["resume"] and not options["overwrite"]
+    (tmp_path / "out/dpo/train_config.json").write_text(json.dumps(options))
+    flags = {"resume": True, "loss": "dpo", "epochs": 9}
+    found = checkpoints.resumed_options(flags, train.Options, run_options.default_out)
+    assert train.Options(**found) == train.Options(
+        loss="dpo", beta=0.3, seed=5, epochs=9, resume=True, out="out/dpo"
+    )
+
+
+def test_help_says_what_may_change(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split()).partition("these flags may change")[2]
+    assert stop.value.code == 0 and all(f"--{name}" in text for name in checkpoints.MAY_CHANGE)
+
+
+# --- Crashes --------------------------------------------------------------------------------------
+
+
+def test_killed_again_and_again_a_run_ends_as_if_undisturbed(checkpoint, pairs_file, tmp_path):
+    counts = crash_table(3, tmp_path)
+    assert counts["kills"] == 3 and counts["runs compared"] >= 1
+    assert counts["failures"] == counts["differences"] == 0
+
+
+@pytest.mark.parametrize("victim", ["step-000004", "run/model.safetensors"])
+def test_killed_while_it_writes_weights_a_run_resumes(victim, undisturbed, tmp_path, monkeypatch):
+    """The last complete checkpoint is found again, and a half-written file is never read."""
+    out, save_file = tmp_path / "run", weights.save_file
+
+    def killed(tensors, path, **metadata):
+        save_file(tensors, path, **metadata)
+        if victim in str(path):
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        weights.save_file = killed
+        run(undisturbed / "init", undisturbed / "pairs.jsonl", out, *SAVED)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert steps(out) == ([2] if "step" in victim else [8, 9])
+    assert list(out.rglob("*.partial")) and not (out / "model.safetensors").exists()
+    read_record(newest_checkpoint(out))
+    train.main(["--resume", "--out", str(out)])
+    assert differences(undisturbed / "out", out) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(number, undisturbed, tmp_path, monkeypatch, capsys):
+    step, handlers, count = train.train_step, [signal.getsignal(number)], [0]
+
+    def interrupted(*args, **more):
+        count[0] += 1
+        if count[0] == 3:
+            os.kill(os.getpid(), number)
+        return step(*args, **more)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        run(undisturbed / "init", undisturbed / "pairs.jsonl", out, *SAVED)
+    assert stop.value.code == 128 + number and count == [3]
+    assert f"train.py --resume --out {out}" in capsys.readouterr().err
+    assert handlers == [signal.getsignal(number)] and steps(out) == [2, 3]
+    train.main(["--resume", "--out", str(out)])
+    assert differences(undisturbed / "out", out) == []
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    child = os.fork()
+    if child == 0:
+        with catch_signals():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+
+
+def test_files_are_flushed_before_they_take_their_name_and_old_ones_go_last(
+    checkpoint, pairs_file, tmp_path, monkeypatch
+):
+    flushed, named, removed = set(), [], []
+    flush, replace, remove = files.flush_to_disk, os.replace, shutil.rmtree
+
+    def flushing(path):
+        flush(path)
+        flushed.add(Path(path))
+
+    def naming(source, target):
+        assert flushed.issuperset([Path(source), *Path(source).rglob("*")]), source
+        replace(source, target)
+        named.append(Path(target))
+
+    def removing(path, **options):
+        if Path(path).exists():
+            assert len(checkpoints.checkpoints(tmp_path / "out")) == 2  # the newer ones exist
+            removed.append(Path(path).name)
+        remove(path, **options)
+
+    monkeypatch.setattr(files, "flush_to_disk", flushing)
+    monkeypatch.setattr(checkpoints, "flush_to_disk", flushing)
+    monkeypatch.setattr(os, "replace", naming)
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    out = run(checkpoint, pairs_file, tmp_path / "out", *SAVED)
+    assert removed == [f"step-{step:06}.partial" for step in (2, 4, 6)] and steps(out) == [8, 9]
+    assert out / "metrics.jsonl" in flushed
+    written = {path for path in tmp_path.rglob("*") if path.is_file()}
+    inputs = {*checkpoint.iterdir(), pairs_file, *out.glob("tokenizer*")}
+    in_folders = {path for path in written if path.parent in named}
+    assert written - inputs - in_folders <= set(named)
+
+
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(undisturbed, tmp_path, monkeypatch):
+    out, step = tmp_path / "out", train.train_step
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_disk(*args, **more):
+        if steps(out) == [2]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+        return step(*args, **more)
+
+    monkeypatch.setattr(train, "train_step", fill_disk)
+    command = ["--init", undisturbed / "init", "--data", undisturbed / "pairs.jsonl", "--out", out]
+    try:
+        error = refused(*command, "--batch_size", "8", "--lr", "1e-3", "--seed", "1", *SAVED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "step-000004" in error and "File too large" in error and "--resume" in error
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
+    monkeypatch.undo()
+    train.main(["--resume", "--out", str(out)])
+    assert differences(undisturbed / "out", out) == []
+
+
+def test_numbers_that_blow_up_leave_the_last_good_checkpoint(checkpoint, pairs_file, tmp_path):
+    flags = ("--save_every", "1", "--schedule", "constant", "--warmup", "0", "--epochs", "2")
+    command = ["--init", checkpoint, "--data", pairs_file, "--out", tmp_path / "bad"]
+    error = refused(*command, "--batch_size", "8", "--lr", "1e30", *flags)
+    assert "step 2: loss or gradient not finite, from line" in error
+    assert steps(tmp_path / "bad") == [1]
+    read_record(newest_checkpoint(tmp_path / "bad"))
+
+
+# --- A folder has one run, and what is damaged is noticed -----------------------------------------
+
+
+def test_a_folder_has_one_run_at_a_time_and_a_dead_one_holds_no_lock(undisturbed, copied, capsys):
+    ready, child = os.pipe(), os.fork()
+    if child == 0:
+        handle = os.open(copied, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        os.write(ready[1], b"!")
+        signal.pause()
+    os.read(ready[0], 1)
+    init, data = undisturbed / "init", undisturbed / "pairs.jsonl"
+    for flags in (["--resume"], ["--overwrite", "--init", init, "--data", data]):
+        assert "another run" in refused("--out", copied, *flags)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with locked(copied):
+        with pytest.raises(ValueError, match="another run"), locked(copied):
+            pass
+        ready, child = os.pipe(), os.fork()
+        if child == 0:
+            with locked(copied, "waiting"):
+                os.write(ready[1], b"!")
+                signal.pause()
+        os.set_blocking(ready[0], False)
+        with pytest.raises(BlockingIOError):
+            os.read(ready[0], 1)
+    os.set_blocking(ready[0], True)
+    assert os.read(ready[0], 1) == b"!"  # the child has waited, and its lock keeps others out
+    with pytest.raises(ValueError, match="another run"), locked(copied):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    train.main(["--resume", "--out", str(copied), "--epochs", "4", "--max_steps", "10"])
+    assert steps(copied) == [9, 10]
+
+
+def test_one_flipped_bit_in_any_file_is_noticed(copied):
+    newest = newest_checkpoint(copied)
+    names = {file.name for file in newest.iterdir()}
+    assert names >= {"model.safetensors", "training.safetensors", "training.json", "SHA256SUMS"}
+    for file in [*newest.iterdir(), copied / "metrics.jsonl"]:
+        truth = file.read_bytes()
+        for place in (0, len(truth) // 2, len(truth) - 1):
+            damaged = bytearray(truth)
+            damaged[place] ^= 1 << (place % 8)
+            file.write_bytes(damaged)
+            error = refused("--resume", "--out", copied)
+            # A wrong line in SHA256SUMS looks like a wrong file, which is then named.
+            assert (file.name if file.name != "SHA256SUMS" else str(newest)) in error, error
+            assert "remove" in error or "restore" in error
+        file.unlink()
+        assert str(file) in refused("--resume", "--out", copied)
+        file.write_bytes(truth)
+    (newest / "extra").write_text("")
+    assert "extra" in refused("--resume", "--out", copied)
+    shutil.rmtree(newest)  # as the message says, to resume from the checkpoint before
+    train.main(["--resume", "--out", str(copied)])
+    assert steps(copied) == [8, 9] and [r["step"] for r in metrics(copied)] == [0, 2, 4, 6, 8, 9]
+
+
+def test_a_record_of_another_step_or_format_is_refused(copied):
+    newest = newest_checkpoint(copied)
+    renamed = newest.rename(newest.with_name("step-000011"))
+    assert "training.json: is not a record of this step" in refused("--resume", "--out", copied)
+    newest = renamed.rename(newest)
+    record = json.loads((newest / "training.json").read_text())
+    for wrong in (record | {"extra": 1}, {k: v for k, v in record.items() if k != "inputs"}):
+        (newest / "training.json").write_text(json.dumps(wrong))
+        (newest / "SHA256SUMS").write_text("".join(checkpoints.checksums(newest)))
+        error = refused("--resume", "--out", copied)
+        assert "training.json: is not a record" in error and f"remove {newest}" in error
+
+
+def test_no_pickle_is_read_or_written(undisturbed, copied, monkeypatch):
+    """Unpickling runs code, so that a checkpoint from a stranger would be a program."""
+
+    def refuse(*args, **more):
+        raise AssertionError("pickle was used")
+
+    for name in ("load", "loads", "dump", "dumps", "Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    for name in ("load", "save"):
+        monkeypatch.setattr(torch, name, refuse)
+    with pytest.raises(AssertionError, match="pickle was used"):
+        torch.save({}, io.BytesIO())
+    shutil.rmtree(newest_checkpoint(copied))
+    train.main(["--resume", "--out", str(copied)])
+    found = [path for path in undisturbed.rglob("*") if path.is_file()]
+    assert len(found) > 20
+    for path in found:
+        head = path.read_bytes()[:9]
+        if path.suffix == ".safetensors":  # the length of a JSON header, then the header
+            assert head[8:] == b"{" and int.from_bytes(head[:8], "little") < 10_000, path
+        else:  # text: a protocol of pickle starts with byte 0x80, a zip file of torch.save with PK
+            assert head.isascii() and head[:1] in b"{0123456789abcdef", path
+            path.read_bytes().decode()
