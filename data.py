@@ -90,10 +90,8 @@ def encode_example(example: Example, tokenizer: Tokenizer) -> Pair:
 
 def truncate(pair: Pair, max_length: int, bos_id: int | None) -> Pair:
     """Drops the oldest tokens of the prompt after the BOS token; answers stay complete.
-
     `max_length` counts the tokens of the prompt and of the longer answer. Raises UnusableError if
-    no token of the prompt would be left.
-    """
+    no token of the prompt would be left."""
     room = max_length - max(len(pair.chosen), len(pair.rejected))
     if room >= len(pair.prompt):
         return pair
@@ -104,9 +102,8 @@ def truncate(pair: Pair, max_length: int, bos_id: int | None) -> Pair:
 
 
 def read_pairs(path, tokenizer: Tokenizer, max_length: int) -> tuple[Pairs, Report]:
-    """The usable pairs of a JSONL file, plain or .gz, and a report on all of its rows.
-
-    Raises OSError, or ValueError that names file and line."""
+    """The usable pairs of a JSONL file, plain or .gz, and a report on all of its rows. Raises
+    OSError, or ValueError that names file and line."""
     pairs, report = Pairs(), Report()
     # A chat template may write the BOS token of a tokenizer that adds none itself.
     bos_id = tokenizer.added.get(tokenizer.names.get("bos_token"), tokenizer.bos_id)
@@ -148,7 +145,6 @@ def load_pairs(path, tokenizer: Tokenizer, max_length: int = 1024) -> Pairs:
 
 def split_pairs(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
     """Splits off about `fraction` of the pairs as held-out pairs; no prompt is on both sides.
-
     Raises ValueError if there are too few prompts."""
     by_prompt: dict[int, list[int]] = {}
     for index, pair in enumerate(pairs):
@@ -160,10 +156,8 @@ def split_pairs(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]
         if len(held_out) + len(groups[group]) <= wanted:
             held_out.update(groups[group])
     if len(held_out) == len(pairs) or (wanted and not held_out):
-        raise ValueError(
-            f"{len(groups)} different prompts are too few to hold out {fraction:.0%} of the pairs; "
-            "use --eval_fraction 0 or --eval_data"
-        )
+        raise ValueError(f"{len(groups)} different prompts are too few to hold out {fraction:.0%} "
+                         "of the pairs; use --eval_fraction 0 or --eval_data")  # fmt: skip
     train = (index for index in range(len(pairs)) if index not in held_out)
     return pairs.take(train), pairs.take(sorted(held_out))
 
@@ -242,11 +236,9 @@ def row_length(pair: Sequence) -> int:
 
 
 def pack(sizes: list[int], row_tokens: int) -> list[list[int]]:
-    """Assigns items to rows of `row_tokens`, first fit with the longest item first.
-
-    Returns the items of each row; an item longer than a row gets a row of its own."""
-    rows: list[list[int]] = []
-    room: list[int] = []
+    """Assigns items to rows of `row_tokens`, first fit with the longest item first. Returns the
+    items of each row; an item longer than a row gets a row of its own."""
+    rows, room = [], []
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         row = next((r for r, free in enumerate(room) if free >= sizes[item]), len(rows))
         if row == len(rows):
@@ -260,9 +252,8 @@ def pack(sizes: list[int], row_tokens: int) -> list[list[int]]:
 def make_batches(
     pairs: Sequence, index: list[int], row_tokens: int, micro_tokens: int, pad: bool = False
 ) -> list[Batch]:
-    """Packs pairs[i] for i in index into rows, and rows into batches of at most `micro_tokens`.
-
-    A longer row makes a batch of its own. With `pad`, shorter batches are padded to that length."""
+    """Packs pairs[i] for i in index into rows, and rows into batches of at most `micro_tokens`. A
+    longer row makes a batch of its own. With `pad`, shorter batches are padded to that length."""
     sizes = [row_length(pairs[i]) for i in index]
     batches, room = [], 0
     for row in pack(sizes, row_tokens):

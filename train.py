@@ -62,8 +62,8 @@ class RunOptions:
     samples: int = option(8, "answers drawn to each prompt", least=2, most=1024)
     max_new_tokens: int | None = option(None, "largest length of a drawn answer", least=1)
     max_length: int | None = option(None, "largest length of a prompt and an answer", least=2)
-    row_tokens: int = option(128, "pairs share a row up to this many tokens", least=1)
-    micro_tokens: int = option(4096, "tokens in a forward pass", least=1)
+    row_tokens: int = option(evaluation.ROW_TOKENS, "tokens up to which pairs share a row", least=1)
+    micro_tokens: int = option(evaluation.MICRO_TOKENS, "tokens in a forward pass", least=1)
     lora_rank: int | None = option(None, "train adapters of this rank; base weights are frozen and "
                                    "stored in --dtype", least=1)
     lora_alpha: float | None = option(None, "numerator of the adapters' scale (default: twice the "

@@ -103,11 +103,8 @@ def task_row(values: dict[str, list[float]]) -> Row:
 
 
 def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np.ndarray:
-    """Bootstrap over prompts: (RESAMPLES,) values of the statistic.
-
-    Each resample draws as many prompts as there are, with replacement, and takes all items of each.
-    The draws depend on the number of prompts alone. prompts: (items,) their numbers 0, 1, ...
-    """
+    """Bootstrap over prompts: (RESAMPLES,) values of the statistic. A resample draws as many prompts
+    as there are, with replacement, and takes all items of each. prompts: (items,) 0, 1, ..."""
     random, G = np.random.default_rng(0), prompts.max() + 1
     found = []
     for _ in range(RESAMPLES):
@@ -117,8 +114,7 @@ def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np
 
 
 def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
-    """Rows of a table: the figures of each run, then the differences of each later run from the
-    first one."""
+    """Rows of a table: the figures of all runs, then the differences of the others from the first."""
     rows: dict[str, Row] = {n: {c: x.figure() for c, x in run.items()} for n, run in runs.items()}
     (first, base), *others = runs.items()
     for name, run in others:

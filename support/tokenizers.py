@@ -37,9 +37,10 @@ LLAMA3_SPECIALS = [
 ]  # fmt: skip
 SPLIT_SECONDS = 10  # for one text; the regular expressions of known models take far less
 # The parts of a regular expression that tokenizers (by Oniguruma) and `regex` read alike.
+ESCAPE = r"\\[pP]\{\^?\w+\}|\\[sSdDnrt]|\\[^\w]"
 PORTABLE = regex.compile(
-    r"(?:\\[pP]\{\^?\w+\}|\\[sSdDwWnrt]|\\[^\w]|\[\^?(?:\\.|[^\[\]\\])+\]"  # classes and escapes
-    r"|\(\?(?:[:=!]|<[=!]|i:)|\)|\{\d+(?:,\d*)?\}(?!\+)|[^\\\[\](){}.^$])+"  # groups, counts, text
+    rf"(?:{ESCAPE}|\[\^?(?:{ESCAPE}|(?!&&)[^\[\]\\])+\]|\(\?(?:[:=!]|<[=!]|i:)|\)"
+    r"|\{\d+(?:,\d*)?\}(?!\+)|[^\\\[\](){}.^$])+"
 )
 # GPT-2 writes a byte as a visible character: a printable byte as itself, others from 256 on.
 HIDDEN = [byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "]

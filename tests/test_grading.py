@@ -35,6 +35,7 @@ from support.grading import (
         ("#### 1\n#### 2", 1, 2),
         ("so 16-3=13 are left", None, 13),
         ("5-3", None, 3),  # a minus sign between numbers is not part of the second
+        ("f(5)-3 or x-3", None, 3),
         ("it fell to -4 degrees.", None, -4),
         ("she pays $1,250.75, or 10% more.", None, 10),
         (".5 of it", None, 0.5),
@@ -106,7 +107,7 @@ def test_formulas_that_mean_the_same_are_equal(left, right):
 
 def test_formulas_that_differ_are_not_equal():
     different = [r"\frac13", r"\frac31", "-5", "5", r"\sqrt{2}", "2", "(1,2)", "(2,1)", "x"]
-    different += ["12", "1,2", "2,1", "1/2/3", "3/2", "2 x"]
+    different += ["12", "1,2", "2,1", "1/2/3", "3/2", "2 x", r"\frac123", r"\frac{1}{2}3"]
     assert len({normalize_formula(text) for text in different}) == len(different)
     assert normalize_formula("1/0") == "1/0"  # it is no number, and grading goes on
     for key, wrong in (("2x", "2x^2"), ("2x", "2y"), ("3", "3x"), ("3", "3i"), ("125", "12_5")):

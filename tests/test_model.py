@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import LLAMA3_ROPE, SHARED, needs_shared, tiny_model
 
-from model import Llama, sample
+from model import Llama
+from support.sampling import sample
 
 CONFIGS = {
     "grouped": {},
