@@ -33,13 +33,12 @@ from data import (
 )
 from mio import chunked_logps, pair_loss
 from model import Llama
-from support.benchmarks import answer_columns, choice_columns, choice_rows
 from support.builtin_task import SAMPLES, TEST_PROBLEMS, task_values
 from support.cli import Parser, add_options, check_value, option, pick_device
 from support.curves import plot
 from support.figures import Column, Row, compared, table
 from support.files import digest_file, write_json
-from support.questions import examples, read_items
+from support.questions import answer_columns, choice_columns, choice_rows, examples, read_items
 from support.sampling import draw
 from support.trained_run import Run, load_checkpoint, load_reference, read_run
 
@@ -81,7 +80,6 @@ def batch_logps(model: Llama, batch: Batch, dtype: torch.dtype) -> Tensor:
 
 def pair_logps(model: Llama, pairs: Pairs, *layout) -> Tensor:
     """Summed log-probabilities of chosen and rejected answers, (pairs, 2) in nats, on the CPU.
-
     layout: row_tokens, micro_tokens, dtype and, optionally, batches, as in answer_logps."""
     logps = answer_logps(model, pairs, *layout)
     return torch.stack(logps) if logps else torch.empty(0, 2)
@@ -110,9 +108,8 @@ def preference_values(logps: Tensor, ref_logps: Tensor | None, beta: float) -> d
 def information(rewards: Tensor) -> dict[str, Column]:
     """Three estimates of mutual information, in nats, with the rewards (pairs, 2) as critic.
 
-    Each is the negative loss of its name up to a constant. `dv` and `nwj` are lower bounds of at
-    most log 2, as the marginal is the half-and-half mixture. `js` is twice the Jensen-Shannon
-    bound, at most 0.4315. All three are 0 if the policy equals the reference.
+    `dv` and `nwj` are minus the losses of these names: lower bounds, at most log 2. `js` is log 4
+    minus mio, twice the Jensen-Shannon bound, at most 0.4315. All are 0 at the reference.
     """
 
     def bound(name: str, rewards: Tensor) -> Tensor:

@@ -362,10 +362,8 @@ CHUNK_TOKENS = 1024  # rows of logits in memory at a time
 
 
 def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
-    """The oracle, which computes all logits at once.
-
-    hidden (N, D), head_weight (V, D), targets (N,), lengths (S,) -> summed log-probability of each
-    answer (S,), in nats, differentiable."""
+    """The oracle, which computes all logits at once. hidden (N, D), head_weight (V, D), targets (N,),
+    lengths (S,) -> summed log-probability of each answer (S,), in nats, differentiable."""
     logits = hidden @ head_weight.T  # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     token_logps = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]  # (N,)
@@ -395,8 +393,7 @@ def fused_pair_loss(
     compiled: bool = False,
     **options,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each pair (B,) and the log-probability of each answer (2B,), without keeping
-    logits.
+    """The loss of each pair (B,) and the log-prob of each answer (2B,), without keeping logits.
 
     hidden (N, D), head_weight (V, D), targets (N,), lengths (2B,), ref_logps and advantages (2B,)
     or None. Differentiable in hidden and head_weight through losses.mean() or losses.sum(): all
@@ -518,10 +515,8 @@ _compiled_to_residual = torch.compile(_to_residual, dynamic=True)
 
 
 def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, overwrite: bool) -> None:
-    """total (V, D) += residual (n, V) transposed times weighted (n, D), or = with `overwrite`.
-
-    Products of lower precision are added in the precision of `total`, a slice of the vocabulary at
-    a time."""
+    """total (V, D) += residual (n, V) transposed times weighted (n, D), or = with `overwrite`. Adds
+    in the precision of `total`, a slice of the vocabulary at a time if the product's is lower."""
     weighted = weighted.to(residual.dtype)
     if total.dtype == residual.dtype:
         total.addmm_(residual.T, weighted, beta=0 if overwrite else 1)

@@ -1,8 +1,5 @@
-"""Checkpoints from which a run resumes exactly: weights, AdamW's moments, random state, record.
-
-checkpoints/step-NNNNNN/ is a model folder like any other, or an adapter's folder without the frozen
-base weights. Beside the model lie training.safetensors, training.json and SHA256SUMS.
-"""
+"""Checkpoints, from which a run resumes exactly. checkpoints/step-NNNNNN/ is a model folder, or an
+adapter's without the frozen weights, with training.safetensors, training.json and SHA256SUMS."""
 
 import contextlib
 import dataclasses
@@ -23,8 +20,7 @@ from support.files import digest_file, flush_to_disk, read_json, write_json, wri
 from support.lora import lora_of, save_adapter
 from support.weights import save_tensors
 
-# Options that name the inputs of a run. A resumed run may find them elsewhere, but unchanged.
-FILES = ("init", "init_adapter", "data", "eval_data")
+FILES = ("init", "init_adapter", "data", "eval_data")  # may be moved, but not changed
 # Options that a resumed run may change.
 MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out",
               "tensorboard")  # fmt: skip
@@ -45,15 +41,12 @@ class Progress(NamedTuple):
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run folder, the oldest first."""
     found = (p for p in folder.glob("checkpoints/step-*") if re.fullmatch("step-[0-9]+", p.name))
-    return sorted(filter(Path.is_dir, found), key=step_of)
+    return sorted(filter(Path.is_dir, found), key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    return max(checkpoints(folder), key=step_of, default=None)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+    found = checkpoints(folder)
+    return found[-1] if found else None
 
 
 def recorded(options) -> dict:
@@ -73,17 +66,14 @@ def save_checkpoint(job, optimizer, progress: Progress) -> None:
     """Writes a checkpoint of job.model and the optimizer, then removes those beyond --keep. A crash
     leaves the checkpoint complete or absent, and an older one goes only after it is complete."""
     folder, options = Path(job.options.out), job.options
-    named = {name: optimizer.state.get(p, {}) for name, p in job.model.named_parameters()}
-    moments = {f"{key}.{name}": x for name, state in named.items() for key, x in state.items()}
-    moments, model = job.world.gather_state(moments), job.world.gather_model(job.model)
+    states = {name: optimizer.state.get(p, {}) for name, p in job.model.named_parameters()}
+    moments = {f"moments.{key}.{n}": x for n, state in states.items() for key, x in state.items()}
+    tensors, model = job.world.gather_state(moments), job.world.gather_model(job.model)
     if not job.world.first:
         return
-    progress = progress._replace(moments=moments)
-    tensors = {f"moments.{name}": moment for name, moment in progress.moments.items()}
+    refs = {"ref_logps": progress.ref_logps, "ref_mismatched": progress.ref_mismatched}
+    tensors |= {name: logps for name, logps in refs.items() if logps is not None}
     tensors |= {"start": progress.start_logps, "random.cpu": torch.get_rng_state()}
-    for name in ("ref_logps", "ref_mismatched"):
-        if (logps := getattr(progress, name)) is not None:
-            tensors[name] = logps
     if options.device != "cpu":
         tensors["random.cuda"] = torch.cuda.get_rng_state(options.device)
     flush_to_disk(folder / "metrics.jsonl")
@@ -127,7 +117,7 @@ def read_record(checkpoint: Path) -> dict:
         file = checkpoint / names.pop() if len(names) == 1 else sums
         raise ValueError(f"{file}: does not match {sums.name}; {remedy}")
     record = read_json(checkpoint / "training.json")
-    if record.keys() != RECORD_KEYS or record["step"] != step_of(checkpoint):
+    if record.keys() != RECORD_KEYS or checkpoint.name != f"step-{record['step']:06}":
         raise ValueError(f"{checkpoint / 'training.json'}: is not a record of this step; {remedy}")
     file, metrics = checkpoint.parent.parent / "metrics.jsonl", record["metrics"]
     rows = file.read_bytes()[: metrics["bytes"]] if file.is_file() else b""
@@ -178,8 +168,7 @@ def resumed_options(flags: dict, cls, default_out) -> dict:
                          "--save_every writes; start it again with --overwrite")  # fmt: skip
     else:
         found = read_json(config)
-    fields = dataclasses.fields(cls)
-    stored = {f.name: check_value(f, found.get(f.name, f.default)) for f in fields}
+    stored = {f.name: check_value(f, found.get(f.name, f.default)) for f in dataclasses.fields(cls)}
     if "device" in flags:
         flags = flags | {"device": pick_device(flags["device"])}
     for name, value in flags.items():
@@ -200,11 +189,9 @@ def catch_signals():
         if received:
             os._exit(128 + number)
         received.append(number)
-        os.write(2, b"\nfinishing this step; once more to stop at once\n")
+        os.write(2, b"\nstopping after this step; a second signal stops at once\n")
 
-    handlers = {
-        number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    handlers = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:

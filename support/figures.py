@@ -103,8 +103,8 @@ def task_row(values: dict[str, list[float]]) -> Row:
 
 
 def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np.ndarray:
-    """Bootstrap over prompts: (RESAMPLES,) values of the statistic. A resample draws as many prompts
-    as there are, with replacement, and takes all items of each. prompts: (items,) 0, 1, ..."""
+    """Bootstrap over prompts: (RESAMPLES,) values of the statistic. A resample draws prompts with
+    replacement, as many as there are, and takes all items of each. prompts: (items,) 0, 1, ..."""
     random, G = np.random.default_rng(0), prompts.max() + 1
     found = []
     for _ in range(RESAMPLES):
@@ -114,7 +114,7 @@ def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np
 
 
 def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
-    """Rows of a table: the figures of all runs, then the differences of the others from the first."""
+    """Rows of a table: the figures of all runs, then the differences from the first run."""
     rows: dict[str, Row] = {n: {c: x.figure() for c, x in run.items()} for n, run in runs.items()}
     (first, base), *others = runs.items()
     for name, run in others:
@@ -211,5 +211,5 @@ def _aligned(grid: list[list[str]], width: int) -> list[str]:
         lines += [""] if lines else []
         for name, *cells in zip(*block):
             padded = [cell.rjust(size) for cell, size in zip(cells, widths[1:])]
-            lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
+            lines.append("  ".join([name.ljust(widths[0]), *padded]))
     return lines

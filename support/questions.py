@@ -1,16 +1,16 @@
-"""Evaluation rows: questions to answer and grade, and questions with choices to score.
-
-`read_items` turns the rows of a file into items, `examples` makes the solved examples (shots) that
-stand before each prompt, and `prompt_ids` encodes the prompts.
-"""
+"""Benchmarks: questions to answer and grade, and questions whose choices are scored by log-prob."""
 
 import json
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from support.figures import Column
 from support.files import read_rows
-from support.grading import GRADERS
+from support.grading import GRADERS, grade_values
 from support.rows import COLUMNS, messages_of, text_of
+from support.sampling import draw, stop_texts
 
 EVALUATION_FORMS = (
     "rows to evaluate on are {question, answer} as in GSM8K, {prompt, answer, grade}, "
@@ -45,12 +45,8 @@ def read_item(line: int, row: dict) -> Item:
     """The item of a row of any form. Raises ValueError if the row is malformed."""
     json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair raises ValueError
     if row.keys() >= {"question", "answer"}:
-        row = {
-            "prompt": f"Question: {text_of(row, 'question')}\nAnswer:",
-            "answer": row["answer"],
-            "grade": "gsm8k",
-            "stop": ["Question:"],
-        }
+        row = {"prompt": f"Question: {text_of(row, 'question')}\nAnswer:", "grade": "gsm8k",
+               "answer": row["answer"], "stop": ["Question:"]}  # fmt: skip
     has_choices = row.keys() >= {"prompt", "choices", "gold"}
     if not has_choices and not row.keys() >= {"prompt", "answer", "grade"}:
         raise ValueError(f"its columns are {', '.join(row) or 'none':.200}; {EVALUATION_FORMS}")
@@ -114,10 +110,8 @@ def examples(path: str | None, k: int, items: list[Item]) -> str:
     prompts = {item.prompt for item in items}
     for shot in shots:
         if shot.prompt in prompts:
-            raise ValueError(
-                f"{path}:{shot.line}: shows the answer to a question that is asked; take --shots "
-                "from a training split"
-            )
+            raise ValueError(f"{path}:{shot.line}: shows the answer to a question that is asked; "
+                             "take --shots from a training split")  # fmt: skip
     return "".join(f"{shot.prompt}{shot.joined(shot.key)}\n\n" for shot in shots)
 
 
@@ -129,10 +123,63 @@ def prompt_ids(model, tokenizer, path, items: list[Item], before: str, lengths) 
         try:
             ids.append(item.ids(tokenizer, before))
             if (total := len(ids[-1]) + length) > limit:
-                raise ValueError(
-                    f"prompt and answer may take {total} tokens, the model reads {limit}; "
-                    "lower --max_new_tokens or -k"
-                )
+                raise ValueError(f"prompt and answer may take {total} tokens, the model reads "
+                                 f"{limit}; lower --max_new_tokens or -k")  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{path}:{item.line}: {error}") from None
     return ids
+
+
+def answer_columns(model, tokenizer, path, items: list[Item], before: str, options):
+    """Generates options.n answers to each item and grades them.
+
+    Returns columns of figures, and the texts of each item's answers. The column "cut" is the share
+    of answers that neither ended nor reached a stop text; they are graded as they are."""
+    n, new = options.n, options.max_new_tokens
+    prompts = prompt_ids(model, tokenizer, path, items, before, [new] * len(items))
+    how = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
+    how |= {"rows": options.batch_size, "stop_ids": tokenizer.stop_ids}
+    how["is_over"] = stop_texts(tokenizer, [item.stop for item in items for _ in range(n)])
+    answers = draw(model, [prompt for prompt in prompts for _ in range(n)], new, **how)
+    texts, values = [], []
+    for number, item in enumerate(items):
+        found, cut = [], 0
+        for answer in answers[number * n : (number + 1) * n]:
+            ended = answer[-1] in tokenizer.stop_ids
+            text = tokenizer.decode(answer[:-1] if ended else answer)
+            stop = min((text.find(s) for s in item.stop if s in text), default=None)
+            found.append(text[:stop])
+            cut += not ended and stop is None
+        texts.append(found)
+        values.append(grade_values(item.grade, item.key, found) | {"cut": cut / n})
+    return columns_of(values), texts
+
+
+def choice_rows(model, tokenizer, path, items: list[Item], before: str) -> list[list[list[int]]]:
+    """The ids of each item's prompt and of its choices, which go on from the prompt's text."""
+    choices = [[tokenizer.continue_ids(item.joined(c)) for c in item.choices] for item in items]
+    longest = [max(map(len, ids)) for ids in choices]
+    prompts = prompt_ids(model, tokenizer, path, items, before, longest)
+    return [[prompt, *ids] for prompt, ids in zip(prompts, choices)]
+
+
+def choice_columns(items: list[Item], logps: list[np.ndarray]) -> dict[str, Column]:
+    """Accuracies from the summed log-prob of each choice, as lm-evaluation-harness defines them:
+    by log-prob, by log-prob over characters and over bytes, without the joining space."""
+    values = []
+    for item, scores in zip(items, logps):
+        texts = [choice.strip() for choice in item.choices]
+        sizes = {
+            "acc": np.ones(len(texts)),
+            "acc_norm": np.array([len(text) for text in texts]),
+            "acc_bytes": np.array([len(text.encode()) for text in texts]),
+        }
+        best = {name: np.argmax(scores / size) for name, size in sizes.items()}
+        values.append({name: float(choice == item.gold) for name, choice in best.items()})
+    return columns_of(values)
+
+
+def columns_of(values: list[dict[str, float]]) -> dict[str, Column]:
+    """One dict of values an item -> one column a name; NaN where an item has no such value."""
+    names = dict.fromkeys(name for one in values for name in one)
+    return {n: Column(np.array([one.get(n, np.nan) for one in values])) for n in names}

@@ -1,8 +1,4 @@
-"""Rows of a data file: one JSON object each, in one of several forms, told apart by its columns.
-
-`read_row` turns a row of any form into an `Example`: a prompt and one or two answers, still as
-text or messages. data.py encodes it. `Report` counts what happens to the rows of a file.
-"""
+"""The forms that a row of a data file may have, told apart by their columns."""
 
 import dataclasses
 from collections import Counter
@@ -23,8 +19,8 @@ class UnusableError(ValueError):
 
 
 class Example(NamedTuple):
-    """A prompt and two answers, one of which may be None. A message is a dict with the keys "role"
-    and "content": the prompt is a list of messages exactly where the answers are messages."""
+    """A prompt and two answers, one of which may be None. The answers are messages, dicts with the
+    keys "role" and "content", if the prompt is a list of messages."""
 
     form: str  # the name of the row's form, as reports print it
     prompt: str | list[dict]
@@ -34,13 +30,11 @@ class Example(NamedTuple):
 
 
 def read_row(row: dict) -> Example:
-    """The example that a row holds, whatever its form.
-
-    Raises ValueError if the row is malformed, and UnusableError if an answer is empty, if both
-    answers are identical or if the row does not split into a prompt and answers.
-    """
+    """The example in a row. Raises ValueError if the row is malformed, UnusableError if an answer is
+    empty, if both are identical, or if the row does not split into a prompt and answers."""
     if row.keys() >= {"chosen", "rejected"}:
-        example = _read_preference(row)
+        is_conversation = isinstance(row["chosen"], list)
+        example = _read_conversations(row) if is_conversation else _read_texts(row)
     elif row.keys() >= {"prompt", "completion"} or "messages" in row:
         example = _read_completion(row)
     else:
@@ -79,10 +73,8 @@ def messages_of(row: dict, column: str) -> list[dict]:
     return messages
 
 
-def _read_preference(row: dict) -> Example:
-    """A row with the columns chosen and rejected."""
-    if isinstance(row["chosen"], list):
-        return _read_conversations(row)
+def _read_texts(row: dict) -> Example:
+    """A row with two texts, chosen and rejected, and a prompt unless they are transcripts."""
     chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
     if "prompt" in row:
         return Example("prompt, chosen, rejected", text_of(row, "prompt"), chosen, rejected)
@@ -97,9 +89,8 @@ def _split_transcript(transcript: str, column: str) -> tuple[str, str]:
     """The transcript up to the assistant's last turn, and the text of that turn."""
     before, turn, answer = transcript.rpartition(ASSISTANT_TURN)
     if not turn:
-        raise ValueError(
-            f"no column 'prompt', and {column!r} is no transcript: it has no {ASSISTANT_TURN!r}"
-        )
+        form = f"is no transcript with {ASSISTANT_TURN!r}"
+        raise ValueError(f"no column 'prompt', and {column!r} {form}")
     if HUMAN_TURN in answer:
         raise UnusableError("the transcript does not end in an assistant's turn")
     return before + turn, answer
@@ -112,19 +103,16 @@ def _read_conversations(row: dict) -> Example:
     chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
     if "prompt" in row and chosen[0]["role"] == "assistant":
         form = "prompt and messages"
-        if isinstance(row["prompt"], list):
-            prompt = messages_of(row, "prompt")
-        else:
-            prompt = [{"role": "user", "content": text_of(row, "prompt")}]
+        is_text = isinstance(row["prompt"], str)
+        prompt = [{"role": "user", "content": text_of(row, "prompt")}] if is_text else (
+            messages_of(row, "prompt"))  # fmt: skip
         chosen, rejected = prompt + chosen, prompt + rejected
-    # Messages may carry more than role and content, an id for example, which makes no difference.
-    chosen_turns, rejected_turns = (
-        [(message["role"], message["content"]) for message in side] for side in (chosen, rejected)
-    )
-    if chosen_turns == rejected_turns:
+    # Other keys of a message, such as an id, make no difference.
+    turns = [[(m["role"], m["content"]) for m in side] for side in (chosen, rejected)]
+    if turns[0] == turns[1]:
         raise UnusableError(IDENTICAL)
-    turns = list(zip(chosen_turns, rejected_turns))
-    shared = next((i for i, (ours, theirs) in enumerate(turns) if ours != theirs), len(turns))
+    same = [ours == theirs for ours, theirs in zip(*turns)]
+    shared = [*same, False].index(False)
     answers = [side[shared] for side in (chosen, rejected) if shared < len(side)]
     if shared == 0 or [answer["role"] for answer in answers] != ["assistant", "assistant"]:
         raise UnusableError("the conversations do not part at an assistant's turn after a prompt")
@@ -136,24 +124,19 @@ def _read_completion(row: dict) -> Example:
     form, label = "unpaired" if "label" in row else "supervised", row.get("label", True)
     if not isinstance(label, bool):
         raise ValueError(f"'label' must be true or false, not {label!r:.40}")
-    completes = row.keys() >= {"prompt", "completion"}
-    if completes and isinstance(row["prompt"], list):
-        messages = messages_of(row, "prompt") + messages_of(row, "completion")
-        prompt, answer = _split_messages(messages)
-    elif completes:
+    if row.keys() >= {"prompt", "completion"} and not isinstance(row["prompt"], list):
         prompt, answer = text_of(row, "prompt"), text_of(row, "completion")
     else:
-        form = f"{form} messages"
-        prompt, answer = _split_messages(messages_of(row, "messages"))
+        if row.keys() >= {"prompt", "completion"}:
+            *prompt, answer = messages_of(row, "prompt") + messages_of(row, "completion")
+        else:
+            form = f"{form} messages"
+            *prompt, answer = messages_of(row, "messages")
+        if not prompt or answer["role"] != "assistant":
+            raise UnusableError(
+                "the conversation does not end in an assistant's turn after a prompt"
+            )
     return Example(form, prompt, *((answer, None) if label else (None, answer)))
-
-
-def _split_messages(messages: list[dict]) -> tuple[list[dict], dict]:
-    """The conversation up to the assistant's last turn, and that turn."""
-    *prompt, answer = messages
-    if not prompt or answer["role"] != "assistant":
-        raise UnusableError("the conversation does not end in an assistant's turn after a prompt")
-    return prompt, answer
 
 
 @dataclasses.dataclass

@@ -49,9 +49,9 @@ def check_free(options) -> None:
 
 def clear(folder: Path, checkpoints: bool) -> None:
     """Removes the results of a run; with `checkpoints`, its metrics and checkpoints, too."""
-    patterns = RESULTS + PROGRESS if checkpoints else RESULTS
-    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for pattern in RESULTS + PROGRESS if checkpoints else RESULTS:
+        for path in list(folder.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def begin(options, record: dict, processes: int) -> None:
@@ -68,17 +68,16 @@ def begin(options, record: dict, processes: int) -> None:
 def provenance(processes: int) -> dict:
     """What the results of a run depend on beside its options. The commit is None without git."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True)
-    commit = found.stdout.strip() if found else ""
+    commit = subprocess.run(git, capture_output=True).stdout if shutil.which("git") else b""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return dict(zip(PROVENANCE, (commit or None, versions, machine, processes)))
+    return dict(zip(PROVENANCE, (commit.decode().strip() or None, versions, machine, processes)))
 
 
 @contextlib.contextmanager
 def metrics_log(job):
-    """Yields the last row of metrics.jsonl, or {}, and a function that appends a row. Event files
-    for tensorboard get the same rows; those from the step of job.record on of an earlier attempt are void."""
+    """Yields the last row of metrics.jsonl, or {}, and a function that appends a row. --tensorboard
+    writes the same rows to event files; rows after the step of job.record become void there."""
     if not job.world.first:
         yield {}, lambda row: None
         return

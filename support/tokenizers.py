@@ -1,8 +1,7 @@
 """Tokenizers: byte-pair encoding on tiktoken, from the files of Llama, Mistral, Qwen and others.
 
 `load_tokenizer` reads a `tokenizer.json` or Llama 3's `tokenizer.model` and refuses what it would
-read differently from transformers. `Tokenizer` gives the ids of transformers for text and for
-conversations. The rule for the BOS is in `Tokenizer.prompt_ids`.
+read differently from transformers, whose ids a `Tokenizer` gives for texts and conversations.
 """
 
 import base64

@@ -1,6 +1,5 @@
 """Small models and files that several tests share. Nothing here needs a network."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the project has no pack
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from model import Llama, ModelConfig  # noqa: E402
+from support import files  # noqa: E402
 from support.tokenizers import byte_tokenizer  # noqa: E402
 
 # A folder of real data that may lie beside the project; tests that use it are skipped without.
@@ -60,8 +60,18 @@ PAIR_ROWS = [
 
 
 def write_rows(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    files.write_rows(path, rows)
     return path
+
+
+def logp_alone(model, pair, side: int) -> torch.Tensor:
+    """The summed log-prob () of an answer, pair[side], as the only answer of the only sequence."""
+    if not pair[side]:
+        return torch.zeros((), dtype=model.head_weight.dtype)
+    ids = torch.tensor([[*pair[0], *pair[side]]])  # (1, T)
+    logps = (model(ids[:, :-1])[0] @ model.head_weight.T).log_softmax(-1)  # (T - 1, V)
+    token_logps = logps.gather(1, ids[0, 1:, None])[:, 0]  # (T - 1,)
+    return token_logps[len(pair[0]) - 1 :].sum()
 
 
 @pytest.fixture

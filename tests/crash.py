@@ -1,69 +1,77 @@
-"""Kills training at random moments and resumes it, again and again, until each run is finished.
-Then compares it with a run that nobody killed.
+"""Kills training at random file operations and resumes it, again and again, until each run is
+finished. Then compares it with a run that nobody killed.
 
     python tests/crash.py [KILLS]      prints a table; exit status 1 if anything differs
 """
 
-import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+from conftest import PAIR_ROWS, byte_tokenizer, tiny_model, write_rows
+from runs import differences
+
+import train
+
 FLAGS = "--batch_size 4 --epochs 6 --lr 1e-3 --micro_tokens 400 --save_every 1 --eval_every 7"
+# What changes a folder, by the names of Python's audit events; os.replace is os.rename there.
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
-def train_quietly(argv: list[str], log: str) -> None:
-    import train
+def train_until(argv: list[str], folder: Path, kill_at: int | None) -> int:
+    """Trains in a process of its own, which dies before its operation number `kill_at` on files of
+    the folder. Returns the exit status, negative after a signal."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    operations = 0
 
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1), os.dup2(out, 2)
-    train.main(argv)
+    def count(event: str, args: tuple) -> None:
+        nonlocal operations
+        opened = event == "open" and str(args[0]).startswith(str(folder))
+        if opened or event in CHANGES:
+            operations += 1
+            if operations == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    sys.addaudithook(count)
+    status = 1
+    try:
+        train.main(argv)
+        status = 0
+    except BaseException as error:
+        os.write(2, repr(error).encode())
+    finally:
+        os._exit(status)
 
 
 def crash_table(kills: int, folder: Path, seed: int = 0, flags: str = FLAGS) -> dict[str, int]:
     """Kills runs of folder/init and folder/pairs.jsonl; returns what happened, by name."""
-    from runs import differences
-
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    context, moment = multiprocessing.get_context("forkserver"), random.Random(seed)
-    context.set_forkserver_preload(["runs"])  # imports train.py once, for all processes
     init, data = str(folder / "init"), str(folder / "pairs.jsonl")
-
-    def start(out: Path, *more: str):
-        out.parent.mkdir(exist_ok=True)
-        argv = ["--init", init, "--data", data, "--out", str(out), *flags.split(), *more]
-        process = context.Process(target=train_quietly, args=(argv, str(folder / "log")))
-        process.start()
-        return process
-
-    undisturbed = folder / "undisturbed" / "run"
-    process = start(undisturbed)  # the first start also starts the server
-    process.join()
-    assert process.exitcode == 0, (folder / "log").read_text()
+    command, numbers = ["--init", init, "--data", data, *flags.split()], random.Random(seed)
+    undisturbed, runs = folder / "undisturbed" / "run", 0
+    status = train_until([*command, "--out", str(undisturbed)], folder, None)
+    assert status == 0, (folder / "log").read_text()
     names = ("kills", "resumes", "in a write", "runs compared", "failures", "differences")
-    counts, runs = dict.fromkeys(names, 0), 0
+    counts = dict.fromkeys(names, 0)
     while counts["kills"] < kills or runs == 0:
         runs += 1
-        out, finished = folder / f"killed-{runs}" / "run", False
-        while not finished:
+        out, status = folder / f"killed-{runs}" / "run", -signal.SIGKILL
+        while status == -signal.SIGKILL:
             resume = ["--resume"] if (out / "train_config.json").is_file() else []
             counts["resumes"] += len(resume)
-            process = start(out, *resume)
-            wait = moment.uniform(0, 1.5) if counts["kills"] < kills else None
             before = set(out.parent.rglob("*.partial"))
-            process.join(wait)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-                counts["kills"] += 1
-                counts["in a write"] += not before.issuperset(out.parent.rglob("*.partial"))
-            else:
-                finished = True
-                counts["failures"] += process.exitcode != 0
+            kill_at = numbers.randrange(1, 300) if counts["kills"] < kills else None
+            status = train_until([*command, "--out", str(out), *resume], folder, kill_at)
+            counts["kills"] += status == -signal.SIGKILL
+            counts["in a write"] += not before.issuperset(out.parent.rglob("*.partial"))
+        counts["failures"] += status != 0
         counts["runs compared"] += 1
         found = differences(undisturbed, out)
         counts["differences"] += len(found)
@@ -73,8 +81,6 @@ def crash_table(kills: int, folder: Path, seed: int = 0, flags: str = FLAGS) -> 
 
 
 def main() -> None:
-    from conftest import PAIR_ROWS, byte_tokenizer, tiny_model, write_rows
-
     kills, began = int((sys.argv[1:] or [50])[0]), time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

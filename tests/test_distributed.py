@@ -1,6 +1,6 @@
-"""Several processes under torchrun against one, which FSDP2 has no part in.
+"""Several processes under torchrun train as one process does, which has no part in FSDP2.
 
-`python tests/test_distributed.py` prints the table of losses, processes and differences.
+`python tests/test_distributed.py` prints a table: losses, models, processes, differences.
 """
 
 import contextlib
@@ -14,28 +14,204 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PAIR_ROWS, tiny_model, write_rows
+from conftest import PAIR_ROWS, byte_tokenizer, tiny_model, write_rows
+from runs import metrics
 from safetensors.torch import load_file
+from torch.nn.utils import get_total_norm
 
 import train
-from data import byte_tokenizer
+from data import answer_states, load_pairs, row_length
+from support import distributed
+from support.checkpoints import checkpoints
+from support.lora import LoraConfig, add_lora
 
 # Micro-batches of a pair or two, and 5 pairs in a step: one process has two passes, another three.
 # 21 pairs: in the last step of an epoch one of two processes has none.
 FLAGS = ["--batch_size", "5", "--micro_tokens", "150", "--lr", "1e-3", "--weight_decay", "0.1",
          "--eval_every", "3"]  # fmt: skip
+LAYOUT = 100, 150  # row_tokens, micro_tokens
+
+
+# --- What a World does, in each of two processes --------------------------------------------------
+
+
+def cat_joins_rows_in_the_order_of_the_processes(world, folder):
+    rows = torch.arange(6.0).view(3, 2)
+    parts = [rows[:1], rows[1:1]] if world.first else [rows[1:2], rows[2:]]
+    assert torch.equal(world.cat(parts), rows)
+    votes = world.cat([torch.tensor([world.first])])
+    assert votes.tolist() == [True, False]
+    assert world.cat([torch.zeros(0, dtype=torch.long)]).tolist() == []
+
+
+def sum_adds_in_place(world, folder):
+    tensor = torch.tensor([1.0, world.rank])
+    assert world.sum(tensor) is tensor and tensor.tolist() == [2.0, 1.0]
+
+
+def together_raises_the_error_of_one_process_in_all(world, folder):
+    for error, rank in ((ValueError("bad row"), 0), (FileNotFoundError("gone"), 1)):
+        with pytest.raises(type(error), match=str(error)), world.together():
+            if world.rank == rank:
+                raise error
+    with world.together():
+        pass
+
+
+def check_refuses_what_one_process_must_do(world, folder):
+    for options in ((None, 9, False), ("init", 9, True)):
+        with pytest.raises(ValueError, match="without torchrun"):
+            world.check(*options)
+    with pytest.raises(ValueError, match="--batch_size 1: 2 processes need a pair each; raise it"):
+        world.check("init", 1, False)
+    world.check("init", 2, False)
+
+
+def batches_deal_out_the_pairs(world, folder):
+    pairs = load_pairs(folder / "pairs.jsonl", byte_tokenizer())
+    for index in ([3, 1, 4, 15, 9], [7], list(range(23))):
+        batches = world.batches(pairs, index, *LAYOUT)
+        own = [i for batch in batches for i in batch.index]
+        everyone = world.cat([torch.tensor(own, dtype=torch.long)]).tolist()
+        assert sorted(everyone) == sorted(index)
+        counts = world.cat([torch.tensor([len(batches)])]).tolist()
+        assert counts[0] == counts[1] > 0
+        tokens = torch.tensor([sum(row_length(pairs[i]) for i in own)])
+        loads = world.cat([tokens]).tolist()
+        assert len(index) == 1 or max(loads) <= 2 * min(loads)
+        for batch in batches:
+            assert len(batch.lengths) == 2 * len(batch.index) and batch.tokens.numel()
+            assert len(batch.source) == len(batch.targets) == batch.lengths.sum()
+
+
+def the_model_is_sharded_and_gathered(world, folder):
+    expected = tiny_model().state_dict()
+    model = tiny_model()
+    count = sum(p.numel() for p in model.parameters())
+    world.shard(model, torch.float32, "cpu")
+    own = sum(p.to_local().numel() for p in model.parameters())
+    assert own < 0.6 * count and int(world.sum(torch.tensor(own))) == count
+    gathered = world.gather_model(model)
+    for name, tensor in gathered.state_dict().items():
+        assert torch.equal(tensor, expected[name]) if world.first else tensor.is_meta
+    assert sum(p.to_local().numel() for p in model.parameters()) == own
+
+
+def adapters_are_gathered(world, folder):
+    model = tiny_model()
+    add_lora(model, LoraConfig(2, 4.0, ["q_proj"]), torch.bfloat16)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    world.shard(model, torch.bfloat16, "cpu")
+    gathered = world.gather_model(model).state_dict()
+    assert gathered.keys() == expected.keys() and any("lora_A" in name for name in gathered)
+    for name in expected if world.first else ():
+        assert gathered[name].dtype == expected[name].dtype
+        assert torch.equal(gathered[name], expected[name])
+
+
+def gradients_are_sums_over_all_pairs(world, folder):
+    pairs = load_pairs(folder / "pairs.jsonl", byte_tokenizer())
+    grads, norms = [], []
+    for one in (distributed.World(), world):
+        model = tiny_model()
+        one.shard(model, torch.float32, "cpu")
+        for batch in one.batches(pairs, [3, 1, 4, 15, 9], *LAYOUT):
+            answer_states(model, batch).square().sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        norms.append(one.total_norm(list(gradients.values())))
+        grads.append(one.gather_state(gradients))
+    assert type(norms[1]) is torch.Tensor and norms[1].shape == ()
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(norms[0], get_total_norm(list(grads[0].values())))
+    assert bool(grads[1]) == world.first
+    for name, gradient in grads[1].items():
+        torch.testing.assert_close(gradient, grads[0][name], rtol=1e-3, atol=1e-2)
+
+
+def moments_are_placed_and_gathered(world, folder):
+    model = tiny_model()
+    world.shard(model, torch.float32, "cpu")
+    parameter, moment = model.get_parameter("model.norm.weight"), torch.arange(32.0)
+    placed = world.place(moment, parameter)
+    assert placed.placements == parameter.placements
+    assert placed.to_local().tolist() == list(range(16 * world.rank, 16 * world.rank + 16))
+    step = world.place(torch.tensor(7.0), parameter)
+    assert type(step) is torch.Tensor and step == 7
+    found = world.gather_state({"moment": placed, "step": step})
+    expected = {"moment": list(range(32)), "step": 7} if world.first else {}
+    assert {name: tensor.tolist() for name, tensor in found.items()} == expected
+
+
+def blocks_are_sent_in_bfloat16_and_the_rest_is_not(world, folder):
+    batch = world.batches(load_pairs(folder / "pairs.jsonl", byte_tokenizer()), [0, 1], *LAYOUT)[0]
+    for dtype in (torch.float32, torch.bfloat16):
+        model, seen = tiny_model(), {}
+
+        def hook(module, args, output, seen=seen):
+            seen[type(module).__name__] = next(module.parameters()).dtype, args[0].dtype
+
+        for module in (model.model["layers"][0].mlp, model.model["norm"]):
+            module.register_forward_hook(hook)
+        world.shard(model, dtype, "cpu")
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            answer_states(model, batch)
+        assert seen["MLP"][0] == dtype and seen["RMSNorm"] == (torch.float32, torch.float32)
+
+
+def reshard_frees_what_a_forward_pass_gathered(world, folder):
+    model = tiny_model()
+    world.shard(model, torch.float32, "cpu")
+    batch = world.batches(load_pairs(folder / "pairs.jsonl", byte_tokenizer()), [0, 1], *LAYOUT)[0]
+    with torch.no_grad():
+        answer_states(model, batch)
+    assert not hasattr(model.head_weight, "placements")  # the head needs it after the pass
+    world.reshard(model)
+    assert all(hasattr(p, "placements") for p in model.parameters())
+
+
+METHODS = (
+    cat_joins_rows_in_the_order_of_the_processes,
+    sum_adds_in_place,
+    together_raises_the_error_of_one_process_in_all,
+    check_refuses_what_one_process_must_do,
+    batches_deal_out_the_pairs,
+    the_model_is_sharded_and_gathered,
+    adapters_are_gathered,
+    gradients_are_sums_over_all_pairs,
+    moments_are_placed_and_gathered,
+    blocks_are_sent_in_bfloat16_and_the_rest_is_not,
+    reshard_frees_what_a_forward_pass_gathered,
+)
+
+
+def test_one_process_needs_none_of_it():
+    world, tensor, model = distributed.World(), torch.arange(3.0), tiny_model()
+    assert (world.rank, world.count, world.first) == (0, 1, True)
+    world.check(None, 1, True)
+    world.shard(model, torch.bfloat16, "cpu")
+    world.reshard(model)
+    assert world.gather_model(model) is model and world.gather_state({"a": tensor})["a"] is tensor
+    assert world.sum(tensor) is tensor and torch.equal(
+        world.place(tensor, model.head_weight), tensor
+    )
+    with pytest.raises(OSError), world.together():
+        raise OSError
+    with distributed.join() as world:
+        assert type(world) is distributed.World
 
 
 # --- Jobs under torchrun --------------------------------------------------------------------------
 
 
 def start(folder: Path, count: int, name: str, commands: list) -> subprocess.Popen:
-    """torchrun of `count` processes. Each does all the commands, (a signal that the last process
-    sends itself in step 3, or 0; flags of train.py), as if torchrun had just started it."""
+    """torchrun of `count` processes. Each does all the commands as if torchrun had just started it:
+    (a signal that the last process sends itself in step 3, or 0; flags of train.py), or the name of
+    one of METHODS."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in commands]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:
@@ -53,28 +229,47 @@ def start(folder: Path, count: int, name: str, commands: list) -> subprocess.Pop
 
 
 def work(file: Path) -> None:
-    """One of the processes: writes the exit status and standard error of every command."""
-    rank, ended, step = int(os.environ["RANK"]), [], train.train_step
-    last = rank == int(os.environ["WORLD_SIZE"]) - 1
+    """One of the processes: writes how every command ended, as (status, standard error)."""
+    rank, ended = int(os.environ["RANK"]), []
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # which knows of one start only
-    for port, (number, argv) in json.loads(file.read_text()):
-        numbers = iter([0, 0, number if last else 0])
-
-        def signalled(*args, numbers=numbers):
-            if number := next(numbers, 0):
-                os.kill(os.getpid(), number)
-            return step(*args)
-
-        train.train_step, os.environ["MASTER_PORT"] = signalled, str(port)
-        status, error = 0, io.StringIO()
-        with contextlib.redirect_stderr(error):
-            try:
-                train.main([arg.replace("RANK", str(rank)) for arg in argv])
-            except SystemExit as stop:
-                status = stop.code
-                torch.distributed.destroy_process_group()
-        ended.append((status, error.getvalue().rpartition("\r")[2]))
+    for port, command in json.loads(file.read_text()):
+        os.environ["MASTER_PORT"] = str(port)
+        ended.append(
+            method(command, file.parent) if isinstance(command, str) else trained(*command)
+        )
         file.with_suffix(f".{rank}").write_text(json.dumps(ended))
+
+
+def method(name: str, folder: Path) -> tuple[int, str]:
+    try:
+        with distributed.join() as world:
+            assert isinstance(world, distributed.Processes) and world.count == 2
+            globals()[name](world, folder)
+        return 0, ""
+    except BaseException:
+        torch.distributed.destroy_process_group()
+        return 1, traceback.format_exc()
+
+
+def trained(number: int, argv: list[str]) -> tuple[int, str]:
+    rank, step = int(os.environ["RANK"]), train.train_step
+    last = rank == int(os.environ["WORLD_SIZE"]) - 1
+    numbers = iter([0, 0, number if last else 0])
+
+    def signalled(*args, **more):
+        if number := next(numbers, 0):
+            os.kill(os.getpid(), number)
+        return step(*args, **more)
+
+    status, error, train.train_step = 0, io.StringIO(), signalled
+    with contextlib.redirect_stderr(error):
+        try:
+            train.main([arg.replace("RANK", str(rank)) for arg in argv])
+        except SystemExit as stop:
+            status = stop.code
+            torch.distributed.destroy_process_group()
+    train.train_step = step
+    return status, error.getvalue().rpartition("\r")[2]
 
 
 def inputs(folder: Path) -> None:
@@ -91,24 +286,21 @@ def command(folder: Path, out: str, kind: str, *flags: str) -> list[str]:
 
 
 def differences(one: Path, other: Path) -> tuple[float, float, float]:
-    """The largest of a loss and of another figure in metrics.jsonl, relative above 1, and of a
-    weight."""
-    rows = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (one, other)
-    ]
+    """The largest difference of a loss and of another figure in metrics.jsonl, relative above 1,
+    and of a weight."""
+    rows = [metrics(folder) for folder in (one, other)]
     assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
     figures = {
         (name, a["step"]): abs(a[name] - b[name]) / max(1, abs(a[name]))
         for a, b in zip(*rows)
-        for name in a.keys() - {"step_seconds", "tokens_per_second"}
+        for name in a
         if a[name] is not None or b[name] is not None
     }
     losses = {key: figures.pop(key) for key in list(figures) if key[0].endswith("loss")}
     weights = [load_file(folder / "model.safetensors") for folder in (one, other)]
     assert weights[0].keys() == weights[1].keys()
-    apart = max((weights[0][k] - weights[1][k]).abs().max().item() for k in weights[0])
-    return max(losses.values()), max(figures.values()), apart
+    largest = max((weights[0][k] - weights[1][k]).abs().max().item() for k in weights[0])
+    return max(losses.values()), max(figures.values()), largest
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -124,7 +316,7 @@ HALF = ("--max_steps", "4", "--save_every", "2")
 REFUSED = {
     "2 processes need a pair each": ("--batch_size", "1"),
     "without torchrun": ("--on_policy",),
-    "pairs-1.jsonl: No such file": ("--data", "pairs-RANK.jsonl"),  # the other one is there
+    "pairs-1.jsonl: No such file": ("--data", "pairs-RANK.jsonl"),  # the first process has its own
 }
 
 
@@ -135,10 +327,10 @@ def ended(tmp_path_factory):
     inputs(folder)
     train.main(command(folder, "half-1", "init", *HALF))
     resume = ["--resume", "--max_steps", "10", "--out"]
-    stop = signal.SIGTERM
-    commands = {f"{loss}-2": (0, command(folder, f"{loss}-2", kind, "--loss", loss))
-                for loss, kind in RUNS.items()}  # fmt: skip
-    commands["stopped"] = stop, command(folder, "stopped", "init")
+    commands = {check.__name__: check.__name__ for check in METHODS}
+    commands |= {f"{loss}-2": (0, command(folder, f"{loss}-2", kind, "--loss", loss))
+                 for loss, kind in RUNS.items()}  # fmt: skip
+    commands["stopped"] = signal.SIGTERM, command(folder, "stopped", "init")
     commands["half-1"] = 0, [*resume, str(folder / "half-1")]
     shutil.copy(folder / "pairs.jsonl", folder / "pairs-0.jsonl")
     commands |= {word: (0, command(folder, "bad", "init", *bad)) for word, bad in REFUSED.items()}
@@ -153,6 +345,12 @@ def ended(tmp_path_factory):
     return folder, dict(zip(commands, zip(*processes)))
 
 
+@pytest.mark.parametrize("name", [check.__name__ for check in METHODS])
+def test_in_each_of_two_processes(name, ended):
+    for status, error in ended[1][name]:
+        assert status == 0, error
+
+
 @pytest.mark.parametrize("loss", RUNS)
 def test_two_processes_train_as_one_does(loss, ended):
     folder, _ = ended
@@ -163,7 +361,7 @@ def test_a_signal_to_one_process_stops_all_and_any_number_of_them_goes_on(ended)
     folder, how = ended
     (first, said), (second, unsaid) = how["stopped"]
     assert first == second == 128 + signal.SIGTERM and "step 3 is saved" in said and unsaid == ""
-    assert [path.name for path in train.checkpoints(folder / "stopped")] == ["step-000003"]
+    assert [path.name for path in checkpoints(folder / "stopped")] == ["step-000003"]
     train.main(["--resume", "--out", str(shutil.copytree(folder / "stopped", folder / "one"))])
     for resumed in ("one", "half-1"):  # by one process, by two
         assert_same(folder / "mio-1", folder / resumed)
@@ -178,7 +376,7 @@ def test_bad_input_is_one_line_of_the_first_process(word, ended):
     assert not (folder / "bad").exists()
 
 
-def test_a_plan_is_of_one_process(ended):
+def test_a_plan_needs_one_process_and_is_printed_once(ended):
     folder, how = ended
     assert how["plan"] == ([0, ""], [0, ""])
     assert (folder / "job.out").read_text().count("1,235,814,400 parameters") == 1
@@ -211,9 +409,9 @@ def table() -> None:
             assert start(folder, count, f"table-{count}", commands).wait() == 0
             for loss, kind in runs:
                 one, many = (folder / f"{loss}-{kind}-{n}" for n in (1, count))
-                apart = " | ".join(f"{one:.1e}" for one in differences(one, many))
+                found = " | ".join(f"{value:.1e}" for value in differences(one, many))
                 steps = json.loads((many / "summary.json").read_text())["step"]
-                print(f"| {loss} | {kind} | {count} | {steps} | {apart} |")
+                print(f"| {loss} | {kind} | {count} | {steps} | {found} |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Estimators against their definitions, and the command."""
+"""Log-probs and metrics against values by hand and single sequences, and the eval command."""
 
-import itertools
 import json
 import math
 import shutil
@@ -11,39 +10,96 @@ import numpy as np
 import pytest
 import torch
 from conftest import PAIR_ROWS, tiny_model, write_rows
-from test_data import random_pairs, single_logp
 
 import eval as evaluation
 import train
-from data import Pair, Pairs, byte_tokenizer, load_pairs, solution
+from data import Pair, Pairs, load_pairs, make_batches
 from eval import (
-    Column,
-    Figure,
-    by_length,
+    answer_logps,
     information,
-    information_columns,
+    pair_blocks,
     pair_logps,
-    pass_at_k,
     preference_columns,
     preference_metrics,
     preference_row,
     preference_values,
-    resample,
-    sample_answers,
-    table,
-    task_values,
 )
-from mio import pair_loss
+from mio import LOSSES, pair_loss
 from model import Llama
+from support import figures
+from support.curves import read_curves
+from support.tokenizers import byte_tokenizer
+
+torch.set_num_threads(1)  # such small models are no faster on several
+SIDES = ("chosen", "rejected")
 
 
-def test_pair_logps_are_those_of_single_sequences_in_order():
-    model = tiny_model(initializer_range=0.15)
-    pairs = random_pairs(300)
-    got = pair_logps(model, pairs, row_tokens=64, micro_tokens=256, dtype=torch.float32)
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(figures, "RESAMPLES", 20)  # test_figures.py tests the bootstrap
+
+
+@torch.no_grad()
+def single_logp(model, prompt: list[int], answer: list[int]) -> float:
+    """The oracle of every log-prob: one sequence without packing, mask or cache."""
+    ids = torch.tensor([[*prompt, *answer]])
+    logps = (model(ids[:, :-1])[0] @ model.head_weight.T).log_softmax(dim=-1)  # (T - 1, V)
+    scored = logps[len(prompt) - 1 :].gather(1, torch.tensor(answer)[:, None])
+    return scored.sum().item()
+
+
+def random_pairs(count: int) -> Pairs:
+    """Pairs of random bytes; every fifth lacks the rejected answer."""
+    random = np.random.default_rng(0)
+
+    def ids(low, high):
+        return random.integers(0, 256, size=random.integers(low, high)).tolist()
+
+    return Pairs(
+        Pair([256, *ids(0, 9)], [*ids(0, 7), 257], [*ids(0, 12), 257] if i % 5 else [])
+        for i in range(count)
+    )
+
+
+def refused(argv: list[str], capsys) -> str:
+    """The one line on standard error with which a command line of eval.py ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(argv)
+    error = capsys.readouterr().err.rpartition("\r")[2]  # without a progress bar
+    assert stop.value.code == 2 and error.startswith("eval.py: error: ") and error.count("\n") == 1
+    return error
+
+
+# --- Log-probs ------------------------------------------------------------------------------------
+
+
+def test_log_probs_are_those_of_single_sequences_in_order():
+    model, pairs = tiny_model(initializer_range=0.15), random_pairs(300)
+    logps = pair_logps(model, pairs, 64, 256, torch.float32)
+    assert logps.shape == (300, 2) and (logps[::5, 1] == 0).all()
     for i in range(0, 300, 29):
-        expected = [single_logp(model, pairs[i], side).item() for side in (1, 2)]
-        assert got[i].tolist() == pytest.approx(expected, rel=1e-5)
+        answers = [answer for answer in pairs[i][1:] if answer]
+        expected = [single_logp(model, pairs[i].prompt, answer) for answer in answers]
+        assert logps[i, : len(answers)].tolist() == pytest.approx(expected, rel=1e-5)
+    assert pair_logps(model, Pairs(), 64, 256, torch.float32).shape == (0, 2)
+
+
+def test_a_prompt_may_have_any_number_of_answers_and_other_processes_compute_some_rows():
+    model = tiny_model(initializer_range=0.15)
+    rows = [([256, 5], [1, 2], [3], [4, 5, 6]), ([256], [7]), ([256, 8, 9], [10], [11, 12])]
+
+    def batches(rows, index, *layout):
+        return make_batches(rows, [i for i in index if i != 1], *layout)
+
+    logps = answer_logps(model, rows, 8, 16, torch.float32, batches)
+    for (prompt, *answers), found in zip(rows[::2], logps[::2]):
+        expected = [single_logp(model, prompt, answer) for answer in answers]
+        assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    assert logps[1].tolist() == [0]
+
+
+# --- Preference metrics ---------------------------------------------------------------------------
 
 
 def test_preference_values_by_hand():
@@ -54,10 +110,11 @@ def test_preference_values_by_hand():
     assert values["rewards/margins"].tolist() == [1.0, 0.0]
     assert values["rewards/accuracies"].tolist() == [1.0, 0.0]  # a tie is not a win
     assert values["logps/chosen"].tolist() == [-3.0, -4.0]
-    assert set(preference_values(logps, None, 0.5)) == {"logps/chosen", "logps/rejected"}
+    assert values["logps/rejected"].tolist() == [-5.0, -4.0]
+    assert preference_values(logps, None, 0.5).keys() == {"logps/chosen", "logps/rejected"}
 
 
-def estimates(chosen, rejected):
+def estimates(chosen, rejected) -> dict[str, float]:
     found = information(torch.stack((chosen, rejected), dim=1))
     return {name: column.mean() for name, column in found.items()}
 
@@ -70,13 +127,21 @@ def test_mutual_information_is_zero_at_the_reference_and_below_its_ceilings():
         found = estimates(chosen, chosen - 2 * scale)
         assert found["js"] <= math.log(4) - 0.954771 and found["dv"] <= math.log(2)
         assert found["nwj"] <= found["dv"] + 1e-9
-    w, rejected = torch.tensor([0.5, -0.2]).double(), torch.tensor([-1.0, 0.3]).double()
-    found = estimates(w, rejected)
-    loss = pair_loss("mio", w, rejected, 0 * w, 0 * w, beta=1.0).mean()
-    assert found["js"] == pytest.approx(math.log(4) - loss.item())
-    mixture = (w.exp().mean() + rejected.exp().mean()) / 2
+
+
+def test_mutual_information_by_its_formulas():
+    chosen, rejected = torch.tensor([0.5, -0.2]).double(), torch.tensor([-1.0, 0.3]).double()
+    found, zero = estimates(chosen, rejected), torch.zeros(2)
+    loss = pair_loss("mio", chosen, rejected, zero, zero, beta=1.0).mean().item()
+    assert found["js"] == pytest.approx(math.log(4) - loss)
+    mixture = (chosen.exp().mean() + rejected.exp().mean()).item() / 2
     assert found["dv"] == pytest.approx(0.15 - math.log(mixture))
-    assert found["nwj"] == pytest.approx(1.15 - mixture.item())
+    assert found["nwj"] == pytest.approx(1.15 - mixture)
+    columns = information(torch.stack((chosen, rejected), dim=1))
+    assert columns.keys() == {"dv", "js", "nwj"} and columns.keys() - {"js"} < LOSSES.keys()
+    assert columns["js"].values.tolist() == pytest.approx(
+        (math.log(4) - pair_loss("mio", chosen, rejected, zero, zero, beta=1.0)).tolist()
+    )
 
 
 def test_metrics_are_means_over_all_pairs():
@@ -84,343 +149,265 @@ def test_metrics_are_means_over_all_pairs():
     metrics = preference_metrics(logps, torch.full((3, 2), -4.0), beta=1.0)
     assert metrics["logps/chosen"] == -5.0 and metrics["rewards/margins"] == pytest.approx(-5 / 3)
     assert metrics["rewards/accuracies"] == pytest.approx(1 / 3)
-    assert metrics["mi/js"] == pytest.approx(estimates(*(logps + 4).T)["js"])
-    logps = torch.cat([logps, torch.tensor([[-9.0, torch.nan]])])  # a row without a rejected answer
+    for name, value in estimates(*(logps + 4).T).items():
+        assert metrics[f"mi/{name}"] == pytest.approx(value)
+    doubled = preference_metrics(logps, torch.full((3, 2), -4.0), beta=2.0)
+    assert doubled["mi/js"] == pytest.approx(estimates(*2 * (logps + 4).T)["js"])
+    logps = torch.cat([logps, torch.tensor([[-9.0, torch.nan]])])  # without a rejected answer
     more = preference_metrics(logps, torch.full((4, 2), -4.0), beta=1.0)
     assert more == metrics | {"logps/chosen": -6.0, "rewards/chosen": -2.0}
 
 
-def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
-    for right in range(7):
-        for k in (1, 2, 4, 6):
-            draws = list(itertools.combinations([True] * right + [False] * (6 - right), k))
-            share = sum(any(draw) for draw in draws) / len(draws)
-            assert pass_at_k(np.array([right]), 6, k)[0] == pytest.approx(share)
-    with pytest.raises(ValueError, match="pass@8 needs 8 answers"):
-        pass_at_k(np.array([1]), 6, 8)
-
-
-def test_figure_has_the_standard_error_of_a_mean():
-    figure = Column(np.array([1.0, 0.0, 0.0, 1.0])).figure()
-    assert figure == (0.5, pytest.approx(math.sqrt(1 / 3) / 2), 4)
+def test_columns_by_hand_and_a_missing_answer_has_no_value():
     logps, ref = torch.tensor([[1.0, 5.0], [9.0, 5.0], [3.0, 0.0]]), torch.tensor([[1.0, 1.0]] * 3)
-    pairs = Pairs([Pair([1], [2], [3]), Pair([4], [2], [3]), Pair([5], [2], [])])
-    row = preference_row(logps[:2], ref[:2], pairs[:2])
-    assert (row["Δ chosen"].mean, row["Δ rejected"].mean, row["reward"].mean) == (4.0, 4.0, 0.5)
-    row = preference_row(logps, ref, pairs)  # a missing answer is not one of log-prob 0
-    assert [row[name].n for name in ("Δ chosen", "Δ rejected", "reward")] == [3, 2, 2]
+    pairs = Pairs([Pair([1], [2], [3]), Pair([4], [2, 2], [3]), Pair([1], [2], [])])
+    columns = preference_columns(logps, ref, pairs, beta=0.5)
+    expected = {
+        "reward": [0, 1], "margin": [-2, 2], "T chosen": [0, 4, 1], "T rejected": [2, 2],
+        "Δ chosen": [0, 8, 2], "Δ rejected": [4, 4], "Δ/token chosen": [0, 4, 2],
+        "Δ/token rejected": [4, 4], "chosen": [1, 9, 3], "rejected": [5, 5],
+    }  # fmt: skip
+    assert {name: column.known()[0].tolist() for name, column in columns.items()} == expected
+    assert {tuple(column.prompts) for column in columns.values()} == {(0, 1, 0)}
+    assert preference_columns(logps, None, pairs, 1.0).keys() == {"chosen", "rejected"}
+    row = preference_row(logps, ref, pairs)
+    assert {name: figure[::2] for name, figure in row.items()} == {
+        "Δ chosen": (pytest.approx(10 / 3), 3), "Δ rejected": (4.0, 2), "reward": (0.5, 2)
+    }  # fmt: skip
     assert preference_row(logps[2:], ref[2:], pairs[2:]).keys() == {"Δ chosen"}
 
 
-def test_answers_come_back_to_their_prompts_and_unfinished_ones_are_empty(monkeypatch):
-    seeds = []
-
-    def generate(prompts, max_new_tokens, stop_ids, seed, **_):
-        seeds.append(seed)
-        # Answers its prompt's length; prompts of three tokens never end.
-        return [[*str(len(p)).encode()] + ([257] if len(p) != 3 else []) for p in prompts]
-
-    model = tiny_model()
-    monkeypatch.setattr(model, "generate", generate)
-    monkeypatch.setattr(evaluation, "GENERATION_ROWS", 4)
-    prompts = ["aaaa", "", "aa", "a", "aaaaaa", "aaa"]
-    answers = sample_answers(model, byte_tokenizer(), prompts, samples=2)
-    assert answers == [[x, x] for x in ("5", "1", "", "2", "7", "4")]
-    assert len(set(seeds)) == 3  # no two batches are drawn alike
-
-
-def test_task_values_grade_greedy_and_sampled_answers(monkeypatch):
-    def answer(model, tokenizer, prompts, samples=1, temperature=1.0):
-        half = [solution(p) if i % 2 else "#### 1000" for i, p in enumerate(prompts)]
-        return [[a] * samples for a in half]
-
-    monkeypatch.setattr(evaluation, "sample_answers", answer)
-    values = task_values(None, None, 10)
-    assert values["greedy"] == values["pass@1"] == values["pass@8"] == [0.0, 1.0] * 5
-
-
-def test_bootstrap_of_a_mean_is_the_closed_form_and_pairs_items():
-    random = np.random.default_rng(1)
-    first, second = random.normal(0, 1, 400), random.normal(0, 0.1, 400)
-    column, other = Column(first), Column(first + 0.05 + second)
-    mean, low, high, n = other.difference(column)
-    error = second.std(ddof=1) / 20  # of the paired difference, a tenth of the unpaired one's
-    assert n == 400 and mean == pytest.approx(0.05 + second.mean())
-    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
-    assert resample(first, np.mean, np.arange(400)).std() == pytest.approx(
-        first.std() / 20, rel=0.05
-    )
-    gaps = Column(np.where(np.arange(400) < 10, np.nan, first))
-    assert gaps.figure().n == gaps.difference(other).n == 390
-    names = np.array([f"file:{i}" for i in range(400)])
-    column, other = column._replace(names=names), other._replace(names=names)
-    some = Column(first[::-2], names=names[::-2])  # half of the items, in another order
-    assert some.difference(column)[:3] == (0, 0, 0) and column.difference(some).n == 200
-    assert other.difference(column) == (mean, low, high, n)
-    assert column.difference(Column(first, names=np.char.add("other ", names))) is None
-
-
-def test_items_of_one_prompt_are_not_independent():
-    """The errors are as large as the figures' own spread over files drawn anew; without prompts
-    they are far too small. Of pairs, the prompts are those of the rows."""
-    random, found = np.random.default_rng(0), []
-    for _ in range(300):
-        prompts = np.repeat(np.arange(60), random.integers(1, 6, 60))
-        values = random.normal(0, 1, 60)[prompts] + random.normal(0, 0.3, len(prompts))
-        column = Column(values, prompts=prompts)
-        found.append((*column.figure()[:2], Column(values).figure().error))
-    spread, (_, error, naive) = np.std(found, axis=0)[0], np.mean(found, axis=0)
-    assert error == pytest.approx(spread, rel=0.1) and naive < 0.7 * spread
-    _, low, high, _ = column.difference(Column(0 * values))
-    assert (high - low) / 2 == pytest.approx(1.96 * found[-1][1], rel=0.1)
-    summed = Column(np.stack([values, values], 1), lambda x: x.mean(), prompts).figure()
-    assert summed.error == pytest.approx(found[-1][1], rel=0.1)
-    one = Column(values, prompts=0 * prompts)
-    assert one.figure().error is None and one.difference(one) is None
-    pairs = Pairs([Pair([1, i // 3], [2], [3]) for i in range(6)])
-    columns = preference_columns(torch.randn(6, 2), torch.zeros(6, 2), pairs, 1.0)
-    columns |= information_columns(columns) | by_length(columns, np.ones(6))
-    assert {tuple(column.prompts) for column in columns.values()} == {(0, 0, 0, 1, 1, 1)}
-
-
-def test_information_read_outs_have_bootstrap_errors_and_a_bound_on_kl():
-    rewards = np.random.default_rng(0).normal((0.7, -3), 0.3, (200, 2))
-    columns = {"margin": Column(rewards[:, 0]), "T chosen": Column(rewards[:, 0]),
-               "T rejected": Column(rewards[:, 1])}  # fmt: skip
-    found = {k: c.figure() for k, c in information_columns(columns).items()}
-    expected = estimates(*torch.from_numpy(rewards).T)
-    for name, figure in zip(("dv", "nwj", "js"), found.values()):
-        assert figure.mean == pytest.approx(expected[name]) and 0 < figure.error < 0.2
-    assert 0 < found["KL from js ≤0.693"].mean < math.log(2)
-    assert evaluation.least_kl(0) == evaluation.least_kl(-1) == 0
-    assert evaluation.least_kl(0.4315 / 2) <= math.log(2)
-    random = np.random.default_rng(0)
-    for p, q in random.dirichlet(np.ones(4), (300, 2)):  # a bound for distributions of any kind
-        kl, middle = (p * np.log(p / q)).sum(), (p + q) / 2
-        jsd = ((p * np.log(p / middle)).sum() + (q * np.log(q / middle)).sum()) / 2
-        assert evaluation.least_kl(jsd) <= kl * 1.001
-    for p, q in ((0.99, 0.5), (1e-9, 0.5), (1e-9, 0.02)):  # and not an idle one, however small
-        p, q = np.array([p, 1 - p]), np.array([q, 1 - q])
-        middle, kl = (p + q) / 2, (p * np.log(p / q)).sum()
-        jsd = ((p * np.log(p / middle)).sum() + (q * np.log(q / middle)).sum()) / 2
-        assert evaluation.least_kl(jsd) > 0.8 * kl
-
-
 @pytest.mark.filterwarnings("error")
-def test_infinite_log_probs_make_no_noise():
+def test_infinite_log_probs_cause_no_warnings():
     ref = torch.full((4, 2), -4.0)
     logps = torch.tensor([[-3.0, -5], [-math.inf, -4], [-4, -math.inf], [-3, -2]])
     metrics = preference_metrics(logps, ref, beta=1.0)
     assert metrics["mi/dv"] == metrics["mi/js"] == -math.inf
-    assert metrics["rewards/accuracies"] == 0.5  # of the two pairs that can tell
+    assert metrics["rewards/accuracies"] == 0.5  # of the two pairs whose rewards are finite
     ref[3, 0] = -math.inf
     assert math.isnan(preference_metrics(logps, ref, beta=1.0)["mi/dv"])  # inf - inf
     columns = preference_columns(logps, ref, Pairs([Pair([i], [2], [3]) for i in range(4)]), 1.0)
-    for column in (columns | information_columns(columns)).values():
+    rewards = torch.stack([torch.from_numpy(columns[f"T {s}"].values) for s in SIDES], dim=1)
+    for column in (columns | information(rewards)).values():
         column.figure(), column.difference(column)
 
 
-def test_quarters_by_length_split_the_pairs():
-    lengths = np.arange(20)
-    parts = by_length({"margin": Column(lengths / 10)}, lengths)
-    assert [c.figure().n for c in parts.values()] == [5] * 4 and "margin 0-4" in parts
-    assert sum(c.figure().mean for c in parts.values()) / 4 == pytest.approx(0.95)
+# --- A file of pairs ------------------------------------------------------------------------------
 
 
-def test_command_measures_runs_draws_their_curves_and_keeps_every_value(
-    checkpoint, pairs_file, tmp_path, capsys
-):
-    pytest.importorskip("matplotlib")
-    common = ["--init", str(checkpoint), "--data", str(pairs_file), "--eval_data", str(pairs_file)]
-    runs = [str(train.main([*common, "--lr", "1e-3", "--seed", str(seed), "--out",
-                            str(tmp_path / f"mio{seed}")])) for seed in (0, 1)]  # fmt: skip
-    capsys.readouterr()
-    picture = tmp_path / "curves.png"
-    flags = ["--plot", str(picture), "--max_new_tokens", "9", "--kl_samples", "5"]
-    bad = write_rows(tmp_path / "bad.jsonl", [*PAIR_ROWS, {"prompt": 1}])
-    with pytest.raises(SystemExit):
-        evaluation.main([*runs, "--data", str(pairs_file), str(bad), *flags])
-    assert not picture.exists()
-    assert "bad.jsonl:24" in capsys.readouterr().err
-    shutil.copytree(runs[0], tmp_path / "spoilt")
-    for row, fault in ({"eval_loss": 1}, "metrics.jsonl: step and eval_loss must"), ({}, "figures"):
-        write_rows(tmp_path / "spoilt" / "metrics.jsonl", [row])
-        with pytest.raises(SystemExit):
-            evaluation.main([str(tmp_path / "spoilt"), *flags])
-        assert fault in capsys.readouterr().err
-    found = evaluation.main([*runs, str(checkpoint), "--data", str(pairs_file), *flags])
-    assert picture.read_bytes()[:4] == b"\x89PNG" and not (checkpoint / "eval.json").exists()
-    ((label, curves),) = evaluation.read_curves({Path(r).name: Path(r) for r in runs}).items()
-    assert label == "mio0 (2 seeds)" and len(curves) == 2
-    assert curves[0]["rewards/margins"][0].tolist() == [0, 1]  # steps of held-out figures
-    kept = json.loads((Path(runs[0]) / "eval.json").read_text())
-    (items, critic, _) = kept["items"].values()
-    lengths = Pairs(load_pairs(pairs_file, byte_tokenizer())).lengths()
-    assert len(items["margin"]) == 23 and len(critic["KL"]) == 5
-    beta, row = 0.2, found[runs[0]]
-    assert row["T chosen"] == pytest.approx(beta * row["Δ chosen"])
-    assert row["margin"] == pytest.approx(row["T chosen"] - row["T rejected"])
-    for side, length in (("chosen", lengths[:, 1]), ("rejected", lengths[:, 2])):
-        per_token = np.array(items[f"Δ {side}"]) / length
-        assert row[f"Δ/token {side}"] == pytest.approx(per_token.mean())
-    printed = capsys.readouterr().out
-    assert "| mio1 - mio0 |" in printed and "| init |" in printed
+def blocks_of(models, file, title="x", kl_samples=0, beta=1.0, **training):
+    tokenizer = byte_tokenizer()
+    options = SimpleNamespace(kl_samples=kl_samples, max_new_tokens=5, seed=3, batch_size=None)
+    training = {"dtype": "float32", "beta": beta, "init": "base"} | training
+    pairs = load_pairs(file, tokenizer)
+    return pair_blocks(models[0], tokenizer, models[1], file, title, pairs, options, training)
 
 
-def test_kl_is_the_log_ratio_of_what_is_drawn_once_for_each_prompt(tmp_path, monkeypatch):
-    drawn, tokenizer = [65, 66, 257], byte_tokenizer()
-    monkeypatch.setattr(evaluation, "draw", lambda _, prompts, *x, **y: [drawn] * len(prompts))
+def test_information_of_a_file_has_the_rewards_as_critic_and_bootstrap_errors(pairs_file):
+    blocks = blocks_of((tiny_model(), tiny_model(seed=1)), pairs_file, beta=0.01)
+    assert list(blocks) == ["x", "x: critic"]
+    rewards = [torch.from_numpy(blocks["x"][f"T {side}"].values) for side in SIDES]
+    critic = blocks["x: critic"]
+    assert list(critic) == ["dv ≤0.693", "nwj ≤0.693", "js ≤0.4315"]
+    for name, value in estimates(*rewards).items():
+        (column,) = (column for title, column in critic.items() if title.startswith(name))
+        assert column.mean() == pytest.approx(value) and 0 < column.figure().error < 1
+        assert column.prompts is blocks["x"]["margin"].prompts
+        assert column.names.tolist() == blocks["x"]["margin"].names.tolist()
+    assert len(set(column.names)) == 23 and column.names[0].endswith(":1")
+    assert list(blocks_of((tiny_model(), None), pairs_file)) == ["x"]
+
+
+def test_kl_is_the_log_ratio_of_an_answer_sampled_once_for_each_prompt(tmp_path, monkeypatch):
+    answer, calls = [65, 66, 257], []
+
+    def draw(model, prompts, max_new_tokens, **how):
+        calls.append((prompts, max_new_tokens, how))
+        return [answer] * len(prompts)
+
+    monkeypatch.setattr(evaluation, "draw", draw)
     file = write_rows(tmp_path / "pairs.jsonl", [PAIR_ROWS[0], *PAIR_ROWS[:3]])
-    pairs, models = load_pairs(file, tokenizer), (tiny_model(), tiny_model(seed=1))
-    options = SimpleNamespace(kl_samples=9, max_new_tokens=5, seed=0, batch_size=None)
-    config = {"dtype": "float32", "beta": 1.0}
-    blocks = evaluation.pair_columns(
-        models[0], tokenizer, models[1], file, "x", pairs, options, config
-    )
-    kl = blocks["x: critic"]["KL"]
+    pairs, models = load_pairs(file, byte_tokenizer()), (tiny_model(), tiny_model(seed=1))
+    kl = blocks_of(models, file, kl_samples=9)["x: critic"]["KL"]
     assert [name.rpartition(":")[2] for name in kl.names] == ["1", "3", "4"]
     for value, pair in zip(kl.values, pairs[1:]):
-        logps = [single_logp(m, Pair(pair.prompt, drawn, []), 1).item() for m in models]
+        logps = [single_logp(model, pair.prompt, answer) for model in models]
         assert value == pytest.approx(logps[0] - logps[1], rel=1e-4)
-    first, *_ = blocks["x: by tokens of the chosen answer"]
-    assert first.startswith(f"reward {pairs.lengths()[:, 1].min()}-")
+    ((prompts, max_new_tokens, how),) = calls
+    assert prompts == [pair.prompt for pair in pairs[1:]] and max_new_tokens == 5
+    assert how == {"stop_ids": {257}, "seed": 3, "rows": None}
+    assert len(blocks_of(models, file, kl_samples=2)["x: critic"]["KL"].values) == 2
+    short = [tiny_model(max_position_embeddings=max(map(len, prompts)) + 2) for _ in models]
+    blocks_of(short, file, kl_samples=9)
+    assert calls[-1][1] == 2  # the context has room for two tokens
 
 
-def test_table_is_aligned_and_fits_a_terminal():
-    row = {
-        "greedy": Figure(0.5623, 0.0157, 1000),
-        "pass@1": Figure(0.5, 0.01, 1000),
-        "pass@8": Figure(1.0, 0.01, 1000),
-        "Δ chosen": Figure(-12.345, 0.1, 400),
-        "Δ rejected": Figure(-22.345, 0.1, 400),
-        "reward": Figure(0.75, 0.1, 400),
-    }
-    lines = table({"base": dict(list(row.items())[:3]), "mio": row}).splitlines()
-    assert "56.2±1.6" in lines[1] and lines[1].count("-") == 3
-    assert "-12.35±0.10" in lines[2] or "-12.34±0.10" in lines[2]
-    assert max(map(len, lines)) <= 80
-    assert lines[0].index("greedy") < lines[0].index("pass@1")
-    apart = {"mio - base": {"greedy": evaluation.Difference(0.125, -0.25, 0.5, 8)}}
-    assert "+12.5 [-25.0, +50.0]" in table(apart)
+def test_a_reference_with_another_vocabulary_is_refused(pairs_file):
+    with pytest.raises(ValueError, match="base: has 300 ids, the model to compare has 258"):
+        blocks_of((tiny_model(), tiny_model(vocab_size=300)), pairs_file)
 
 
-def test_names_of_any_length_leave_room_for_figures(tmp_path):
-    """The table's in 80 columns, the picture's within it."""
-    names = [f"llama-3.2-1b-gsm8k-{loss}-beta0.2-lr1e-6-seed0" for loss in ("sft", "dpo", "mio")]
-    column = Column(np.arange(9) / 7)
-    rows = evaluation.compared({name: {"exact": column, "exact maj@8": column} for name in names})
-    text = table(rows)
-    assert max(map(len, [*text.splitlines(), *evaluation.LEGEND.values()])) <= 80
-    assert f"{names[1]} - first" in text and "maj@n: the most frequent" in text
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    for name in names:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train_config.json").write_text(json.dumps({"loss": name}))
-        write_rows(tmp_path / name / "metrics.jsonl", [{"step": i, "loss": i} for i in range(2)])
-    close, figures = pyplot.close, []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pyplot, "close", figures.append)
-        evaluation.plot({name: tmp_path / name for name in names}, tmp_path / "curves.png")
-    (figure,) = figures
-    box = figure.legends[0].get_window_extent()
-    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
-    assert [text.get_text() for text in figure.legends[0].texts] == names
-    close(figure)
+# --- The command ----------------------------------------------------------------------------------
 
 
-def test_command_compares_a_run_with_what_it_started_from(checkpoint, pairs_file, tmp_path):
-    flags = ["--data", str(pairs_file), "--eval_data", str(pairs_file), "--lr", "1e-3"]
-    out = str(tmp_path / "out")
-    folder = train.main(["--init", str(checkpoint), *flags, "--out", out, "--loss", "sft"])
-    summary = json.loads((folder / "summary.json").read_text())["table"]["sft"]
-    found = evaluation.main([out, str(checkpoint), "--data", str(pairs_file)])
-    for column in ("Δ chosen", "Δ rejected", "reward"):
-        assert found[out][column] == pytest.approx(summary[column]["mean"], abs=1e-4)
-    assert set(found[str(checkpoint)]) == {"chosen", "rejected"}
-    assert found[out]["Δ chosen"] > 0
-    again = str(tmp_path / "short")  # cut where the run cut
-    train.main(["--init", str(checkpoint), *flags, "--out", again, "--max_length", "50"])
-    summary = json.loads((tmp_path / "short" / "summary.json").read_text())["table"]["mio"]
-    found = evaluation.main([again, "--data", str(pairs_file)])
-    assert found[again]["Δ chosen"] == pytest.approx(summary["Δ chosen"]["mean"], abs=1e-4)
+def trained(checkpoint, pairs_file, out, *flags: str) -> str:
+    """Trains for one step and returns the run folder, as the command line names it."""
+    common = ["--init", str(checkpoint), "--data", str(pairs_file), "--lr", "1e-3"]
+    return str(train.main([*common, "--out", str(out), *flags]))
 
 
-def run_folder(checkpoint, folder, **config) -> str:
-    """As a run of train.py leaves it, with the weights that it began with."""
+def summary_of(run: str, loss: str = "mio") -> dict:
+    return json.loads((Path(run) / "summary.json").read_text())["table"][loss]
+
+
+def untrained(checkpoint, folder, **config) -> str:
+    """A folder as a run of train.py leaves it, with the weights that it started from."""
     shutil.copytree(checkpoint, folder)
     config = {"init": str(checkpoint), **config}
     (folder / "train_config.json").write_text(json.dumps(config))
     return str(folder)
 
 
+def test_command_compares_runs_plots_their_curves_and_stores_every_value(
+    checkpoint, pairs_file, tmp_path, monkeypatch, capsys
+):
+    plotted = []
+    monkeypatch.setattr(evaluation, "plot", lambda *arguments: plotted.append(arguments))
+    runs = [trained(checkpoint, pairs_file, tmp_path / f"mio{seed}", "--seed", str(seed),
+                    "--eval_data", str(pairs_file)) for seed in (0, 1)]  # fmt: skip
+    flags = ["--plot", str(tmp_path / "curves.png"), "--max_new_tokens", "9", "--kl_samples", "5"]
+    bad = write_rows(tmp_path / "bad.jsonl", [*PAIR_ROWS, {"prompt": 1}])
+    assert "bad.jsonl:24" in refused([*runs, "--data", str(bad), *flags], capsys)
+    assert not plotted
+    found = evaluation.main([*runs, str(checkpoint), "--data", str(pairs_file), *flags])
+    folders = {"mio0": Path(runs[0]), "mio1": Path(runs[1]), "init": checkpoint}
+    assert plotted == [(folders, tmp_path / "curves.png")]
+    ((label, curves),) = read_curves(folders).items()
+    assert label == "mio0 (2 seeds)" and curves[0]["rewards/margins"][0].tolist() == [0, 1]
+    assert not (checkpoint / "eval.json").exists()
+    printed = capsys.readouterr().out
+    assert "| mio1 - mio0 |" in printed and "| init |" in printed
+    assert "pairs.jsonl\n\n" in printed and "pairs.jsonl: critic\n\n" in printed
+
+    record = json.loads((Path(runs[0]) / "eval.json").read_text())
+    items, critic = record["items"].values()
+    lengths = load_pairs(pairs_file, byte_tokenizer()).lengths()
+    assert len(items["margin"]) == 23 and len(critic["KL"]) == 5
+    row = found[runs[0]]
+    assert row["T chosen"] == pytest.approx(0.2 * row["Δ chosen"])  # 0.2 is the beta of mio
+    assert row["margin"] == pytest.approx(row["T chosen"] - row["T rejected"])
+    for side, length in (("chosen", lengths[:, 1]), ("rejected", lengths[:, 2])):
+        per_token = np.array(items[f"Δ {side}"]) / length
+        assert row[f"Δ/token {side}"] == pytest.approx(per_token.mean())
+    assert record["figures"]["pairs.jsonl"]["margin"]["mean"] == row["margin"]
+    assert record["argv"][0] == runs[0] and len(record["sha256"][str(pairs_file)]) == 64
+    assert record["options"]["kl_samples"] == 5 and record["options"]["runs"][:2] == runs
+
+
+def test_command_compares_a_run_with_the_model_that_it_started_from(
+    checkpoint, pairs_file, tmp_path
+):
+    data = ["--data", str(pairs_file)]
+    run = trained(checkpoint, pairs_file, tmp_path / "out", "--loss", "sft", "--eval_data", data[1])
+    found = evaluation.main([run, str(checkpoint), *data, "--kl_samples", "0"])
+    for column in ("Δ chosen", "Δ rejected", "reward"):
+        mean = summary_of(run, "sft")[column]["mean"]
+        assert found[run][column] == pytest.approx(mean, abs=1e-4)
+    assert found[run]["Δ chosen"] > 0
+    pairs, model = load_pairs(pairs_file, byte_tokenizer()), tiny_model()
+    logps = np.array([[single_logp(model, p.prompt, a) for a in p[1:]] for p in pairs])
+    assert found[str(checkpoint)] == pytest.approx(dict(zip(SIDES, logps.mean(axis=0))), rel=1e-5)
+
+
+def test_command_truncates_pairs_as_training_did(checkpoint, pairs_file, tmp_path):
+    flags = ["--eval_data", str(pairs_file), "--max_length", "50"]
+    run = trained(checkpoint, pairs_file, tmp_path / "short", *flags)
+    found = evaluation.main([run, "--data", str(pairs_file), "--kl_samples", "0"])[run]
+    assert found["Δ chosen"] == pytest.approx(summary_of(run)["Δ chosen"]["mean"], abs=1e-4)
+
+
+def test_without_data_a_run_is_evaluated_on_the_pairs_that_its_training_held_out(
+    checkpoint, pairs_file, tmp_path, monkeypatch
+):
+    flags = ["--eval_fraction", "0.3", "--seed", "3", "--max_steps", "1"]
+    run = trained(checkpoint, pairs_file, tmp_path / "out", *flags)
+    found = evaluation.main([run, "--kl_samples", "0"])[run]
+    assert found["Δ chosen"] == pytest.approx(summary_of(run)["Δ chosen"]["mean"], abs=1e-5)
+    assert "greedy" not in found
+    counts = []
+
+    def task_values(model, tokenizer, count, samples):
+        counts.append((count, samples))
+        return {"greedy": [0.0, 1.0]}
+
+    monkeypatch.setattr(evaluation, "task_values", task_values)
+    (checkpoint / "base.json").write_text("{}")  # the mark of the demonstration's base model
+    assert evaluation.main([run, "--kl_samples", "0"])[run] == {"greedy": 0.5} | found
+    assert evaluation.main([str(checkpoint), "--n", "3"])[str(checkpoint)] == {"greedy": 0.5}
+    assert counts == [(1000, 8), (1000, 3)]
+
+
 def test_command_compares_the_rows_that_two_runs_share(checkpoint, tmp_path, capsys):
-    """Of files of one name the same lines of the same content, which one run may have dropped."""
+    """These are the same lines of files with the same content. A run may have dropped some."""
     rows = [*PAIR_ROWS, {"prompt": "long?", "chosen": "x" * 90, "rejected": "y"}, PAIR_ROWS[0]]
     file = write_rows(tmp_path / "pairs.jsonl", rows)
     other = write_rows(tmp_path / "init" / "pairs.jsonl", rows[1:])
     runs = {"a": (file, 99), "b": (file, 80), "c": (other, 99)}
-    runs = [run_folder(checkpoint, tmp_path / name, eval_data=str(file), max_length=length)
-            for name, (file, length) in runs.items()]  # fmt: skip
+    runs = [untrained(checkpoint, tmp_path / name, eval_data=str(path), max_length=length)
+            for name, (path, length) in runs.items()]  # fmt: skip
     evaluation.main([*runs, "--kl_samples", "0"])
-    said = capsys.readouterr()
-    assert "1 of 25 rows dropped" in said.err and "-: the two have no items in common" in said.out
-    lines = [line.strip("| ").split(" | ") for line in said.out.splitlines()[:10]]
+    printed = capsys.readouterr()
+    assert "1 of 25 rows dropped" in printed.err
+    assert "-: the two runs have no items in common" in printed.out
+    lines = [line.strip("| ").split(" | ") for line in printed.out.splitlines()[:10]]
     rows = {line[0]: line[1:] for line in lines}
     assert set(rows["c - a"]) == {"-"} and rows["n"][0] == "24-25"
     assert all(cell.startswith("+0.") for cell in rows["b - a"])
 
 
-def test_without_data_a_run_is_asked_what_its_training_held_out(
+def test_several_files_share_one_model_and_their_columns_have_their_names(
     checkpoint, pairs_file, tmp_path, monkeypatch
 ):
-    values = {"greedy": [0.0, 1.0]}
-    monkeypatch.setattr(evaluation, "task_values", lambda *_: values)
-    out = str(tmp_path / "out")
-    flags = ["--eval_fraction", "0.3", "--seed", "3", "--max_steps", "1", "--lr", "1e-3"]
-    train.main(["--init", str(checkpoint), "--data", str(pairs_file), *flags, "--out", out])
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["table"]["mio"]
-    found = evaluation.main([out, "--kl_samples", "0"])[out]
-    assert found["Δ chosen"] == pytest.approx(summary["Δ chosen"]["mean"], abs=1e-5)
-    assert "greedy" not in found
-    (checkpoint / "base.json").write_text("{}")  # had it begun with the demonstration's base
-    assert evaluation.main([out, "--kl_samples", "0"])[out] == {"greedy": 0.5} | found
-    assert evaluation.main([str(checkpoint)])[str(checkpoint)] == {"greedy": 0.5}
-    questions = write_rows(tmp_path / "questions.jsonl", [{"question": "1?", "answer": "1"}])
-    for name, config in {
-        "none": {"data": str(pairs_file), "eval_fraction": 0.0},
-        "drawn": {"data": str(questions), "eval_fraction": 0.1},
-    }.items():
-        other = run_folder(checkpoint, tmp_path / name, **config)
-        (checkpoint / "base.json").unlink(missing_ok=True)
-        with pytest.raises(ValueError, match="--data FILE.jsonl"):
-            evaluation.read_run(Path(other), {})
-
-
-def test_command_reports_pairs_and_refuses_what_it_cannot_read(
-    checkpoint, pairs_file, tmp_path, monkeypatch, capsys
-):
-    found = evaluation.main([str(checkpoint), "--data", str(pairs_file)])
-    pairs = evaluation.load_pairs(pairs_file, byte_tokenizer())
-    model = tiny_model()
-    logps = [single_logp(model, pair, 1).item() for pair in pairs]
-    assert found[str(checkpoint)]["chosen"] == pytest.approx(np.mean(logps), rel=1e-5)
     loaded, load = [], Llama.from_pretrained
     monkeypatch.setattr(Llama, "from_pretrained", lambda *x, **y: loaded.append(x) or load(*x, **y))
-    file = write_rows(
-        tmp_path / "choices.jsonl", [{"prompt": "a", "choices": ["b"] * 2, "gold": 0}]
-    )
-    questions = write_rows(tmp_path / "questions.jsonl", [{"question": "1?", "answer": "1"}])
-    data = ["--data", str(pairs_file), str(file), "--dtype", "float32"]
-    found = evaluation.main([str(checkpoint), *data])[str(checkpoint)]
-    assert found["choices.jsonl: acc"] == 1 and len(loaded) == 1
-    capsys.readouterr()
-    moved = run_folder(checkpoint, tmp_path / "moved", init="gone")
-    asked = [moved, "--max_new_tokens", "1", "--data", str(questions)]
-    assert "strict" in evaluation.main(asked)[moved]  # which takes no reference
-    bad = ["nowhere"], [str(checkpoint), "--data", "gone.jsonl"], [], [str(checkpoint)]
-    for argv in (*bad, [*asked, str(pairs_file)]):
-        with pytest.raises(SystemExit) as stop:
-            evaluation.main(argv)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith("eval.py: error: ")
-        assert error.count("\n") == 1
+    row = {"prompt": "a", "choices": ["b", "c"], "gold": 0}
+    file = str(write_rows(tmp_path / "choices.jsonl", [row]))
+    argv = [str(checkpoint), "--data", str(pairs_file), file, "--dtype", "float32"]
+    found = evaluation.main(argv)[str(checkpoint)]
+    assert found.keys() == {
+        *(f"pairs.jsonl: {side}" for side in SIDES),
+        *(f"choices.jsonl: {name}" for name in ("acc", "acc_norm", "acc_bytes")),
+    }
+    assert len(loaded) == 1
+
+
+def test_input_that_cannot_be_evaluated_is_refused_in_one_line(
+    checkpoint, pairs_file, tmp_path, capsys
+):
+    question = {"question": "1 + 1?", "answer": "#### 2"}
+    file = str(write_rows(tmp_path / "gsm.jsonl", [question] * 3))
+    choices = {"prompt": "a", "choices": ["b", "c"], "gold": 0}
+    choices = str(write_rows(tmp_path / "choices.jsonl", [choices]))
+    (tmp_path / "there.json").write_text("{}")
+    pairs = ["--data", str(pairs_file)]
+    for argv, fault in [
+        ([], "arguments are required: RUN_OR_CHECKPOINT"),
+        (["nowhere"], "nowhere"),
+        ([str(checkpoint), "--data", "gone.jsonl"], "gone.jsonl: No such file"),
+        ([str(checkpoint)], "its training held out no pairs; name other data with --data"),
+        ([str(checkpoint), f"{checkpoint}/", *pairs], "is named twice"),
+        ([str(checkpoint), "--data", file, "-k", "2"], "-k needs --shots"),
+        ([str(checkpoint), "--data", file, "--shots", file, "-k", "4"], "-k 4, but the file has 3"),
+        ([str(checkpoint), "--data", file, "--shots", file, "-k", "2"], ":1: shows the answer to"),
+        ([str(checkpoint), "--data", file, "--shots", choices, "-k", "1"], "has rows of its form"),
+        ([str(checkpoint), "--data", file, "--n", "4", "--temperature", "0"], "--n 4: all greedy"),
+        ([str(checkpoint), "--data", file, "--n", "0"], "--n 0: must be at least 1 and at most"),
+        ([str(checkpoint), "--data", file, "--n", "1025"], "--n 1025: must be at least 1 and at"),
+        ([str(checkpoint), "--data", file, "--top_p", "0"], "--top_p 0: must be at least 1e-06"),
+        ([str(checkpoint), "--data", file, "--max_new_tokens", "250"], "gsm.jsonl:1: prompt and"),
+        ([str(checkpoint), *pairs, "--out", str(tmp_path / "there.json")], "exists; choose"),
+        ([str(checkpoint), *pairs, "--out", str(tmp_path)], "must be the name of a file in a"),
+        ([str(checkpoint), *pairs, "--out", "no/such/place.json"], "in a folder that exists"),
+    ]:
+        assert fault in refused(argv, capsys), argv
+    assert not list(tmp_path.glob("**/eval.json"))

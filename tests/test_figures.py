@@ -106,7 +106,9 @@ def test_shares_are_percentages_and_other_columns_keep_their_unit():
         "Δ/token chosen": (0.0124, 0.0016, "+0.012±0.002"),
         "dv ≤0.693": (0.5, 0.01, "+0.500±0.010"),
         "margin": (math.nan, math.nan, "+nan±nan"),
-        "nwj ≤0.693": (-123456.0, 2e5, "-1.2e+05±2e+05"),
+        "nwj ≤0.693": (-0.0624, 0.01, "-0.062±0.010"),
+        "js ≤0.4315": (0.4, 0.01, "+0.400±0.010"),
+        "KL": (-123456.0, 2e5, "-1.2e+05±2e+05"),
     }
     for name, (mean, error, text) in cells.items():
         lines = table({"mio": {name: Figure(mean, error, 7)}}).splitlines()

@@ -46,6 +46,7 @@ SAMPLES = [
     "1234567890 ١٢٣ Ⅷ ² ¾ 3.14159 1,000,000 0x1F 007",
     "I'm you're we've he'll she'd IT'S 'tis ſ 'ſ ’s",
     "aaaaaaaaaaaaaaaa bbbb      abababababab\n\n\n\n\n\n\t\t\t\t        ",
+    "a <tool>  b </tool>  c \n<tool>x y <tool>",
     "a", " ", "  ", " a", "a ", "\n", "", "▁", "▁▁a", "é", "e\u0301", "\ud7ff", "\U0010ffff", "'",
 ]  # fmt: skip
 
@@ -148,12 +149,14 @@ def metaspace(scheme: str, split: bool):
 
 def with_literals(spec: dict) -> dict:
     """As in Qwen's files, some added tokens are not special, so any text may contain them."""
-    extra = ["<tool>", "</tool>", "<tool>x"]
-    spec["added_tokens"] += [
-        {"id": i, "content": text, "special": False, "single_word": False, "lstrip": False,
-         "rstrip": False, "normalized": False}
-        for i, text in enumerate(extra, start=len(spec["model"]["vocab"]))
-    ]  # fmt: skip
+    flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    tokens = [
+        {"content": "<tool>"},
+        {"content": "</tool>", "rstrip": True},
+        {"content": "<tool>x", "lstrip": True},
+    ]
+    start = len(spec["model"]["vocab"])
+    spec["added_tokens"] += [flags | token | {"id": start + i} for i, token in enumerate(tokens)]
     return spec
 
 
@@ -226,8 +229,9 @@ def compare(folder: Path, count: int) -> tuple[int, int]:
 def test_ids_and_texts_equal_those_of_transformers(name, tmp_path):
     compared, restored = compare(write_tokenizer(tmp_path, family_spec(name)), 300)
     assert compared > 290
-    # NFC changes a few texts; a text that begins with a space loses it to SentencePiece's prefix.
-    assert restored > {"qwen": 0.7, "llama3": 0.99, "gpt2": 0.99}.get(name, 0.7) * compared
+    # NFC, and SentencePiece's prefix before a text that begins with a space, change some texts.
+    is_exact = name in ("gpt2", "llama3", "smollm", "digits", "digits-last", "two-splits")
+    assert restored == compared if is_exact else restored > compared / 2
 
 
 @pytest.mark.parametrize("model_type", [None, "llama", "mistral"])

@@ -29,6 +29,8 @@ def test_weights_of_every_float_type_come_back_as_they_were(dtype, tmp_path):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, back.get_parameter(name))
         assert torch.equal(parameter.float(), wide.get_parameter(name))
+        assert back.get_parameter(name).dtype == dtype
+        assert wide.get_parameter(name).dtype == torch.float32
         assert wide.get_parameter(name).requires_grad
 
 

@@ -1,0 +1,184 @@
+"""Run folders: what --out may name, and that no run or file is lost without a word."""
+
+import json
+import math
+import shutil
+import types
+from pathlib import Path
+
+import pytest
+from conftest import PAIR_ROWS, byte_tokenizer, tiny_model, write_rows
+from runs import metrics, refused, run
+
+import train
+from support import run_folder
+from support.distributed import World
+from support.files import read_json
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """init, pairs.jsonl, and a finished run with checkpoints in `out`."""
+    folder = tmp_path_factory.mktemp("finished")
+    tiny_model().save_pretrained(folder / "init")
+    byte_tokenizer().save(folder / "init")
+    write_rows(folder / "pairs.jsonl", PAIR_ROWS)
+    run(folder / "init", folder / "pairs.jsonl", folder / "out", "--save_every", "1")
+    return folder
+
+
+@pytest.fixture
+def inputs(finished):
+    return ["--init", finished / "init", "--data", finished / "pairs.jsonl"]
+
+
+# --- What --out may name --------------------------------------------------------------------------
+
+
+def test_a_run_is_replaced_only_with_overwrite(finished, inputs, tmp_path):
+    out = shutil.copytree(finished / "out", tmp_path / "out")
+    (out / "notes.txt").write_text("dear")
+    remedy = "--overwrite replaces it, another --out keeps it"
+    error = refused(*inputs, "--out", out, "--loss", "dpo")
+    assert f"--out {out}: holds a finished run; {remedy}" in error
+    (out / "summary.json").unlink()
+    error = refused(*inputs, "--out", out, "--loss", "dpo")
+    assert f"--out {out}: holds an unfinished run, which --resume continues; {remedy}" in error
+    assert read_json(out / "train_config.json")["loss"] == "mio" and metrics(out)
+    flags = ("--loss", "dpo", "--overwrite", "--max_steps", "1", "--out")
+    train.main([*map(str, inputs), *flags, str(out)])
+    assert read_json(out / "train_config.json")["loss"] == "dpo" and len(metrics(out)) == 2
+    assert not (out / "checkpoints").exists() and (out / "notes.txt").read_text() == "dear"
+
+
+def test_a_folder_with_other_files_or_with_inputs_is_refused(finished, inputs, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    before = sorted(finished.rglob("*"))
+    assert "holds other files" in refused(*inputs, "--out", tmp_path / "mine")
+    assert "is a file" in refused(*inputs, "--out", tmp_path / "mine" / "thesis.txt")
+    init, data = finished / "init", finished / "pairs.jsonl"
+    for place, source in ((init, init), (finished, init), (data, data)):
+        error = refused(*inputs, "--out", place, "--overwrite")
+        assert f"--out {place}: contains {source}, which the run reads; choose another" in error
+    adapter = ["--init_adapter", tmp_path / "mine", "--out", tmp_path / "mine"]
+    assert f"contains {tmp_path / 'mine'}" in refused(*inputs, *adapter)
+    held_out = ["--eval_data", tmp_path / "mine" / "x.jsonl", "--out", tmp_path]
+    assert "contains" in refused(*inputs, *held_out)
+    run_of_run = ["--init", finished / "out", "--data", data, "--out", finished / "out"]
+    assert "contains" in refused(*run_of_run, "--overwrite")
+    assert sorted(finished.rglob("*")) == before
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
+
+
+def test_a_bad_folder_is_refused_before_the_demonstration_makes_anything(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    (tmp_path / "theirs" / "base").mkdir(parents=True)
+    (tmp_path / "theirs" / "base" / "model.safetensors").write_text("a model of mine")
+    before = sorted(tmp_path.rglob("*"))
+    for out in ("mine", "mine/thesis.txt", "base", "theirs/run"):
+        assert "--out" in refused("--out", tmp_path / out)
+    assert "--max_length 40" in refused("--out", tmp_path / "run", "--max_length", "40")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_with_what_a_killed_run_was_writing_is_free(inputs, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train_config.json.77.partial").write_text("{")
+    train.main([*map(str, inputs), "--out", str(tmp_path / "out"), "--max_steps", "0"])
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+# --- What is in it --------------------------------------------------------------------------------
+
+
+def test_clear_leaves_what_a_resumed_run_goes_on_with(finished, tmp_path):
+    out, names = shutil.copytree(finished / "out", tmp_path / "out"), {"train_config.json", "mine"}
+    for name in ("mine", "model-00001-of-00002.safetensors", "model.safetensors.1.partial"):
+        (out / name).touch()
+    for name in ("tensorboard", "adapter", "checkpoints/step-000007.1.partial"):
+        (out / name).mkdir()
+    run_folder.clear(out, checkpoints=False)
+    kept = names | {"metrics.jsonl", "checkpoints", "tensorboard"}
+    assert {path.name for path in out.iterdir()} == kept
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-000002", "step-000003"}
+    run_folder.clear(out, checkpoints=True)
+    assert {path.name for path in out.iterdir()} == names
+
+
+def test_a_run_goes_on_from_the_rows_of_its_checkpoint(finished, tmp_path):
+    options = train.Options(out=str(shutil.copytree(finished / "out", tmp_path / "out")))
+    rows = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    run_folder.begin(options, {"metrics": {"bytes": 100}}, processes=3)
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == rows[:100]
+    config = read_json(tmp_path / "out" / "train_config.json")
+    assert config["processes"] == 3 and config["seed"] == 0 and config["commit"] != ""
+    assert set(run_folder.PROVENANCE) == set(config) - set(vars(options))
+    run_folder.begin(options, {}, processes=1)
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == b""
+
+
+def test_without_git_the_commit_is_null(inputs, tmp_path, monkeypatch):
+    """A held-out pair alone has a mean without a standard error, which is null, too."""
+    assert (
+        run_folder.provenance(1)["commit"] is None or len(run_folder.provenance(1)["commit"]) == 40
+    )
+    monkeypatch.setenv("PATH", "")
+    flags = ("--eval_fraction", "0.04", "--max_steps", "1", "--out", str(tmp_path / "out"))
+    folder = train.main([*map(str, inputs), *flags])
+    assert read_json(folder / "train_config.json")["commit"] is None
+    reward = read_json(folder / "summary.json")["table"]["mio"]["reward"]
+    assert reward["n"] == 1 and reward["error"] is None
+
+
+def test_numbers_that_are_not_finite_become_null():
+    row = run_folder.strict_json({"eval_mi/nwj": -math.inf, "loss": 1.0, "x": math.nan})
+    assert json.loads(row) == {"eval_mi/nwj": None, "loss": 1.0, "x": None}
+
+
+def test_only_the_first_process_logs(tmp_path):
+    options = types.SimpleNamespace(out=str(tmp_path), tensorboard=False)
+    job = types.SimpleNamespace(options=options, record={}, world=World())
+    with run_folder.metrics_log(job) as (last, log):
+        log({"step": 1, "loss": 0.5})
+    assert last == {}
+    job.world = types.SimpleNamespace(first=False)
+    with run_folder.metrics_log(job) as (last, log):
+        log({"step": 2, "loss": 0.5})
+    job.world = World()
+    with run_folder.metrics_log(job) as (last, log):
+        log({"step": 3, "loss": math.inf})
+    assert last == {"step": 1, "loss": 0.5}
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 3]
+
+
+# --- Event files ----------------------------------------------------------------------------------
+
+
+def scalars(folder: Path, name: str) -> dict[int, float]:
+    """The values of a metric in the event files of a run, by step."""
+    pytest.importorskip("tensorboard", reason="for those who want event files")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return {e.step: e.value for e in EventAccumulator(str(folder)).Reload().Scalars(name)}
+
+
+def test_event_files_hold_the_rows_of_metrics(inputs, tmp_path):
+    out = str(tmp_path / "out")
+
+    def check(steps):
+        assert [row["step"] for row in metrics(tmp_path / "out")] == list(range(steps + 1))
+        for name in ("loss", "eval_logps/chosen"):
+            rows = {row["step"]: row[name] for row in metrics(tmp_path / "out") if name in row}
+            assert scalars(tmp_path / "out" / "tensorboard", name) == pytest.approx(rows)
+
+    flags = [*map(str, inputs), "--out", out, "--tensorboard", "--lr", "1e-3", "--batch_size", "8"]
+    train.main([*flags, "--save_every", "2", "--epochs", "2", "--max_steps", "4"])
+    check(4)
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-000004")  # it died in step 5, say
+    train.main(["--resume", "--out", out, "--max_steps", "3"])
+    check(3)
+    train.main([*flags, "--overwrite", "--epochs", "2", "--max_steps", "2"])
+    check(2)
+    assert len(list((tmp_path / "out" / "tensorboard").iterdir())) == 1
