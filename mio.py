@@ -362,8 +362,8 @@ CHUNK_TOKENS = 1024  # rows of logits in memory at a time
 
 
 def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
-    """The oracle, which computes all logits at once. hidden (N, D), head_weight (V, D), targets (N,),
-    lengths (S,) -> summed log-probability of each answer (S,), in nats, differentiable."""
+    """The oracle, with all logits at once. hidden (N, D), head_weight (V, D), targets (N,), lengths
+    (S,) -> summed log-probability of each answer (S,), in nats, differentiable."""
     logits = hidden @ head_weight.T  # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     token_logps = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]  # (N,)

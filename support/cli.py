@@ -27,23 +27,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def option(default, help: str, **checks):
-    """A field of a dataclass of options, which `add_options` turns into a flag.
-
-    checks: choices=(...), above=x (exclusive), least=x, most=x; const=x is the value of the flag
-    without an argument.
-    """
+    """A field of a dataclass of options. checks: choices=(...), above=x (exclusive), least=x,
+    most=x; const=x is the value of the flag without an argument."""
     return dataclasses.field(default=default, metadata={"help": help, **checks})
 
 
 def add_options(parser: Parser, options: type, shown_defaults: dict[str, str] | None = None):
     """Adds a flag for each field of a dataclass. A flag that is not given is absent or None.
-
     shown_defaults: what --help says about defaults that depend on other options."""
     for field in dataclasses.fields(options):
         name, checks = field.name, field.metadata
-        default = "" if field.default in (None, False) else f" (default: {field.default})"
-        if name in (shown_defaults or {}):
-            default = f" (default: {shown_defaults[name]})"
+        default = (shown_defaults or {}).get(name, field.default)
+        default = "" if default in (None, False) else f" (default: {default})"
         metavar = "|".join(checks.get("choices", ())) or kind_of(field).__name__.upper()
         how = {"metavar": metavar if len(metavar) < 60 else "NAME"}
         if field.type is bool:
@@ -59,9 +54,8 @@ def kind_of(field: dataclasses.Field) -> type:
 
 
 def check_value(field: dataclasses.Field, value):
-    """Converts a value from the command line or a JSON file to the type of its field.
-
-    Raises ValueError that names the flag if the value is of another type or out of bounds."""
+    """Converts a value from the command line or a JSON file to the type of its field. Raises
+    ValueError that names the flag if the value is of another type or out of bounds."""
     kind, checks, flag = kind_of(field), field.metadata, f"--{field.name} {value}"
     if value is None and field.default is None:
         return None
@@ -96,10 +90,8 @@ def pick_device(name: str) -> str:
     """Resolves "auto" to cuda if there is a GPU. Raises ValueError if the device is missing."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with contextlib.suppress(RuntimeError, AssertionError):  # torch without CUDA raises the latter
         torch.empty(1, device=name)
         if torch.device(name).type in ("cpu", "cuda"):
             return name
-    except (RuntimeError, AssertionError):  # torch without CUDA raises AssertionError
-        pass
     raise ValueError(f"--device {name}: not available on this machine; use --device cpu")

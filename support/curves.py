@@ -2,21 +2,21 @@
 
 import json
 import re
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from support.files import read_json, read_rows
 
-PANELS = {  # title -> metrics, and whether the panel shows their change since step 0
-    "Δ log-prob of chosen answers, nats": (("logps/chosen",), True),
-    "Δ log-prob of rejected answers, nats": (("logps/rejected",), True),
-    "loss": (("loss",), False),
-    "reward of chosen and (thin) rejected": (("rewards/chosen", "rewards/rejected"), False),
-    "reward margin": (("rewards/margins",), False),
-    "reward accuracy": (("rewards/accuracies",), False),
+PANELS = {  # title -> metrics; a panel whose title begins with Δ shows their change since step 0
+    "Δ log-prob of chosen answers, nats": ("logps/chosen",),
+    "Δ log-prob of rejected answers, nats": ("logps/rejected",),
+    "loss": ("loss",),
+    "reward of chosen and (thin) rejected": ("rewards/chosen", "rewards/rejected"),
+    "reward margin": ("rewards/margins",),
+    "reward accuracy": ("rewards/accuracies",),
 }
-METRICS = [metric for metrics, _ in PANELS.values() for metric in metrics]
 # The palette of Okabe and Ito, which color-blind readers can tell apart, and line styles for print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
@@ -27,23 +27,20 @@ IGNORED = ("out", "commit", "versions", "machine", "config", "resume", "eval_eve
 
 def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray]]]:
     """Maps labels to runs, and each run maps metrics to arrays (2, points) of steps and values.
-
     Runs that differ only in their seed share a label. The metrics are those of held-out pairs, or
-    of training if there are none. Skips folders that hold no run. Raises ValueError for bad rows.
-    """
+    of training if there are none. Skips folders without a run. Raises ValueError for bad rows."""
     groups: dict[str, tuple[str, list]] = {}
     for name, folder in folders.items():
         file, config_file = folder / "metrics.jsonl", folder / "train_config.json"
         if not (file.is_file() and config_file.is_file()):
             continue
-        config = read_json(config_file)
+        config = {k: v for k, v in read_json(config_file).items() if k not in IGNORED}
         seed = config.pop("seed", None)
-        text = json.dumps({k: v for k, v in config.items() if k not in IGNORED}, sort_keys=True)
         # The names of the demonstration's base model and pairs contain the seed, too.
-        experiment = re.sub(rf"-?seed{seed}\b", "", text)
+        experiment = re.sub(rf"-?seed{seed}\b", "", json.dumps(config, sort_keys=True))
         rows, curves = [row for _, row in read_rows(file)], {}
         prefix = "eval_" if any("eval_loss" in row for row in rows) else ""
-        for metric in METRICS:
+        for metric in chain(*PANELS.values()):
             column = prefix + metric
             points = [(row.get("step"), row[column]) for row in rows if row.get(column) is not None]
             if not all(isinstance(x, int | float) for point in points for x in point):
@@ -57,19 +54,25 @@ def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray
 
 def plot(folders: dict[str, Path], file: Path):
     """Plots the curves of runs over steps, saves and returns the figure. Of several seeds it shows
-    the mean, and a band from the lowest to the highest, up to the last step of the shortest run."""
-    from matplotlib.figure import Figure  # needed for --plot alone
-
-    figure, lines = Figure(figsize=(11, 6), layout="constrained"), {}
-    axes, curves_of = figure.subplots(2, 3), read_curves(folders)
-    for axis, (title, (metrics, is_change)) in zip(axes.flat, PANELS.items()):
+    the mean, and a band from the lowest to the highest, up to the last step of the shortest run.
+    Raises ValueError if matplotlib is not installed or no run has a curve."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install -r requirements-dev.txt") from None
+    if not (curves_of := read_curves(folders)):
+        raise ValueError(f"--plot {file}: no run has a metrics.jsonl with figures")
+    figure, lines = Figure(figsize=(11, 6), layout="constrained"), {}  # label -> one of its lines
+    axes = figure.subplots(2, 3)
+    for axis, (title, metrics) in zip(axes.flat, PANELS.items()):
         for number, (label, runs) in enumerate(curves_of.items()):
             color, style = COLORS[number % len(COLORS)], STYLES[number % len(STYLES)]
             for width, metric in zip((2, 1), metrics):
                 if not (curves := [run[metric] for run in runs if metric in run]):
                     continue
                 steps = curves[0][0][curves[0][0] <= min(curve[0, -1] for curve in curves)]
-                values = np.array([np.interp(steps, *c) - is_change * c[1, 0] for c in curves])
+                starts = [[curve[1, 0] if title.startswith("Δ") else 0] for curve in curves]
+                values = np.array([np.interp(steps, *curve) for curve in curves]) - starts
                 (line,) = axis.plot(steps, values.mean(0), style, color=color, linewidth=width)
                 lines.setdefault(label, line)
                 if len(curves) > 1:

@@ -16,10 +16,10 @@ from support.lora import add_lora, lora_of
 
 
 class World:
-    """A single process, to which the methods of `Processes` mean little more than nothing."""
+    """A single process, for which the methods of `Processes` do the obvious thing."""
 
     rank, count, first = 0, 1, True
-    together = contextlib.nullcontext
+    together = staticmethod(lambda function, *arguments: function(*arguments))
     cat = staticmethod(torch.cat)
     batches = staticmethod(make_batches)
     total_norm = staticmethod(get_total_norm)
@@ -44,17 +44,17 @@ class Processes(World):
             raise ValueError(f"--batch_size {batch_size}: {self.count} processes need a pair each; "
                              "raise it, or start fewer processes")  # fmt: skip
 
-    @contextlib.contextmanager
-    def together(self):
-        """An OSError or ValueError of one process inside this context is raised in all of them."""
-        error, errors = None, [None] * self.count
+    def together(self, function, *arguments):
+        """Calls a function in all processes. An OSError or ValueError of one is raised in all."""
+        result, errors = None, [None] * self.count
         try:
-            yield
-        except (OSError, ValueError) as raised:
-            error = raised
-        dist.all_gather_object(errors, error)
+            result = function(*arguments)
+        except (OSError, ValueError) as error:
+            errors[self.rank] = error
+        dist.all_gather_object(errors, errors[self.rank])
         for error in filter(None, errors):
             raise error
+        return result
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds the tensors of all processes, in place."""

@@ -1,8 +1,4 @@
-"""Figures with their errors, paired comparisons of runs, and the tables that show them.
-
-An evaluation stores one value for each item and run, in a `Column`. A `Figure` summarizes a column,
-a `Difference` compares two columns item by item, and `table` prints both.
-"""
+"""Figures with their errors, paired comparisons of runs, and the tables that show them."""
 
 import math
 from collections.abc import Callable
@@ -11,6 +7,25 @@ from typing import NamedTuple
 import numpy as np
 
 RESAMPLES = 2000  # of the bootstrap
+# Columns whose names begin with RATES are in percent, those of SMALL have three decimals.
+RATES = ("greedy", "pass@", "cut", "acc", "reward", "strict", "flexible", "math", "exact", "letter")
+SMALL = ("Δ/token", "dv", "nwj", "js")
+# Explanations of columns, under a column's name, the first word of its name, or "maj@".
+LEGEND = {
+    "greedy": "greedy: the greedy answer is correct; pass@k: at least one of k samples is",
+    "strict": "strict: graded by the number after ####; flexible: by the last number",
+    "math": "math: compares formulas by text and value, without algebra: a lower bound",
+    "maj@": "pass@k: at least one of k answers is correct; maj@n: the most frequent one is",
+    "cut": "cut: answers cut off at --max_new_tokens; the text so far is graded",
+    "acc": "acc: the gold choice is likeliest; acc_norm: per character; acc_bytes: per byte",
+    "Δ chosen": "Δ: change of an answer's summed log-prob from the reference, in nats",
+    "reward": "reward: pairs whose chosen answer has the larger Δ",
+    "margin": "T: the implicit reward, beta times Δ; margin: T chosen minus T rejected",
+    "chosen": "chosen, rejected: summed log-prob of an answer, in nats",
+    "dv": "dv, nwj, js: information between prompt and chosen answer, critic T, in nats",
+    "js": "js: twice the Jensen-Shannon bound; ≤: the largest value that is possible",
+    "KL": "KL: log-ratio to the reference, in nats, on answers sampled from the run",
+}
 
 
 class Figure(NamedTuple):
@@ -34,14 +49,13 @@ Row = dict[str, Figure | Difference]  # name of a column -> its cell in one row 
 
 
 class Column(NamedTuple):
-    """The values of all items, and the statistic that summarizes them.
+    """The values of all items in a run, and the statistic that summarizes them.
 
     values: (items,), or (items, parts) if the statistic needs several numbers of an item. NaN marks
         an item without a value.
-    statistic: maps values to a number. The error of `np.mean` has a closed form; the error of any
-        other statistic comes from the bootstrap.
-    prompts: (items,) identifies the prompt of each item. Items of one prompt are not independent,
-        so all errors are those of sampling prompts. None gives each item a prompt of its own.
+    statistic: maps values to a number. Only `np.mean` has an error in closed form.
+    prompts: (items,) the prompt of each item; None: each item has its own. Items of one prompt are
+        not independent, so all errors are those of sampling prompts.
     names: (items,) identifies the same item in two runs. None identifies it by its position.
     """
 
@@ -78,23 +92,20 @@ class Column(NamedTuple):
 
     @np.errstate(invalid="ignore")
     def difference(self, first: "Column") -> Difference | None:
-        """This column minus `first`, over the items that have a value in both. Returns None if
-        these items have fewer than two prompts."""
+        """This column minus `first` over the items known in both; None for fewer than 2 prompts."""
         names = [range(len(c.values)) if c.names is None else c.names for c in (self, first)]
         place = {name: i for i, name in enumerate(names[1])}
         mine = [i for i, name in enumerate(names[0]) if name in place]
         theirs = [place[names[0][i]] for i in mine]
         both = np.stack((self.values[mine], first.values[theirs]), axis=-1)  # (items, ..., 2)
         prompts = None if self.prompts is None else self.prompts[mine]
-        values, prompts = Column(both, prompts=prompts).known()
+        summary = self.statistic
+        change = Column(both, lambda two: summary(two[..., 0]) - summary(two[..., 1]), prompts)
+        values, prompts = change.known()
         if len(set(prompts)) < 2:
             return None
-        pair = values[..., 0], values[..., 1]
-        mean = self.statistic(pair[0]) - self.statistic(pair[1])
-        # Both calls of `resample` draw the same prompts, so the bootstrap is paired.
-        resampled = [resample(one, self.statistic, prompts) for one in pair]
-        low, high = np.percentile(resampled[0] - resampled[1], (2.5, 97.5)).tolist()
-        return Difference(float(mean), low, high, len(values))
+        interval = np.percentile(resample(values, change.statistic, prompts), (2.5, 97.5))
+        return Difference(change.mean(), *interval.tolist(), len(values))
 
 
 def task_row(values: dict[str, list[float]]) -> Row:
@@ -105,8 +116,7 @@ def task_row(values: dict[str, list[float]]) -> Row:
 def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np.ndarray:
     """Bootstrap over prompts: (RESAMPLES,) values of the statistic. A resample draws prompts with
     replacement, as many as there are, and takes all items of each. prompts: (items,) 0, 1, ..."""
-    random, G = np.random.default_rng(0), prompts.max() + 1
-    found = []
+    random, G, found = np.random.default_rng(0), prompts.max() + 1, []
     for _ in range(RESAMPLES):
         times_drawn = np.bincount(random.integers(0, G, G), minlength=G)  # (G,)
         found.append(statistic(np.repeat(values, times_drawn[prompts], axis=0)))
@@ -119,55 +129,32 @@ def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
     (first, base), *others = runs.items()
     for name, run in others:
         differences = {c: run[c].difference(base[c]) for c in run if c in base}
-        label = f"{name} - {first}"
-        if len(label) > 50:  # two long names would leave no room for figures in 80 columns
-            label = f"{name} - first"
+        # Two long names would leave no room for figures in 80 columns.
+        label = f"{name} - {first if len(name + first) < 48 else 'first'}"
         if differences:
             rows[label] = {c: d for c, d in differences.items() if d is not None}
     return rows
 
 
-# Columns whose names begin with SHARES are in percent, those of SMALL have three decimals.
-GRADES = ("strict", "flexible", "math", "exact", "letter")
-SHARES = ("greedy", "pass@", "cut", "acc", "reward", *GRADES)
-SMALL = ("Δ/token", "dv", "nwj", "js")
-
-# Explanations of columns, under a column's name, the first word of its name, or "maj@".
-LEGEND = {
-    "greedy": "greedy: the greedy answer is correct; pass@k: at least one of k samples is",
-    "strict": "strict: graded by the number after ####; flexible: by the last number",
-    "math": "math: compares formulas by text and value, without algebra: a lower bound",
-    "maj@": "pass@k: at least one of k answers is correct; maj@n: the most frequent one is",
-    "cut": "cut: answers cut off at --max_new_tokens; the text so far is graded",
-    "acc": "acc: the gold choice is likeliest; acc_norm: per character; acc_bytes: per byte",
-    "Δ chosen": "Δ: change of an answer's summed log-prob from the reference, in nats",
-    "reward": "reward: pairs whose chosen answer has the larger Δ",
-    "margin": "T: the implicit reward, beta times Δ; margin: T chosen minus T rejected",
-    "chosen": "chosen, rejected: summed log-prob of an answer, in nats",
-    "dv": "dv, nwj, js: information between prompt and chosen answer, critic T, in nats",
-    "js": "js: twice the Jensen-Shannon bound; ≤: the largest value that is possible",
-    "KL": "KL: log-ratio to the reference, in nats, on answers sampled from the run",
-}
-
-
 def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
     """The text of a table with a line for each row, a line for the numbers of items, and a legend.
-
-    A cell shows a mean and its standard error, or a difference and its interval. Plain text wraps
-    into several tables of at most `width` characters.
-    """
+    Columns of plain text that do not fit in `width` characters start another table below."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    grid = [["", *(f"{column} %" if column.startswith(SHARES) else column for column in columns)]]
-    for name, row in rows.items():
-        grid.append([name, *(_cell(column, row.get(column)) for column in columns)])
+    grid = [["", *(f"{column} %" if column.startswith(RATES) else column for column in columns)]]
+    grid += [[name, *(_cell(c, row.get(c)) for c in columns)] for name, row in rows.items()]
     counts = [sorted({row[c].n for row in rows.values() if c in row}) for c in columns]
     grid.append(["n", *(f"{n[0]}-{n[-1]}" if len(n) > 1 else f"{n[0]}" for n in counts)])
     if markdown:
         lines = [f"| {' | '.join(line)} |" for line in grid]
-        lines = [lines[0], "|---" * len(grid[0]) + "|", *lines[1:], ""]
-    else:
-        lines = _aligned(grid, width)
-    return "\n".join([*lines, *legend(rows)])
+        return "\n".join([lines[0], "|---" * len(grid[0]) + "|", *lines[1:], "", *legend(rows)])
+    names = [line[0].ljust(max(len(name) for name, *_ in grid)) for line in grid]
+    tables: list[list[str]] = []  # of lines
+    for cells in zip(*(line[1:] for line in grid)):
+        size = max(map(len, cells))
+        if not tables or len(tables[-1][0]) + 2 + size > width:
+            tables.append(names)
+        tables[-1] = [f"{line}  {cell:>{size}}" for line, cell in zip(tables[-1], cells)]
+    return "\n".join(["\n\n".join(map("\n".join, tables)), *legend(rows)])
 
 
 def legend(rows: dict[str, Row]) -> list[str]:
@@ -185,31 +172,12 @@ def legend(rows: dict[str, Row]) -> list[str]:
 def _cell(column: str, cell: Figure | Difference | None) -> str:
     if cell is None:
         return "-"
-    scale, sign, form = 1, "+", ".3f" if column.startswith(SMALL) else ".2f"
-    if column.startswith(SHARES):
-        scale, sign, form = 100, "", ".1f"
-    if abs(cell.mean) > 1e4:  # an estimate that diverged
-        form = ".2g"
+    scale, sign, form = (100, "", ".1f") if column.startswith(RATES) else (1, "+", ".2f")
+    if column.startswith(SMALL):
+        form = ".3f"
+    form = ".2g" if abs(cell.mean) > 1e4 else form  # an estimate that diverged
     if isinstance(cell, Difference):
         mean, low, high = (f"{scale * x:+{form}}" for x in cell[:3])
         return f"{mean} [{low}, {high}]"
     error = "" if cell.error is None else f"±{scale * cell.error:{form}}"
     return f"{scale * cell.mean:{sign}{form}}{error}"
-
-
-def _aligned(grid: list[list[str]], width: int) -> list[str]:
-    """Lines of aligned cells. Columns that do not fit in `width` start a table below, which
-    repeats the first column."""
-    names, *rest = zip(*grid)
-    lines: list[str] = []
-    while rest:
-        block, used = [names], max(map(len, names))
-        while rest and (len(block) == 1 or used + 2 + max(map(len, rest[0])) <= width):
-            used += 2 + max(map(len, rest[0]))
-            block.append(rest.pop(0))
-        widths = [max(map(len, column)) for column in block]
-        lines += [""] if lines else []
-        for name, *cells in zip(*block):
-            padded = [cell.rjust(size) for cell, size in zip(cells, widths[1:])]
-            lines.append("  ".join([name.ljust(widths[0]), *padded]))
-    return lines

@@ -1,9 +1,4 @@
-"""Graders: what an answer says, whether that is right, pass@k and majority votes.
-
-A grade names one way to read the answer key and one or several ways to read a model's answer. Each
-way returns what the text says, or None if it says nothing. An answer is right if what it says
-equals what the key says.
-"""
+"""Graders: what an answer says, whether that is right, pass@k and majority votes."""
 
 import math
 import re
@@ -19,7 +14,7 @@ DECIMAL = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 NUMBER_IN_TEXT = r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 # A capital letter by itself, but neither the pronoun I nor the article A.
 CAPITAL = r"((?:[B-HJ-Z]|[AI](?!['’]|\s+(?!because|since|as\b|is\b)\w))\b)"
-LETTERS = (
+LETTERS = (  # answer is (C), correct option: C; option C, **C**; C at the beginning; (C)
     rf"(?i:\banswer|\bcorrect (?:choice|option))\**(?i:\s+is\b\**:?|:)[\s*(]*{CAPITAL}",
     rf"(?:(?i:\boption)\s+[*(]*|\*\*\(?(?=\w[).]*\*\*)){CAPITAL}",
     rf"\A\W*{CAPITAL}(?:[.:)](?!\w)|[ \t]*(?:\n|\Z))",
@@ -37,7 +32,6 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def read_gsm8k_key(key: str) -> Fraction | None:
-    """The number after the last ####."""
     return parse_number(key.rpartition("####")[2].strip().rstrip("."))
 
 
@@ -54,23 +48,21 @@ def read_flexible(text: str) -> Fraction | None:
 
 
 def find_formula(text: str) -> str | None:
-    """The content of the last \\boxed{...} or \\fbox{...}, with its braces balanced; without a box,
-    what follows the last "final answer is"."""
+    """What stands in the last \\boxed{...} or \\fbox{...}; else after "final answer is"."""
     start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
-    if start >= 0:
-        depth, begin = 0, text.index("{", start)
-        for end in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[begin + 1 : end]
-        return None
-    found = re.findall(r"final answer is:?\s*(.+?)(?:\.?\s*I hope|\.?\s*$|\.\s)", text, re.I | re.M)
-    return found[-1] if found else None
+    if start < 0:
+        found = re.findall(r"(?im)final answer is:?\s*(.+?)(?:\.?\s*I hope|\.?\s*$|\.\s)", text)
+        return found[-1] if found else None
+    depth, begin = 0, text.index("{", start)
+    for end in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[begin + 1 : end]
+    return None
 
 
 def normalize_formula(text: str) -> Fraction | str:
-    """The formula without what does not change its value, after the rules of MATH (Hendrycks et
-    al.) and of Minerva; the value itself if it is a number or a fraction of two numbers."""
+    """The value of a number or fraction; else the formula as MATH and Minerva normalize it."""
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\\left|\\right|\\[!,;: ]|\^\s*\{?\\circ\}?|\\?[%$]", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text).strip().rstrip(".")
@@ -91,12 +83,11 @@ def read_math(text: str) -> Fraction | str | None:
 
 
 def read_letter(text: str) -> str | None:
-    """The letter that a text chooses: the last of "answer is (C)" or "correct option: C"; else of
-    "option C" or "**C**"; else a letter by itself that begins the text; else the last "(C)"."""
+    """The letter that a text chooses, by the first of LETTERS that occurs; of several the last."""
     return next((found[-1] for form in LETTERS if (found := re.findall(form, text))), None)
 
 
-# grade -> how its key is read, and the ways to read an answer by name
+# grade -> how its key is read, and ways to read an answer by name, None if it says nothing
 GRADERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
     "gsm8k": (read_gsm8k_key, {"strict": read_strict, "flexible": read_flexible}),
     "math": (lambda key: normalize_formula(find_formula(key) or key), {"math": read_math}),
@@ -119,9 +110,9 @@ def powers_of_two(n: int) -> list[int]:
 
 
 def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
-    """The figures of one question from its n answers, for each way to read them: right (1) or not
-    (0) for one answer; for several, pass@k for k = 1, 2, 4, ..., n, and maj@n, which is 1 if the
-    most frequent result (the first of equals) is right."""
+    """The figures of one question for each way to read its n answers: 1 if a single one is right;
+    of several, pass@k for k = 1, 2, 4, ..., n, and maj@n, 1 if the most frequent result (the first
+    of equals) is right."""
     read_key, readings = GRADERS[grade]
     gold, n, values = read_key(key), len(texts), {}
     for name, read in readings.items():
@@ -129,17 +120,15 @@ def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
         right = results.count(gold)
         if n == 1:
             values[name] = float(right)
-            continue
-        for k in powers_of_two(n):
-            values[f"{name} pass@{k}"] = float(pass_at_k([right], n, k)[0])
-        most_frequent = [result for result, _ in Counter(results).most_common(1)]
-        values[f"{name} maj@{n}"] = float(most_frequent == [gold])
+        else:
+            for k in powers_of_two(n):
+                values[f"{name} pass@{k}"] = float(pass_at_k([right], n, k)[0])
+            values[f"{name} maj@{n}"] = float(Counter(results).most_common(1) == [(gold, right)])
     return values
 
 
 def grade_drawn(item, tokenizer, answer: list[int]) -> float:
-    """The reward of an answer's ids to a `questions.Item`, 0 or 1, by the grade's first reading. An
-    answer that does not end with a stop id, because max_new_tokens cuts it off, earns 0."""
-    text = tokenizer.decode(answer[:-1])
-    right, *_ = grade_values(item.grade, item.key, [text]).values()
+    """The reward of an answer's ids to a `questions.Item`: 1 if it is right by the grade's first
+    reading and ends with a stop id, so that max_new_tokens did not cut it off; else 0."""
+    right, *_ = grade_values(item.grade, item.key, [tokenizer.decode(answer[:-1])]).values()
     return right if answer[-1] in tokenizer.stop_ids else 0.0

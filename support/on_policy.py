@@ -17,8 +17,7 @@ from support.sampling import draw
 
 
 class Drawn(NamedTuple):
-    """The pairs of a step: for rlhf all answers, two by two; otherwise a right and a wrong answer
-    to each prompt that has both."""
+    """The pairs of a step: all answers two by two (rlhf), or a right and a wrong one a prompt."""
 
     pairs: Pairs
     ref_logps: Tensor  # (n, 2) nats under the reference
@@ -51,8 +50,7 @@ def check_draws(options) -> None:
 
 
 def load_questions(options, model, tokenizer) -> list[Item]:
-    """The questions of --data. Raises ValueError if it holds anything else, or if the model cannot
-    read a prompt and an answer of --max_new_tokens."""
+    """The questions of --data. Raises ValueError for other rows and for too long prompts."""
     questions = read_items(options.data)
     if questions is None or questions[0].choices:
         raise ValueError(f"{options.data}: this run draws its own answers, so the rows must be "

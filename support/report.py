@@ -1,8 +1,4 @@
-"""The report of `python data.py FILE`; this file stands on top of data.py.
-
-The report says how many rows can be used and why others cannot, how long the pairs are, and shows
-one pair as training lays it out.
-"""
+"""The report of `python data.py FILE`, on top of data.py: rows used and lost, lengths, one pair."""
 
 import textwrap
 
@@ -22,27 +18,20 @@ def describe_file(path, tokenizer, max_length: int) -> str:
     lines = [f"{report.rows} rows, of which used: {forms or 'none'}"]
     lines += [textwrap.fill(line, 79, subsequent_indent="  ") for line in report.lines()]
     lines += [f"{len(pairs)} pairs to train on, at most {max_length} tokens each"]
-    if pairs:
-        lines += [*_describe_pairs(pairs), "", f"line {pairs.lines[0]}, scored tokens marked ^:"]
-        lines += token_grid(pairs, 0, tokenizer)
-    return "\n".join(lines)
-
-
-def _describe_pairs(pairs: Pairs) -> list[str]:
-    """The number of repeated pairs, quantiles of the lengths, and what sharing prompts saves."""
-    distinct = {hash((tuple(p), tuple(c), tuple(r))) for p, c, r in pairs}  # hashes save memory
-    lines = [f"{len(pairs) - len(distinct)} of them repeat an earlier pair"]
+    if not pairs:
+        return "\n".join(lines)
+    distinct = {hash(tuple(map(tuple, pair))) for pair in pairs}  # hashes save memory
+    lines += [f"{len(pairs) - len(distinct)} of them repeat an earlier pair"]
     lines += ["tokens    " + "".join(f"{f'{q} %':>8}" for q in QUANTILES)]
     for name, lengths in zip(Pair._fields, pairs.lengths().T):
         lengths = lengths[lengths > 0]  # kto and sft rows lack an answer
         quantiles = np.percentile(lengths, QUANTILES) if len(lengths) else []
         lines += [f"{name:10}" + "".join(f"{tokens:8.0f}" for tokens in quantiles)]
     shared = sum(row_length(pair) for pair in pairs)
-    separate = sum(
-        row_length((prompt, answer)) for prompt, *answers in pairs for answer in answers if answer
-    )
+    separate = sum(row_length((pair[0], answer)) for pair in pairs for answer in pair[1:] if answer)
     saving = f"{shared:,} tokens to compute instead of {separate:,} ({shared / separate - 1:+.0%})"
-    return [*lines, f"prompts shared: {saving}"]
+    lines += [f"prompts shared: {saving}", "", f"line {pairs.lines[0]}, scored tokens marked ^:"]
+    return "\n".join([*lines, *token_grid(pairs, 0, tokenizer)])
 
 
 def token_grid(pairs: Pairs, index: int, tokenizer, width: int = 79) -> list[str]:
@@ -64,7 +53,6 @@ def token_grid(pairs: Pairs, index: int, tokenizer, width: int = 79) -> list[str
             marks[-1] += f" {mark * len(text)}"
         lines = [line.rstrip() for row in zip(tokens, marks) for line in row]
         if len(lines) > MAX_GRID_LINES:
-            half = MAX_GRID_LINES // 2
-            lines = [*lines[:half], f"{name:8}   ...", *lines[-half:]]
+            lines[MAX_GRID_LINES // 2 : -MAX_GRID_LINES // 2] = [f"{name:8}   ..."]
         grid += [line for line in lines if line]
     return grid

@@ -30,8 +30,8 @@ class Example(NamedTuple):
 
 
 def read_row(row: dict) -> Example:
-    """The example in a row. Raises ValueError if the row is malformed, UnusableError if an answer is
-    empty, if both are identical, or if the row does not split into a prompt and answers."""
+    """The example in a row. Raises ValueError if the row is malformed, UnusableError if an answer
+    is empty, if both are identical, or if the row does not split into a prompt and answers."""
     if row.keys() >= {"chosen", "rejected"}:
         is_conversation = isinstance(row["chosen"], list)
         example = _read_conversations(row) if is_conversation else _read_texts(row)

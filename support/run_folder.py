@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from support.checkpoints import recorded
-from support.files import locked, write_json, written_whole
+from support.files import write_json, written_whole
 from support.tokenizers import TOKENIZER_FILES
 
 PROVENANCE = ("commit", "versions", "machine", "processes")  # keys of train_config.json
@@ -33,8 +33,7 @@ def check_out(options, sources: list) -> None:
         return
     if not (folder / "train_config.json").is_file():
         raise ValueError(f"--out {folder}: holds other files; choose an empty folder")
-    with locked(folder):
-        check_free(options)
+    check_free(options)
 
 
 def check_free(options) -> None:

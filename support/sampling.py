@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 GENERATION_ROWS = 1000  # prompts in one call of `generate`, which share a seed
@@ -12,28 +13,17 @@ GENERATION_TOKENS = 2**16  # tokens of prompts and answers in the cache at a tim
 
 
 @torch.no_grad()
-def generate(
-    model,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    stop_ids=(),
-    seed: int = 0,
-    rows: int | None = None,
-    is_over: Callable[[int, list[int]], bool] | None = None,
-    progress: Callable[[list[int]], None] | None = None,
-) -> list[list[int]]:
-    """Continues each prompt until a stop id or for `max_new_tokens`.
+def generate(model, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0,
+             top_p: float = 1.0, stop_ids=(), seed: int = 0, rows: int | None = None,
+             is_over: Callable[[int, list[int]], bool] | None = None,
+             progress: Callable[[list[int]], None] | None = None) -> list[list[int]]:  # fmt: skip
+    """Continues each prompt until a stop id or for `max_new_tokens`. Returns the new ids of each,
+    with the stop id if one was produced. The same seed and prompts give the same answers.
 
-    prompts: non-empty lists of ids of any lengths. temperature 0 is greedy; top_p keeps the
-    smallest set of tokens whose probability reaches it. rows: how many prompts are continued at a
-    time (default: all). is_over(prompt number, ids so far), asked every few tokens, also ends an
-    answer. progress(ids) is called for each finished answer.
-    Returns the new ids of each prompt, with the stop id if one was produced. The same seed and
-    prompts give the same answers.
-    """
+    prompts: non-empty lists of ids. temperature 0 is greedy; top_p keeps the smallest set of tokens
+    whose probability reaches it. rows: how many prompts are continued at a time (default: all).
+    is_over(prompt number, ids so far), asked every few tokens, also ends an answer. progress(ids)
+    is called for each finished answer."""
     assert prompts and all(prompts), "every prompt needs at least one token"
     rows, device = rows or len(prompts), model.head_weight.device
     # One uniform draw per token and prompt, so an answer does not depend on the other rows.
@@ -45,12 +35,12 @@ def generate(
 
     def collect(live: list[int], new: Tensor, is_last: bool) -> None:
         """Adds finished answers. `live` are the prompts of the rows of `new` (R, steps)."""
-        is_stop = torch.isin(new, stop)  # (R, steps)
-        lengths = torch.where(is_stop.any(dim=1), is_stop.int().argmax(dim=1) + 1, new.shape[1])
-        for row, (ended, length) in enumerate(zip(is_stop.any(dim=1).tolist(), lengths.tolist())):
-            number, ended = live[row], ended or is_last
+        # The place of the first stop id in each row, or the number of steps if there is none.
+        ends = pad(torch.isin(new, stop).int(), (0, 1), value=1).argmax(dim=1)  # (R,)
+        for number, ids, end in zip(live, new, ends.tolist()):
+            ended = is_last or end < new.shape[1]
             if number not in answers and (ended or is_over):
-                answer = new[row, :length].tolist()
+                answer = ids[: end + 1].tolist()
                 if ended or is_over(number, answer):
                     answers[number] = answer
                     if progress:
@@ -65,16 +55,21 @@ def generate(
             logits = (hidden @ model.head_weight.T).float()  # (R, V)
             token = sample(logits, temperature, top_p, uniform[step, live])  # (R,)
             new = torch.cat((new, token[:, None]), dim=1)
-            if step % look_every == 0 or step + 1 == max_new_tokens:
-                collect(live, new, step + 1 == max_new_tokens)
+            is_last = step + 1 == max_new_tokens
+            if step % look_every == 0 or is_last:
+                collect(live, new, is_last)
                 unfinished = [row for row, i in enumerate(live) if i not in answers]
                 if not unfinished:
                     break
                 if len(unfinished) <= len(live) // 2:  # drop the finished rows
                     live, new = [live[row] for row in unfinished], new[unfinished]
                     cache, lengths = cache[:, :, unfinished], lengths[unfinished]
-            longest = max(len(prompts[i]) for i in live)
-            hidden = _read_token(model, new[:, -1], lengths + step, longest + step + 1, cache)
+            position = (lengths + step)[:, None]  # (R, 1)
+            keys = torch.arange(max(len(prompts[i]) for i in live) + step + 1, device=device)
+            mask = keys <= position  # (R, S)
+            if model.config.sliding_window is not None:
+                mask &= position - keys < model.config.sliding_window
+            hidden = model(new[:, -1:], position, mask[:, None, None], cache)[:, 0]  # (R, D)
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -83,39 +78,24 @@ def _read_prompts(model, prompts: list[list[int]], new_tokens: int) -> tuple[Ten
     has room for `new_tokens`. A prompt that occurs several times is read once."""
     number: dict[tuple, int] = {}
     source = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
-    config, weight = model.config, model.head_weight
-    lengths = torch.tensor([len(prompt) for prompt in number], device=weight.device)
-    T = int(lengths.max())
+    config, weight, T = model.config, model.head_weight, max(map(len, number))
     # Padding at the end is never attended to, and the answer overwrites it in the cache.
     padded = [[*prompt, *[0] * (T - len(prompt))] for prompt in number]
     shape = (config.num_hidden_layers, 2, len(number), config.num_key_value_heads)
     cache = weight.new_zeros(*shape, T + new_tokens, config.head_dim)
     hidden = model(torch.tensor(padded, device=weight.device), None, None, cache)
-    hidden = hidden[torch.arange(len(number)), lengths - 1]  # (unique prompts, D)
-    if len(number) == len(prompts):
-        return hidden, cache
-    return hidden[source], cache[:, :, source]
-
-
-def _read_token(model, token: Tensor, position: Tensor, keys: int, cache: Tensor) -> Tensor:
-    """The hidden state (R, D) of a token per row (R,) at its position (R,), which attends to the
-    first `keys` positions of the cache up to its own."""
-    keys = torch.arange(keys, device=position.device)
-    mask = keys <= position[:, None]  # (R, S)
-    if model.config.sliding_window is not None:
-        mask &= position[:, None] - keys < model.config.sliding_window
-    return model(token[:, None], position[:, None], mask[:, None, None], cache)[:, 0]
+    hidden = torch.stack([row[len(ids) - 1] for row, ids in zip(hidden, number)])  # (unique, D)
+    if len(number) < len(prompts):
+        hidden, cache = hidden[source], cache[:, :, source]
+    return hidden, cache
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
     """Samples a token per row by inverting the cumulative distribution at `uniform` in [0, 1).
-
-    logits (B, V) float32, uniform (B,) -> ids (B,). temperature 0 takes the most probable token.
-    """
+    logits (B, V) float32, uniform (B,) -> ids (B,). temperature 0 takes the most probable token."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = (logits / temperature).softmax(dim=-1)  # (B, V)
-    order = None
+    probabilities, order = (logits / temperature).softmax(dim=-1), None  # (B, V)
     if top_p < 1:
         # The full vocabulary is sorted only if its 1,024 most probable tokens do not suffice.
         top = probabilities.topk(min(1024, probabilities.shape[-1]), dim=-1)
@@ -126,29 +106,21 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
     cumulative = probabilities.cumsum(dim=-1)
     # Strictly above: a token of probability zero is never sampled, not even at uniform 0.
     above = cumulative > uniform[:, None] * cumulative[:, -1:]
-    choice = above.to(torch.uint8).argmax(dim=-1)
-    return choice if order is None else order.gather(1, choice[:, None])[:, 0]
+    choice = above.to(torch.uint8).argmax(dim=-1, keepdim=True)  # (B, 1)
+    return (choice if order is None else order.gather(1, choice))[:, 0]
 
 
 def draw(
-    model,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    *,
-    seed: int = 0,
-    rows: int | None = None,
-    is_over: Callable[[int, list[int]], bool] | None = None,
-    **how,
+    model, prompts: list[list[int]], max_new_tokens: int, *, seed=0, rows=None, is_over=None, **how
 ) -> list[list[int]]:
     """Continues lists of ids by `model.generate(**how)` and returns the new ids of each.
 
     Sorts the prompts by length and splits them into parts of GENERATION_ROWS. The seed of a part is
     `seed` plus its first position. rows: how many prompts of a part are generated at a time, as
     many as GENERATION_TOKENS allow if None. is_over(number of the prompt, ids so far) ends an
-    answer. A long draw shows a progress bar with tokens per second.
-    """
+    answer. A long draw shows a progress bar with tokens per second."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers: dict[int, list[int]] = {}
     started, tokens = time.perf_counter(), 0
     quick = len(prompts) <= GENERATION_ROWS and max_new_tokens <= 48  # needs no progress bar
     with tqdm(total=len(order), desc="answers", unit="answer", leave=None, disable=quick) as bar:
@@ -159,28 +131,21 @@ def draw(
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s", False)
             bar.update()
 
+        how["progress"] = progress
         for start in range(0, len(order), GENERATION_ROWS):
             part = order[start : start + GENERATION_ROWS]
-            longest = max(len(prompts[i]) for i in part) + max_new_tokens
-            generated = model.generate(
-                [prompts[i] for i in part],
-                max_new_tokens,
-                seed=seed + start,
-                rows=rows or max(1, GENERATION_TOKENS // longest),
-                is_over=is_over and (lambda n, ids, part=part: is_over(part[n], ids)),
-                progress=progress,
-                **how,
-            )
-            for i, answer in zip(part, generated):
-                answers[i] = answer
-    return answers
+            texts, longest = [prompts[i] for i in part], len(prompts[part[-1]]) + max_new_tokens
+            how["rows"] = rows or max(1, GENERATION_TOKENS // longest)
+            how["is_over"] = is_over and (lambda n, ids, part=part: is_over(part[n], ids))
+            generated = model.generate(texts, max_new_tokens, seed=seed + start, **how)
+            answers |= zip(part, generated)
+    return [answers[i] for i in range(len(prompts))]
 
 
 def sample_answers(
     model, tokenizer, prompts, *, samples=1, temperature=1.0, max_new_tokens=48, seed=0
 ) -> list[list[str]]:
-    """Samples answers to texts: for each prompt `samples` texts, "" for an answer that does not end
-    within `max_new_tokens`. Temperature 0 is greedy."""
+    """`samples` texts for each prompt, "" for an answer that max_new_tokens cuts off."""
     ids = [tokenizer.prompt_ids(prompt) for prompt in prompts for _ in range(samples)]
     stop = tokenizer.stop_ids
     answers = draw(model, ids, max_new_tokens, stop_ids=stop, temperature=temperature, seed=seed)
@@ -190,8 +155,7 @@ def sample_answers(
 
 def stop_texts(tokenizer, stops: list[tuple[str, ...]]) -> Callable | None:
     """The `is_over` of `draw` that ends answer i when it contains one of the texts stops[i], or
-    None if there are no stop texts. It decodes the new tokens and as many before them as a stop
-    text can span, and the whole answer only to confirm a match."""
+    None without stop texts. It decodes only the end of an answer, and all of it after a match."""
     looked_at = [0] * len(stops)  # tokens of each answer at the last call
 
     def is_over(i: int, answer: list[int]) -> bool:

@@ -342,7 +342,7 @@ def _any_of(added_tokens: list[dict]) -> regex.Pattern:
     for token in sorted(added_tokens, key=lambda token: -len(token["content"])):
         left, right = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
         parts.append(f"{left}({regex.escape(token['content'])}){right}")
-    return regex.compile("|".join(parts) or "(?!)")
+    return regex.compile("|".join(parts) or r"\A(?!)")
 
 
 def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:

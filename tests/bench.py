@@ -1,17 +1,17 @@
-"""Speed and memory, as ratios within one run: python tests/bench.py [PART ...]
+"""Measures speed and memory, as ratios between contenders: python tests/bench.py [PART ...]
 
-    training     steps of optimisation: ours, transformers twice, TRL; a process each
-    plan         the memory that train.py --plan foretells against that of a step
-    lora         steps of adapters against steps of all weights
-    head         the fused head against three bare matrix products, and how it grows
-    prompts      shared prompts against a prompt for each answer
+    training     optimizer steps: ours, transformers in two ways, TRL; one process each
+    plan         the memory that train.py --plan predicts against that of a step
+    lora         steps that train adapters against steps that train all weights
+    head         the fused head against three bare matrix products, and how its memory grows
+    prompts      one prompt for both answers of a pair against a prompt for each answer
     generation   greedy answers to GSM8K questions: ours against transformers
     tokenizers   encoding: ours against the tokenizers library
-    loading      rows of JSONL a second
+    loading      rows of JSONL per second
     saving       a checkpoint against a training step, and against the disk alone
 
-Peers that are not installed are left out. Figures are the best of rounds in which the contenders
-take turns, or, for training, medians of steps.
+Peers that are not installed are left out. A figure is the best of several rounds in which the
+contenders take turns or, for training, the median over steps.
 """
 
 import dataclasses
@@ -29,27 +29,28 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 import torch
 from conftest import SHARED
+from torch.nn.functional import softplus
 
 import eval as evaluation
 import train
-from data import (
-    Pair,
-    Pairs,
-    byte_tokenizer,
-    load_pairs,
-    load_tokenizer,
-    make_batches,
-    problems,
-    solution,
-)
+from data import Pair, Pairs, StepData, load_pairs, load_tokenizer, make_batches
 from mio import fused_pair_loss
-from model import LINEARS, Llama, LoraConfig, ModelConfig
+from model import Llama, ModelConfig
+from support.builtin_task import problems, solution
+from support.checkpoints import Progress, save_checkpoint
+from support.distributed import World
+from support.job import Job
+from support.lora import LINEARS, LoraConfig, add_lora
+from support.plan import needs
+from support.questions import read_items
+from support.sampling import draw
+from support.tokenizers import byte_tokenizer
 
 ROUNDS = 5
 
 
-def best_of(contenders: dict) -> dict[str, float]:
-    """Seconds of each, the contenders taking turns."""
+def best_of(contenders: dict[str, tuple]) -> dict[str, float]:
+    """Seconds of each contender (function, *arguments), which take turns."""
     seconds = dict.fromkeys(contenders, float("inf"))
     for _ in range(ROUNDS):
         for name, (run, *arguments) in contenders.items():
@@ -65,14 +66,14 @@ def one_by_one(encode, texts: list[str], *arguments) -> None:
 
 
 def bench_tokenizers() -> None:
-    """Ours against the tokenizers library: texts one by one, and its batches."""
+    """Ours against the tokenizers library, which gets the texts one by one and in one batch."""
     import tokenizers
     from test_tokenizers import FAMILIES, SAMPLES, strings, write_tokenizer
 
     prose = [solution(problem) + problem for problem in problems("train", 3000, seed=0)]
     code = Path(__file__).read_text(encoding="utf-8").split("\n\n") * 40
-    corpora = {"arithmetic": prose, "code": code, "all sorts": strings(3000), "long": SAMPLES * 3}
-    corpora["long"] = ["".join(corpora["long"])] * 40
+    corpora = {"arithmetic": prose, "code": code, "all sorts": strings(3000)}
+    corpora["long"] = ["".join(SAMPLES * 3)] * 40
     print(f"{'':16}{'':12}{'ours':>12}{'one by one':>14}{'batches':>12}   (MB/s, ratio)")
     for family in ("gpt2", "llama3", "qwen", "smollm", "llama2", "mistral"):
         with tempfile.TemporaryDirectory() as folder:
@@ -80,22 +81,18 @@ def bench_tokenizers() -> None:
             ours = load_tokenizer(folder)
             theirs = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
         for name, texts in corpora.items():
-            seconds = best_of(
-                {
-                    "ours": (one_by_one, ours.encode, texts),
-                    "one": (one_by_one, theirs.encode, texts, None, False, False),
-                    "batch": (theirs.encode_batch_fast, texts, False, False),
-                }
-            )
+            seconds = best_of({
+                "ours": (one_by_one, ours.encode, texts),
+                "one": (one_by_one, theirs.encode, texts, None, False, False),
+                "batch": (theirs.encode_batch_fast, texts, False, False),
+            })  # fmt: skip
             size = sum(len(text.encode()) for text in texts) / 1e6
-            cells = [
-                f"{size / seconds[k]:.1f} ({seconds[k] / seconds['ours']:.2f})" for k in seconds
-            ]
+            cells = [f"{size / s:.1f} ({s / seconds['ours']:.2f})" for s in seconds.values()]
             print(f"{family:16}{name:12}" + "".join(f"{cell:>13}" for cell in cells))
 
 
 def bench_loading() -> None:
-    """100,000 rows of the built-in task, with the tokenizer's own share taken out and left in."""
+    """100,000 rows of the built-in task, with and without the time to encode them."""
     from test_tokenizers import FAMILIES, write_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -107,12 +104,8 @@ def bench_loading() -> None:
                 texts += [problem, solution(problem), solution(problem) + "0"]
                 row = dict(zip(("prompt", "chosen", "rejected"), texts[-3:]))
                 rows.write(json.dumps(row) + "\n")
-        seconds = best_of(
-            {
-                "load": (load_pairs, file, tokenizer),
-                "encode": (one_by_one, tokenizer.encode, texts),
-            }
-        )
+        load, encode = (load_pairs, file, tokenizer), (one_by_one, tokenizer.encode, texts)
+        seconds = best_of({"load": load, "encode": encode})
         pairs = load_pairs(file, tokenizer)
         held = sum(part.itemsize * len(part) for part in (pairs.ids, pairs.ends, pairs.lines))
         print(f"{len(pairs):,} rows of {file.stat().st_size / len(pairs):.0f} bytes: "
@@ -121,7 +114,7 @@ def bench_loading() -> None:
               f"{held / len(pairs.ids):.1f} bytes an id")  # fmt: skip
 
 
-# --- Training: the same pairs in the same order, a process for each contender --------------------
+# --- Training: the same pairs in the same order, one process for each contender -------------------
 
 SIZES = {
     "W1": ModelConfig(
@@ -140,10 +133,12 @@ SIZES = {
     ),
 }  # fmt: skip
 STEPS, BATCH, BETA, LR, TURNS = 4, 4, 0.2, 1e-5, 2
+LAYOUT = 128, 4096  # tokens of a row and of a forward pass
 QUICK, SLOW = ["ours", "lean", "ours-bf16", "lean-bf16"], ["ours-compiled", "full", "trl"]
 
 
 def bench_training(sizes=("W1", "W2")) -> None:
+    """Seconds and memory of a step, and the losses, which must agree with ours."""
     print(f"mio, {BATCH} pairs a step, {STEPS} steps after one; {torch.get_num_threads()} threads; "
           f"the better of {TURNS} turns, one for {', '.join(SLOW)}")  # fmt: skip
     names = QUICK + SLOW + QUICK * (TURNS - 1)
@@ -160,19 +155,19 @@ def bench_training(sizes=("W1", "W2")) -> None:
         print(f"{size:18}{'s/step':>8}{'ratio':>7}{'tokens/s':>10}{'peak':>7}{'MB above':>10}"
               f"{'last loss':>11}")  # fmt: skip
         for name, one in found.items():
-            ratio, rate = (one["seconds"] / found["ours"]["seconds"], 1 / one["seconds"])
-            print(f"    {name:14}{one['seconds']:8.2f}{ratio:7.2f}{one['tokens'] * rate:10.0f}"
-                  f"{one['flops'] * rate / one['peak']:7.0%}{one['memory'] / 2**20:10.0f}"
-                  f"{one['losses'][-1]:11.5f}")  # fmt: skip
+            seconds = one["seconds"]
+            print(f"    {name:14}{seconds:8.2f}{seconds / found['ours']['seconds']:7.2f}"
+                  f"{one['tokens'] / seconds:10.0f}{one['flops'] / seconds / one['peak']:7.0%}"
+                  f"{one['memory'] / 2**20:10.0f}{one['losses'][-1]:11.5f}")  # fmt: skip
             off = max(abs(a - b) for a, b in zip(one["losses"], found["ours"]["losses"]))
             assert off < (0.014 if "bf16" in name else 1e-3), f"{name}: losses off by {off}"
-    print("ours: float32, no compilation; lean, full: transformers with logits of the completions")
-    print("or of all tokens; tokens: prompts once, and answers; peak: share of a measured matrix")
-    print("product; MB above: most memory of a step beyond weights, gradients, moments, imports")
+    print("ours: float32, not compiled; lean, full: transformers, with logits of the answers or of")
+    print("all tokens; tokens: each prompt once, and the answers; peak: share of the speed of a")
+    print("matrix product; MB above: peak of a step beyond weights, gradients, moments, imports")
 
 
 def in_process(name: str, folder: str, **environment: str) -> dict | None:
-    """What a contender measured in a process of its own; None, with a word, if it failed."""
+    """What a contender measures in a process of its own; prints why and returns None on failure."""
     command = [sys.executable, __file__, "--worker", name, folder]
     environment = os.environ | environment
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -183,15 +178,14 @@ def in_process(name: str, folder: str, **environment: str) -> dict | None:
 
 
 def bench_lora() -> None:
-    """W2 in float32, all weights and adapters of rank 8 at all linear modules, in turn."""
+    """W2 in float32: all weights against adapters of rank 8 on all linear modules."""
+    found = {"ours": [], "ours-lora": []}
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), SIZES["W2"])
-        found = {"ours": [], "ours-lora": []}
         for name in list(found) * TURNS:
             found[name].append(in_process(name, folder))
-    print(
-        f"W2, {torch.get_num_threads()} threads: s/step, MB beyond imports, the better of {TURNS}"
-    )
+    threads = torch.get_num_threads()
+    print(f"W2, {threads} threads: s/step, MB beyond imports, the better of {TURNS}")
     for name, ones in found.items():
         seconds, resident = (min(one[key] for one in ones) for key in ("seconds", "resident"))
         print(f"    {name:14}{seconds:8.2f}{resident / 2**20:10.0f}")
@@ -199,8 +193,8 @@ def bench_lora() -> None:
 
 
 def bench_plan(sizes=("W1", "W2", "W3")) -> None:
-    """What train.py --plan says that a step needs at most, against what its process had."""
-    print("MB beyond weights, gradients, moments; freed memory given back (and as malloc has it)")
+    """The peak memory that train.py --plan predicts for a step, against that of a process."""
+    print("MB beyond weights, gradients, moments, if malloc returns freed memory (and as it does)")
     print(f"{'':32}{'planned':>9}{'measured':>18}{'ratio':>15}{'of all':>15}")
     for size in sizes:
         batch, micro = (10, 1024) if size == "W3" else (BATCH, 4096)
@@ -208,12 +202,15 @@ def bench_plan(sizes=("W1", "W2", "W3")) -> None:
             prepare(Path(folder), SIZES[size])
             for checkpointing in ("off", "on"):
                 name = f"plan-{checkpointing}-{batch}-{micro}"
-                tensors = in_process(name, folder, MALLOC_MMAP_THRESHOLD_="65536")
-                malloc, planned = in_process(name, folder), tensors["planned"]
-                seen = [one["memory"] for one in (tensors, malloc)]
+                returned = in_process(name, folder, MALLOC_MMAP_THRESHOLD_="65536")
+                malloc, planned = in_process(name, folder), returned["planned"]
+                measured = [one["memory"] for one in (returned, malloc)]
                 state = malloc["resident"] - malloc["memory"]
-                cells = [f"{m / 2**20:.0f}" for m in seen], [f"{planned / m:.2f}" for m in seen]
-                cells += ([f"{(planned + state) / (m + state):.2f}" for m in seen],)
+                cells = [
+                    [f"{m / 2**20:.0f}" for m in measured],
+                    [f"{planned / m:.2f}" for m in measured],
+                    [f"{(planned + state) / (m + state):.2f}" for m in measured],
+                ]
                 line = f"{size}, {batch} pairs, checkpointing {checkpointing:4}"
                 line += f"{planned / 2**20:9.0f}"
                 print(line + "".join(f"{a:>8} ({b})" for a, b in cells))
@@ -224,9 +221,8 @@ def bench_head() -> None:
 
     def fused(hidden, weight, targets, lengths, ref, chunk):
         hidden.grad = weight.grad = None
-        losses, _ = fused_pair_loss(
-            hidden, weight, targets, lengths, ref, "mio", beta=BETA, chunk_tokens=chunk
-        )
+        inputs = hidden, weight, targets, lengths, ref
+        losses, _ = fused_pair_loss(*inputs, "mio", beta=BETA, chunk_tokens=chunk)
         losses.sum().backward()
 
     def bare(hidden, weight, logits):
@@ -252,57 +248,55 @@ def bench_head() -> None:
     for N in (4096, 65536):
         inputs = case(N, 64, 8192)
         fused(*inputs)
-        before = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        reset_peak()
         fused(*inputs)
-        print(f"{N:8} tokens: {(_resident('VmHWM') - before) / 2**20:.0f} MB")
+        print(f"{N:8} tokens: {(resident('VmHWM') - before) / 2**20:.0f} MB")
 
 
 def bench_prompts() -> None:
-    """Shared prompts against a prompt for each answer, both packed by us, in training steps."""
+    """Steps on shared prompts against steps with a prompt for each answer; both are packed."""
     config = dataclasses.replace(SIZES["W2"], vocab_size=8192)
-    rng = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     print("prompt, answer: seconds of steps with a prompt for each answer over shared ones")
     for prompt, answer in ((64, 64), (256, 64), (1024, 64)):
-        ids = [[rng.integers(0, 8000, n).tolist() for n in (prompt, answer, answer)]
+        ids = [[random.integers(0, 8000, n).tolist() for n in (prompt, answer, answer)]
                for _ in range(2)]  # fmt: skip
         shared = Pairs(Pair(*parts) for parts in ids)
         alone = Pairs(half for p, c, r in ids for half in (Pair(p, c, []), Pair(p, [], r)))
         model, options = Llama(config), train.Options(loss="mio", beta=BETA, lr=0.0)
-        optimizer = train.make_optimizer(model, options)
-
-        def step(pairs, model=model, options=options, optimizer=optimizer):
-            batches = make_batches(pairs, list(range(len(pairs))), 128, 4096)
-            train.train_step(model, optimizer, batches, options, torch.zeros(len(pairs), 2))
-
-        seconds = best_of({"shared": (step, shared), "alone": (step, alone)})
+        parts = model, train.make_optimizer(model, options), options
+        seconds = best_of({
+            name: (step_on, *parts, pairs, range(len(pairs)), torch.zeros(len(pairs), 2))
+            for name, pairs in (("shared", shared), ("alone", alone))
+        })  # fmt: skip
         print(f"{prompt:6}{answer:6}: {seconds['alone'] / seconds['shared']:.2f}")
 
 
+def step_on(model, optimizer, options, pairs: Pairs, index, ref) -> torch.Tensor:
+    """Packs pairs[i], i in index, and makes a training step. Returns the losses (B,)."""
+    batches = make_batches(pairs, list(index), options.row_tokens, options.micro_tokens)
+    return train.train_step(model, optimizer, StepData(batches, ref), options)[0]
+
+
 def bench_saving(sizes=("W1", "W2")) -> None:
-    """save_checkpoint against train_step, and against bytes of its size written and flushed."""
+    """A checkpoint against a training step, and against bytes of its size written and flushed."""
     for size in sizes:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             prepare(folder, SIZES[size])
-            content = json.loads((folder / "pairs.json").read_text())
-            pairs, ref = Pairs(Pair(*p) for p in content["pairs"]), torch.tensor(content["ref"])
+            pairs, ref = read_prepared(folder)
             options = train.Options(lr=LR, beta=BETA, out=place, init=place, device="cpu", keep=1)
-            model, parts = Llama.from_pretrained(folder), (byte_tokenizer(), pairs, pairs)
-            job = train.Job(options, model, *parts, STEPS, {}, None, {})
+            model = Llama.from_pretrained(folder)
+            job = Job(options, model, byte_tokenizer(), pairs, pairs, {}, None, {}, World())
             optimizer = train.make_optimizer(model, options)
             (folder / "metrics.jsonl").touch()
-            batches = make_batches(pairs, list(range(BATCH)), 128, 4096)
-            step = train.train_step, model, optimizer, batches, options, ref
-            step[0](*step[1:])
-            moments, number, start = (
-                train.get_moments(model, optimizer),
-                itertools.count(1),
-                ref + 0,
-            )
+            step = step_on, model, optimizer, options, pairs, range(BATCH), ref
+            step[0](*step[1:])  # so that the optimizer has moments
+            numbers = itertools.count(1)
 
-            def save(job=job, number=number, rest=(0, ref, None, start, moments)):
-                train.save_checkpoint(job, train.Progress(next(number), *rest))
+            def save(job=job, optimizer=optimizer, numbers=numbers, ref=ref):
+                save_checkpoint(job, optimizer, Progress(next(numbers), 0, ref, None, ref + 0, {}))
 
             count = 12 * sum(p.numel() for p in model.parameters())
             seconds = best_of({"step": step, "save": (save,), "disk": (to_disk, folder, count)})
@@ -318,209 +312,209 @@ def to_disk(folder: Path, count: int) -> None:
 
 
 def bench_generation(questions: int = 200, rows: int = 32, most: int = 256) -> None:
-    """Greedy answers, float32, sorted by length: ours with `rows` at work at a time, transformers
-    in batches of as many. The answers must be the same; tokens are those up to the end."""
+    """Greedy answers in float32, to prompts sorted by length: ours with `rows` at a time,
+    transformers in batches of as many. Tokens count up to the end of an answer."""
     import transformers
 
     folder, file = SHARED / "models/gsm-llama", SHARED / "data/gsm8k-test.jsonl"
     if not folder.is_dir():
         return print("generation: left out, needs the folder of real data")
-    ours, tokenizer = evaluation.load_checkpoint(folder, "cpu")
+    ours, tokenizer = evaluation.load_checkpoint(folder, "cpu", torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    items, stop = evaluation.read_items(file)[:questions], sorted(tokenizer.stop_ids)
+    items, stop = read_items(file)[:questions], sorted(tokenizer.stop_ids)
     prompts = sorted((item.ids(tokenizer, "") for item in items), key=len)
-    begun = time.perf_counter()
-    mine = evaluation.draw(ours, prompts, most, stop_ids=stop, temperature=0, rows=rows)
-    seconds, begun, other = time.perf_counter() - begun, time.perf_counter(), []
-    for start in range(0, len(prompts), rows):
-        part = prompts[start : start + rows]
+    start = time.perf_counter()
+    answers = draw(ours, prompts, most, stop_ids=stop, temperature=0, rows=rows)
+    seconds, start, expected = time.perf_counter() - start, time.perf_counter(), []
+    for first in range(0, len(prompts), rows):
+        part = prompts[first : first + rows]
         width = max(map(len, part))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in part])
-        attend = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
-        found = theirs.generate(ids, attention_mask=attend, do_sample=False, max_new_tokens=most,
-                                eos_token_id=stop, pad_token_id=0)[:, width:].tolist()  # fmt: skip
-        ends = [next((i + 1 for i, t in enumerate(ids) if t in stop), most) for ids in found]
-        other += [ids[:end] for ids, end in zip(found, ends)]
-    ratio, tokens = (time.perf_counter() - begun) / seconds, sum(map(len, mine))
-    same = sum(a == b for a, b in zip(mine, other))
-    print(f"{same} of {len(mine)} answers the same token for token, {tokens} tokens; "
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
+        how = {"do_sample": False, "max_new_tokens": most, "eos_token_id": stop, "pad_token_id": 0}
+        for new in theirs.generate(ids, attention_mask=mask, **how)[:, width:].tolist():
+            end = next((i + 1 for i, token in enumerate(new) if token in stop), most)
+            expected.append(new[:end])
+    ratio, tokens = (time.perf_counter() - start) / seconds, sum(map(len, answers))
+    same = sum(a == b for a, b in zip(answers, expected))
+    print(f"{same} of {len(answers)} answers the same token for token, {tokens} tokens; "
           f"{tokens / seconds:.0f} tokens/s, {ratio:.2f} times transformers'")  # fmt: skip
 
 
 def prepare(folder: Path, config: ModelConfig) -> None:
-    """A checkpoint of random weights, GSM8K pairs or ids of like lengths, reference log-probs."""
+    """Writes a checkpoint of random weights, and pairs.json: pairs of GSM8K, or random ids of
+    similar lengths, and their reference log-probs."""
     torch.manual_seed(0)
-    model = Llama(config)
+    model, count = Llama(config), BATCH * (STEPS + 1)
     model.save_pretrained(folder)
     file, tokenizer = SHARED / "data/gsm8k-pairs.jsonl", SHARED / "data/llama3-tokenizer.model"
     if file.exists():
-        pairs = load_pairs(file, load_tokenizer(tokenizer))[: BATCH * (STEPS + 1)]
+        pairs = load_pairs(file, load_tokenizer(tokenizer))[:count]
     else:
-        rng = np.random.default_rng(0)
+        random = np.random.default_rng(0)
+        lengths = random.lognormal(np.log((58, 97, 91)), 0.35, size=(count, 3)).astype(int)
         pairs = Pairs(
-            Pair(*(rng.integers(0, 128000, size=int(rng.lognormal(np.log(m), 0.35))).tolist()
-                   for m in (58, 97, 91)))
-            for _ in range(BATCH * (STEPS + 1))
-        )  # fmt: skip
-    ref = evaluation.pair_logps(model, pairs, 128, 4096, torch.float32)
+            Pair(*(random.integers(0, 128000, size=n).tolist() for n in row)) for row in lengths
+        )
+    ref = evaluation.pair_logps(model, pairs, *LAYOUT, torch.float32)
     content = {"pairs": list(pairs), "ref": ref.tolist()}
     (folder / "pairs.json").write_text(json.dumps(content))
 
 
-def worker(name: str, folder: Path) -> None:
+def read_prepared(folder: Path) -> tuple[Pairs, torch.Tensor]:
+    """The pairs that `prepare` wrote, and their reference log-probs (pairs, 2)."""
     content = json.loads((folder / "pairs.json").read_text())
-    pairs, ref = Pairs(Pair(*pair) for pair in content["pairs"]), torch.tensor(content["ref"])
+    return Pairs(Pair(*pair) for pair in content["pairs"]), torch.tensor(content["ref"])
+
+
+# --- In the process of a contender ----------------------------------------------------------------
+
+
+def worker(name: str, folder: Path) -> None:
+    """Runs a contender and prints its measurements as a line of JSON."""
+    pairs, ref = read_prepared(folder)
     losses: list[float] = []
     run = {"ours": run_ours, "lean": run_transformers, "full": run_transformers, "trl": run_trl,
            "plan": run_planned}  # fmt: skip
-    mark = Clock(folder)
-    run[name.split("-")[0]](name, folder, pairs, ref, losses, mark)
     config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    clock = Clock(config)
+    run[name.split("-")[0]](name, folder, pairs, ref, losses, clock)
     tokens = int(pairs.lengths()[BATCH:].sum()) / STEPS
-    body = config.num_hidden_layers * (
-        2 * config.hidden_size * config.head_dim
-        * (config.num_attention_heads + config.num_key_value_heads)
-        + 3 * config.hidden_size * config.intermediate_size
+    heads = config.num_attention_heads + config.num_key_value_heads
+    body = config.num_hidden_layers * config.hidden_size * (
+        2 * config.head_dim * heads + 3 * config.intermediate_size
     )  # fmt: skip
     head = config.vocab_size * config.hidden_size
     flops = 6 * (body * tokens + head * pairs.lengths()[BATCH:, 1:].sum() / STEPS)
     result = {
-        "seconds": float(np.median(mark.steps[1:])), "losses": losses, "tokens": tokens,
-        "flops": float(flops), "peak": matmul_peak("bf16" in name), "memory": mark.memory(),
-        "resident": _resident("VmHWM") - mark.imported, "planned": mark.planned - mark.state,
+        "seconds": float(np.median(clock.steps[1:])), "losses": losses, "tokens": tokens,
+        "flops": float(flops), "peak": matmul_peak("bf16" in name), "memory": clock.memory(),
+        "resident": resident("VmHWM") - clock.imported, "planned": clock.planned - clock.state,
     }  # fmt: skip
     print(json.dumps(result))
 
 
 class Clock:
-    """Marks the steps: seconds of each, and memory beyond weights, gradients and moments."""
+    """Takes the seconds of each step, and memory beyond weights, gradients and moments."""
 
-    def __init__(self, folder: Path):
-        self.steps, self.begun = [], 0.0
-        weights = sum(p.numel() for p in Llama(_config_of(folder)).parameters())
-        self.state = 16 * weights
-        self.imported = self.planned = 0
+    def __init__(self, config: ModelConfig):
+        self.steps, self.started, self.imported, self.planned = [], 0.0, 0, 0
+        self.state = 16 * sum(p.numel() for p in Llama(config).parameters())
 
     def imports_done(self) -> None:
-        self.imported = _resident("VmRSS")
+        self.imported = resident("VmRSS")
 
     def start(self) -> None:
-        if len(self.steps) == 1:  # from the second step on, all that stays is there
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        self.begun = time.perf_counter()
+        if len(self.steps) == 1:  # after the first step all lasting memory is allocated
+            reset_peak()
+        self.started = time.perf_counter()
 
     def stop(self) -> None:
-        self.steps.append(time.perf_counter() - self.begun)
+        self.steps.append(time.perf_counter() - self.started)
 
     def memory(self) -> int:
-        return _resident("VmHWM") - self.imported - self.state
+        return resident("VmHWM") - self.imported - self.state
 
 
-def _config_of(folder: Path) -> ModelConfig:
-    return ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
-
-
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
+    """Bytes of the process in memory: VmRSS now, VmHWM at the peak."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith(name)) * 1024
 
 
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def matmul_peak(bf16: bool) -> float:
-    """Floating-point operations a second of a large matrix product."""
-    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in "ab")
+    """Floating-point operations per second of a large matrix product."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    a, b = torch.randn(2, 2048, 2048, dtype=dtype)
     return 2 * 2048**3 / best_of({"": (torch.mm, a, b)})[""]
 
 
-def run_ours(name, folder, pairs, ref, losses, mark) -> None:
-    mark.imports_done()
-    model = Llama.from_pretrained(folder)
+def run_ours(name, folder, pairs, ref, losses, clock) -> None:
+    clock.imports_done()
+    model, dtype = Llama.from_pretrained(folder), "bfloat16" if "bf16" in name else "float32"
     if "compiled" in name:
         model.compile_blocks()
     if "lora" in name:
-        model.add_lora(LoraConfig(8, 16, list(LINEARS)))
-    options = train.Options(
-        loss="mio", beta=BETA, lr=LR, dtype="bfloat16" if "bf16" in name else "float32"
-    )
+        add_lora(model, LoraConfig(8, 16, list(LINEARS)))
+    options = train.Options(loss="mio", beta=BETA, lr=LR, dtype=dtype)
     optimizer = train.make_optimizer(model, options)
     for start in range(0, len(pairs), BATCH):
-        mark.start()
-        index = list(range(start, start + BATCH))
-        batches = make_batches(pairs, index, options.row_tokens, options.micro_tokens)
-        loss, _, _ = train.train_step(model, optimizer, batches, options, ref)
+        clock.start()
+        loss = step_on(model, optimizer, options, pairs, range(start, start + BATCH), ref)
         losses.append(loss.mean().item())
-        mark.stop()
+        clock.stop()
 
 
-def run_planned(name, folder, pairs, ref, losses, mark) -> None:
-    """Two steps, of which the second counts, and before them one of a small model, so that a
-    step's code is in memory."""
+def run_planned(name, folder, pairs, ref, losses, clock) -> None:
+    """Two steps, of which the second counts. A step of a small model before them loads the code."""
     _, checkpointing, batch, micro = name.split("-")
     options = train.Options(loss="mio", beta=BETA, lr=LR, device="cpu", micro_tokens=int(micro),
                             checkpointing=checkpointing)  # fmt: skip
-    layout, batch = (options.row_tokens, options.micro_tokens), int(batch)
+    batch = int(batch)
     small = Llama(dataclasses.replace(SIZES["W1"], hidden_size=64, num_attention_heads=2))
-    optimizer = train.make_optimizer(small, options)
-    train.train_step(small, optimizer, make_batches(pairs, [0], *layout), options, ref)
-    del small, optimizer
-    mark.imports_done()
+    step_on(small, train.make_optimizer(small, options), options, pairs, [0], ref)
+    del small
+    clock.imports_done()
     model = Llama.from_pretrained(folder)
     model.checkpointing = checkpointing == "on"
     optimizer = train.make_optimizer(model, options)
     for start in (0, batch):
-        mark.start()
-        batches = make_batches(pairs, list(range(start, start + batch)), *layout)
-        train.train_step(model, optimizer, batches, options, ref)
-        mark.stop()
-    mark.planned = max(
-        train.needs(model.config, options, b.rows, b.lengths.tolist(), len(batches)).peak
+        clock.start()
+        step_on(model, optimizer, options, pairs, range(start, start + batch), ref)
+        clock.stop()
+    layout = options.row_tokens, options.micro_tokens
+    batches = make_batches(pairs, list(range(batch, 2 * batch)), *layout)
+    clock.planned = max(
+        needs(model.config, options, b.row_tokens, b.lengths.tolist(), len(batches)).peak
         for b in batches
     )
 
 
-def run_transformers(name, folder, pairs, ref, losses, mark) -> None:
-    """The step as people write it: padded rows, each with its prompt, logits of all tokens or, as
-    `lean`, of the completions' alone."""
+def run_transformers(name, folder, pairs, ref, losses, clock) -> None:
+    """The step as it is usually written: padded rows, one for each answer with its prompt, and the
+    logits of all tokens ("full") or of the answers' tokens ("lean")."""
     import transformers
 
-    mark.imports_done()
+    clock.imports_done()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.0, fused=True)
     for start in range(0, len(pairs), BATCH):
-        mark.start()
-        chunk = [pairs[i] for i in range(start, start + BATCH)]
-        rows = [(p.prompt, answer) for p in chunk for answer in p[1:]]
+        clock.start()
+        rows = [(p.prompt, answer) for p in pairs[start : start + BATCH] for answer in p[1:]]
         width = max(len(p) + len(a) for p, a in rows)
-        ids, scored = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width)
-        attend = torch.zeros(len(rows), width, dtype=torch.long)
+        ids, mask, scored = torch.zeros(3, len(rows), width, dtype=torch.long)  # (2B, T) each
         for r, (prompt, answer) in enumerate(rows):
             ids[r, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-            attend[r, : len(prompt) + len(answer)] = 1
+            mask[r, : len(prompt) + len(answer)] = 1
             scored[r, len(prompt) : len(prompt) + len(answer)] = 1
-        scored = scored[:, 1:].bool()
+        scored = scored[:, 1:].bool()  # (2B, T - 1)
         with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in name):
             if name.startswith("lean"):
-                hidden = model.model(ids, attention_mask=attend).last_hidden_state[:, :-1][scored]
-                logits = model.lm_head(hidden).float()
+                hidden = model.model(ids, attention_mask=mask).last_hidden_state[:, :-1][scored]
+                logits = model.lm_head(hidden).float()  # (N, V)
                 logps = logits.gather(1, ids[:, 1:][scored][:, None])[:, 0] - logits.logsumexp(-1)
                 logps = torch.stack([part.sum() for part in logps.split(scored.sum(1).tolist())])
             else:
-                logits = model(ids, attention_mask=attend).logits[:, :-1].float()
+                logits = model(ids, attention_mask=mask).logits[:, :-1].float()  # (2B, T - 1, V)
                 logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
                 logps = (logps * scored).sum(1)
         t_w, t_l = (BETA * (logps.view(-1, 2) - ref[start : start + BATCH])).unbind(1)
-        sp = torch.nn.functional.softplus
-        loss = (sp(-t_w) + 0.5 * sp(t_w) + 0.5 * sp(t_l)).mean()
+        loss = (softplus(-t_w) + 0.5 * softplus(t_w) + 0.5 * softplus(t_l)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        mark.stop()
+        clock.stop()
 
 
-def run_trl(name, folder, pairs, ref, losses, mark) -> None:
-    """TRL's DPOTrainer, `nca_pair`, on ids prepared by us."""
+def run_trl(name, folder, pairs, ref, losses, clock) -> None:
+    """TRL's DPOTrainer with the loss `nca_pair`, on our ids and reference log-probs."""
     import datasets
     import transformers
     import trl
@@ -534,17 +528,15 @@ def run_trl(name, folder, pairs, ref, losses, mark) -> None:
 
     class Marks(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
-            mark.start()
+            clock.start()
 
         def on_step_end(self, *_, **__):
-            mark.stop()
+            clock.stop()
 
         def on_log(self, _args, _state, _control, logs, **__):
             losses.extend([logs["loss"]] if "loss" in logs else [])
 
-    mark.imports_done()
-    from data import byte_tokenizer
-
+    clock.imports_done()
     (folder / "tok").mkdir(exist_ok=True)
     byte_tokenizer().save(folder / "tok")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tok", pad_token="<|end|>")
@@ -568,19 +560,12 @@ def run_trl(name, folder, pairs, ref, losses, mark) -> None:
     trainer.train()
 
 
+PARTS = {"training": bench_training, "plan": bench_plan, "lora": bench_lora, "head": bench_head,
+         "prompts": bench_prompts, "generation": bench_generation, "tokenizers": bench_tokenizers,
+         "loading": bench_loading, "saving": bench_saving}  # fmt: skip
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         sys.exit(worker(sys.argv[2], Path(sys.argv[3])))
-    known = {
-        "training": bench_training,
-        "plan": bench_plan,
-        "lora": bench_lora,
-        "head": bench_head,
-        "prompts": bench_prompts,
-        "generation": bench_generation,
-        "tokenizers": bench_tokenizers,
-        "loading": bench_loading,
-        "saving": bench_saving,
-    }
-    for name in sys.argv[1:] or known:
-        known[name]()
+    for part in sys.argv[1:] or PARTS:
+        PARTS[part]()

@@ -108,6 +108,14 @@ class Training:
         return json.loads((folder / "base.json").read_text())
 
 
+def assert_trained_on_new_problems(training: Training, seed: int) -> None:
+    """Each step trains on eight problems of its own, with their solutions."""
+    for step, batches in enumerate(training.batches):
+        text = "".join(byte_tokenizer().decode(targets.tolist()) for targets in batches)
+        solutions = [solution(problem) for problem in problems("train", 8, seed=[seed, step])]
+        assert sorted(text.split("<|end|>")[:-1]) == sorted(solutions)
+
+
 def test_the_base_model_trains_up_to_its_target_accuracy(tmp_path, monkeypatch, capsys):
     shrink(monkeypatch)
     training = Training(monkeypatch, 0.0, 0.5, 0.6)
@@ -116,11 +124,7 @@ def test_the_base_model_trains_up_to_its_target_accuracy(tmp_path, monkeypatch, 
     assert training.questions == problems("validation", 10, seed=0)
     assert training.rates == [pytest.approx(2e-3 * step / 50) for step in range(1, 7)]
     assert training.weights == [1, 2, 3, 4, 5, 6]
-    tokenizer = byte_tokenizer()
-    for step, batches in enumerate(training.batches):  # eight new problems a step, with solutions
-        text = "".join(tokenizer.decode(targets.tolist()) for targets in batches)
-        solutions = [solution(problem) for problem in problems("train", 8, seed=[0, step])]
-        assert sorted(text.split("<|end|>")[:-1]) == sorted(solutions)
+    assert_trained_on_new_problems(training, seed=0)
     assert "6 steps, 60.0% right" in capsys.readouterr().out
     training.make(tmp_path / "base")  # needs no further accuracies
     assert capsys.readouterr().out == f"base model: found in {tmp_path / 'base'}\n"
@@ -129,6 +133,7 @@ def test_the_base_model_trains_up_to_its_target_accuracy(tmp_path, monkeypatch, 
     assert again.make(tmp_path / "base")["steps"] == 2
     other = Training(monkeypatch, 0.62)
     assert other.make(tmp_path / "base", seed=1)["steps"] == 2  # another seed is another model
+    assert_trained_on_new_problems(other, seed=1)
     assert not torch.equal(other.model.head_weight, again.model.head_weight)
 
 
@@ -224,9 +229,10 @@ def test_pairs_are_right_against_wrong_answers_of_the_base_model(base, monkeypat
 
 
 def test_a_prompt_has_at_most_as_many_pairs_as_asked_for(base, monkeypatch):
+    wrong = ["", " ", "1", "2", "3"]  # blank answers are in no pair
+
     def answers(model, tokenizer, prompts, **_):
-        return [[f"a\n{solution(p)}", f"b\n{solution(p)}", f"c\n{solution(p)}", "1", "2", "3"]
-                for p in prompts]  # fmt: skip
+        return [[*(f"{x}\n{solution(prompt)}" for x in "abc"), *wrong] for prompt in prompts]
 
     monkeypatch.setattr(builtin_task, "sample_answers", answers)
     settings = {"prompts": 5, "held_out": 3, "samples": 6, "per_prompt": 2}

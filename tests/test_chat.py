@@ -1,6 +1,7 @@
 """Chat templates and conversations. The oracle is transformers' apply_chat_template."""
 
 import json
+import re
 
 import pytest
 from conftest import write_rows
@@ -14,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="the oracle of most te
 from test_tokenizers import family_spec, write_tokenizer  # noqa: E402
 from transformers.utils import chat_template_utils  # noqa: E402
 
-# The formats of four families, in templates of our own.
+# The formats of five families, in templates of our own.
 TEMPLATES = {
     "llama3": (
         "{{ bos_token }}{% for m in messages %}"
@@ -43,12 +44,26 @@ TEMPLATES = {
         "{% else %}{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}"
         "{% endif %}{% endfor %}"
     ),
+    "mistral3": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + '[/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    ),
+}
+# The kind of tokenizer with which a template is tested, and the special tokens that it writes.
+KINDS = {
+    "llama3": "llama3",
+    "chatml": "qwen",
+    "zephyr": "llama2",
+    "mistral": "mistral",
+    "mistral3": "llama2",
 }
 SPECIALS = {
     "llama3": ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
     "chatml": ["<|im_end|>", "<|im_start|>"],
     "zephyr": ["</s>"],
     "mistral": ["</s>"],
+    "mistral3": ["</s>", "[INST]", "[/INST]"],
 }
 CHAT = [
     {"role": "user", "content": " What is 2+2?  I'd like\nto know "},
@@ -153,8 +168,7 @@ def test_a_template_reaches_nothing_of_python_and_changes_no_message(source):
 def chat(request, tmp_path_factory):
     """A folder with a tokenizer of the family's kind and its template, as a string or a file."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
-    kind = {"llama3": "llama3", "chatml": "qwen", "zephyr": "llama2", "mistral": "mistral"}[name]
-    spec = family_spec(kind)
+    spec = family_spec(KINDS[name])
     known = {token["content"] for token in spec["added_tokens"]}
     top = max([*spec["model"]["vocab"].values(), *(t["id"] for t in spec["added_tokens"])])
     like = spec["added_tokens"][0] | {"special": True}
@@ -177,7 +191,7 @@ def chat(request, tmp_path_factory):
 
 def plain_chat(messages: list[dict]) -> list[dict]:
     """Messages without the text of a special token, which transformers treats differently."""
-    return [m | {"content": m["content"].replace("<s>", "")} for m in messages]
+    return [m | {"content": re.sub(r"<s>|\[INST\]", "", m["content"])} for m in messages]
 
 
 def oracle(folder, messages, **options) -> list[int]:

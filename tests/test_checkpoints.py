@@ -61,18 +61,17 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_n_steps_and_n_after_a_resume_equal_two_n_steps(kind, checkpoint, pairs_file, tmp_path):
     flags = (*KINDS[kind], "--micro_tokens", "200", *SAVED)
-    whole = run(checkpoint, pairs_file, tmp_path / "whole", *flags, "--max_steps", "8")
-    half = run(checkpoint, pairs_file, tmp_path / "half", *flags, "--max_steps", "4")
+    whole = run(checkpoint, pairs_file, tmp_path / "whole", *flags, "--max_steps", "4")
+    half = run(checkpoint, pairs_file, tmp_path / "half", *flags, "--max_steps", "2")
     before = torch.get_rng_state()
     torch.manual_seed(99)
     if kind != "lora":
         shutil.rmtree(checkpoint)  # the saved checkpoint holds all that is needed
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # and the reference of step 0
-    train.main(["--resume", "--out", str(half), "--max_steps", "8"])
+    train.main(["--resume", "--out", str(half), "--max_steps", "4"])
     assert not (tmp_path / "cache").exists()
     assert differences(whole, half) == [] and torch.equal(torch.get_rng_state(), before)
-    assert [row["step"] for row in metrics(half)] == [0, 2, 4, 6, 8]
-    assert steps(half) == [6, 8]
+    assert [row["step"] for row in metrics(half)] == [0, 2, 4] and steps(half) == [2, 4]
 
 
 @pytest.mark.parametrize("flags", [["--loss", "rlhf"], ["--on_policy"]])
@@ -194,8 +193,8 @@ def test_help_says_what_may_change(capsys):
 
 
 def test_killed_again_and_again_a_run_ends_as_if_undisturbed(checkpoint, pairs_file, tmp_path):
-    counts = crash_table(5, tmp_path, flags="--lr 1e-3 --batch_size 8 --save_every 1 --epochs 2")
-    assert counts["kills"] == 5 and counts["in a write"] > 0 and counts["runs compared"] >= 1
+    counts = crash_table(4, tmp_path, flags="--lr 1e-3 --batch_size 8 --save_every 1 --epochs 2")
+    assert counts["kills"] == 4 and counts["in a write"] > 0 and counts["runs compared"] >= 1
     assert counts["failures"] == counts["differences"] == 0
 
 

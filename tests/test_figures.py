@@ -5,7 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from support.figures import LEGEND, Column, Difference, Figure, compared, legend, resample, table
+from support.figures import (
+    LEGEND,
+    Column,
+    Difference,
+    Figure,
+    compared,
+    legend,
+    resample,
+    table,
+    task_row,
+)
 
 
 def test_figure_is_the_mean_with_its_standard_error():
@@ -16,6 +26,7 @@ def test_figure_is_the_mean_with_its_standard_error():
     )
     column = Column(np.array([3.0, np.nan, 5.0]))
     assert column.mean() == 4.0 and column.figure().n == 2
+    assert task_row({"greedy": [0.0, 1.0]}) == {"greedy": (0.5, pytest.approx(0.5), 2)}
 
 
 def test_bootstrap_of_a_mean_agrees_with_the_closed_form():

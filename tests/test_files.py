@@ -94,8 +94,9 @@ def test_a_bad_row_is_refused_by_file_and_line_and_a_broken_archive_by_file(tmp_
         with pytest.raises(ValueError, match=rf"x\.jsonl{message}"):
             list(read_rows(file))
     archive = gzip.compress(b'{"a": 1}\n' * 999)
-    damaged = archive[:40] + bytes(len(archive) - 50) + archive[-10:]
-    for content in (archive[:-9], damaged, archive[:-8] + bytes(8)):
+    cut_off, wrong_sum = archive[:-9], archive[:-8] + bytes(8)
+    not_deflated = archive[:10] + b"\xff" * (len(archive) - 18) + archive[-8:]
+    for content in (cut_off, wrong_sum, not_deflated):
         (tmp_path / "x.jsonl.gz").write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.jsonl\.gz: broken gzip file"):
             list(read_rows(tmp_path / "x.jsonl.gz"))
@@ -111,16 +112,18 @@ def test_content_is_flushed_before_it_takes_its_name_and_the_folder_afterwards(
 ):
     """The order survives a crash at any moment: fsync of all that was written, the rename, and
     fsync of the folder that holds the new name."""
-    events = []
+    events, synced = [], []
 
     def flush(path):
         flush_to_disk(path)
+        assert synced.pop() == os.stat(path).st_ino and not synced
         events.append(("flush", Path(path)))
 
     def rename(source, target):
         os.rename(source, target)
         events.append(("rename", Path(source), Path(target)))
 
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
     monkeypatch.setattr(files, "flush_to_disk", flush)
     monkeypatch.setattr(os, "replace", rename)
     target = tmp_path / "step-2"
@@ -192,6 +195,17 @@ def test_a_digest_depends_on_every_part_and_their_order(tmp_path):
 
 # --- Locks ----------------------------------------------------------------------------------------
 
+
+def test_a_lock_is_released_after_success_and_failure(tmp_path):
+    with pytest.raises(KeyError), locked(tmp_path):
+        with pytest.raises(ValueError, match="another run uses it"), locked(tmp_path):
+            pass
+        raise KeyError
+    for _ in range(2):
+        with locked(tmp_path):
+            pass
+
+
 HOLD = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -230,13 +244,3 @@ def test_a_process_that_may_wait_says_so_and_gets_the_lock_afterwards(tmp_path, 
         pass
     other.communicate("\n")
     assert other.returncode == 0 and capfd.readouterr().out == ""
-
-
-def test_a_lock_is_released_after_success_and_failure(tmp_path):
-    with pytest.raises(KeyError), locked(tmp_path):
-        with pytest.raises(ValueError, match="another run uses it"), locked(tmp_path):
-            pass
-        raise KeyError
-    for _ in range(2):
-        with locked(tmp_path):
-            pass

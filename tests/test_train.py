@@ -1,111 +1,165 @@
-"""Options, stages and the training loop, against a loop that does everything one at a time."""
+"""The training step against a naive loop, the checks around it, and whole runs on tiny data."""
 
+import copy
 import dataclasses
 import functools
-import json
 import math
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PAIR_ROWS, tiny_model, write_rows
-from safetensors.torch import load_file, save_file
-from test_data import single_logp
+from conftest import PAIR_ROWS, logp_alone, tiny_model, write_rows
+from runs import metrics, refused, run
+from safetensors.torch import load_file
 
-import data
-import model as model_module
+import mio
 import train
-from data import byte_tokenizer, epoch_order, load_pairs, make_batches, solution
-from mio import LOSSES, loss_table, pair_loss
-from train import Options, learning_rate, make_optimizer, train_step
+from data import (
+    Pairs,
+    StepData,
+    encode_example,
+    epoch_order,
+    load_pairs,
+    make_batches,
+    split_pairs,
+)
+from mio import LOSSES, pair_loss
+from support import job as job_module
+from support.distributed import World
+from support.files import read_json
+from support.job import TrainingError, mismatched_pairs
+from support.rows import Example
+from support.tokenizers import byte_tokenizer
+from train import Options, check_finite, check_start, learning_rate, make_optimizer, train_step
 
-TIMINGS = ("step_seconds", "tokens_per_second")
-
-
-def run(checkpoint: Path, pairs_file: Path, out: Path, *flags: str) -> Path:
-    command = ["--init", str(checkpoint), "--data", str(pairs_file), "--out", str(out)]
-    return train.main([*command, "--batch_size", "8", "--lr", "1e-3", "--seed", "1", *flags])
-
-
-def metrics(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
-
-
-# --- A step ---------------------------------------------------------------------------------------
-
-
-def naive_logps(model, pairs):
-    """Every sequence alone: (pairs, 2)."""
-    return torch.stack([single_logp(model, p, side) for p in pairs for side in (1, 2)]).view(-1, 2)
+# --- The training step ----------------------------------------------------------------------------
 
 
-def naive_step(model, optimizer, pairs, ref_logps, name, beta, grad_clip=1.0, mismatched=None):
+def naive_logps(model, pairs) -> torch.Tensor:
+    """The log-probs of each pair, every sequence alone: (pairs, 2)."""
+    return torch.stack([logp_alone(model, p, side) for p in pairs for side in (1, 2)]).view(-1, 2)
+
+
+def naive_step(model, optimizer, pairs, ref_logps, options, advantages, mismatched):
     """The oracle of train_step: every sequence alone, the published formula, autograd.
-    mismatched: prompts with other rows' answers, and their log-probs under the reference."""
-    logps = naive_logps(model, pairs).flatten()
-    lengths = torch.tensor([len(answer) for pair in pairs for answer in pair[1:]])
-    shared = {}
-    if mismatched:
+
+    ref_logps, advantages: (B, 2). mismatched: prompts with the answers of other rows, and their
+    log-probs under the reference. Returns the mean loss, the gradient's norm and the log-probs."""
+    logps = naive_logps(model, pairs)
+    lengths = torch.tensor([[len(answer) for answer in pair[1:]] for pair in pairs])
+    extras = {}
+    if options.loss == "rlhf":
+        extras["advantages"] = advantages.unbind(dim=1)
+    if options.loss == "kto":
         with torch.no_grad():
             logratios = naive_logps(model, mismatched[0]) - mismatched[1]
         present = torch.tensor([[len(a) > 0 for a in pair[1:]] for pair in mismatched[0]])
-        shared["shared"] = max(0, beta * logratios[present].mean().item())
+        extras["shared"] = max(0, options.beta * logratios[present].mean().item())
     losses = pair_loss(
-        *(name, logps[0::2], logps[1::2], *ref_logps.unbind(dim=1)),
-        beta=beta,
-        chosen_lengths=lengths[0::2],
-        rejected_lengths=lengths[1::2],
-        **shared,
+        *(options.loss, *logps.unbind(dim=1), *ref_logps.unbind(dim=1)),
+        beta=options.beta,
+        chosen_lengths=lengths[:, 0],
+        rejected_lengths=lengths[:, 1],
+        **extras,
     )
     losses.mean().backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad()
-    return losses.mean().item(), norm.item()
+    return losses.mean().item(), norm.item(), logps
 
 
-# Micro-batches of a row each, of some rows, of the whole step.
-CUTS = [("mio", 1), ("mio", 100_000), ("dv", 1), ("dv", 100_000), ("kto", 1), ("kto", 100_000)]
-
-
-@pytest.mark.parametrize(("name", "micro_tokens"), [*((name, 250) for name in LOSSES), *CUTS])
-def test_steps_equal_the_naive_loop_however_they_are_cut_up(name, micro_tokens, pairs_file):
-    pairs = load_pairs(pairs_file, byte_tokenizer())[:10]
-    if name == "kto":  # which takes rows with one answer, too
-        pairs = data.Pairs([*pairs[:4], pairs[4]._replace(chosen=[]), *pairs[5:]])
-    others = train.mismatch(pairs, 100, None)
-    options = Options(loss=name, beta=0.5, lr=1e-2, weight_decay=0.1)
-    fast, slow = (tiny_model(initializer_range=0.15).double() for _ in range(2))
+@pytest.fixture(scope="module")
+def start():
+    """A model in float64, pairs to train on, the same with a missing answer, and for kto the latter
+    with the answers of other rows; then log-probs of the first and the last under a reference."""
+    rows = [Example("", row["prompt"], row["chosen"], row["rejected"]) for row in PAIR_ROWS[:7]]
+    pairs = Pairs(encode_example(row, byte_tokenizer()) for row in rows)
+    unpaired = Pairs([*pairs[:2], pairs[2]._replace(chosen=[]), *pairs[3:]])
+    others = mismatched_pairs(unpaired, 100, None)
+    model = tiny_model(initializer_range=0.15, num_hidden_layers=1).double()
     with torch.no_grad():
-        # Off the policy: some losses have a kink where the two are the same, and so has kto's K.
-        ref_logps, ref_others = naive_logps(fast, pairs) - 0.2, naive_logps(fast, others) - 3
+        # Some losses, and K of kto, have a kink where the policy equals the reference.
+        ref_logps, ref_others = naive_logps(model, pairs) - 0.2, naive_logps(model, others) - 3
+    return model, pairs, unpaired, others, ref_logps, ref_others
+
+
+# Forward passes of one row, of some rows, and of the whole step; no clipping.
+CASES = [(name, 250, 1.0) for name in LOSSES]
+CASES += [(name, tokens, 1.0) for name in ("mio", "dv", "kto") for tokens in (1, 100_000)]
+CASES += [("mio", 250, 0.0)]
+
+
+@pytest.mark.parametrize(("name", "micro_tokens", "grad_clip"), CASES)
+def test_steps_equal_the_naive_loop_in_any_split(name, micro_tokens, grad_clip, start):
+    model, pairs, unpaired, others, ref_logps, ref_others = start
+    pairs = unpaired if name == "kto" else pairs
+    options = Options(loss=name, beta=0.5, lr=3e-3, weight_decay=0.1, grad_clip=grad_clip)
+    fast, slow = copy.deepcopy(model), copy.deepcopy(model)
+    advantages = torch.linspace(-1, 2, 14, dtype=torch.float64).view(7, 2)
     optimizers = [make_optimizer(model, options) for model in (fast, slow)]
-    for index in ([0, 1, 2, 3, 4, 5, 6], [7, 8, 9], [0, 9, 4]):  # a short step counts as any other
+    for index in ([0, 1, 2, 3, 4], [5, 6], [0, 6, 2]):  # a short step weighs its pairs as any other
         batches = make_batches(pairs, index, 120, micro_tokens)
-        ref = ref_logps if LOSSES[name].needs_reference else None
-        fast_others = slow_others = None
-        if LOSSES[name].mismatched:
-            fast_others = make_batches(others, index, 120, micro_tokens), ref_others
-            slow_others = [others[i] for i in index], ref_others[index]
-        losses, _, norm = train_step(fast, optimizers[0], batches, options, ref, fast_others)
-        assert fast.head_weight.grad is None
-        pairs_of_step = [pairs[i] for i in index]
-        expected = naive_step(
-            *(slow, optimizers[1], pairs_of_step, ref_logps[index], name, 0.5),
-            mismatched=slow_others,
+        mismatched = None
+        if LOSSES[name].shared_of_mismatched:
+            mismatched = make_batches(others, index, 120, micro_tokens), ref_others
+        data = StepData(
+            batches,
+            ref_logps=ref_logps if LOSSES[name].needs_reference else None,
+            advantages=advantages if name == "rlhf" else None,
+            mismatched=mismatched,
         )
-        # Where the gradient is clipped, the fused update takes the factor in float32.
-        assert (losses.mean().item(), norm.item()) == pytest.approx(expected, rel=1e-7)
+        losses, logps, norm = train_step(fast, optimizers[0], data, options)
+        assert all(parameter.grad is None for parameter in fast.parameters())
+        index = [i for batch in batches for i in batch.index]
+        loss, expected_norm, expected_logps = naive_step(
+            *(slow, optimizers[1], pairs.take(index), ref_logps[index], options),
+            advantages[index],
+            ([others[i] for i in index], ref_others[index]),
+        )
+        # The fused update takes the clipping factor in float32.
+        assert (losses.mean().item(), norm.item()) == pytest.approx((loss, expected_norm), rel=1e-6)
+        torch.testing.assert_close(logps, expected_logps.float())
     for a, b in zip(fast.parameters(), slow.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
 
 
-def test_mismatched_pairs_have_another_prompt_and_fit():
-    rows = [data.Pair([1], [7], [8, 8]), data.Pair([1], [9], [10]), data.Pair([2, 3], [11], [])]
-    mismatched = list(train.mismatch(data.Pairs(rows), 3, None))
-    assert mismatched == [([1], [11], []), ([1], [11], []), ([3], [7], [8, 8])]
-    assert list(train.mismatch(data.Pairs(rows[:2]), 3, None)) == rows[:2]  # there is no other
+@pytest.fixture
+def step(pairs_file):
+    """The model, the optimizer, the data and the options of a step of four pairs."""
+    options = Options(loss="mio", beta=0.2, lr=1e-2)
+    pairs, model = load_pairs(pairs_file, byte_tokenizer())[:4], tiny_model(num_hidden_layers=1)
+    with torch.no_grad():
+        ref_logps = naive_logps(model, pairs)
+    batches, index = make_batches(pairs, [0, 1, 2, 3], 120, 120), [0, 1, 2, 3]
+    index = [i for batch in batches for i in batch.index]
+    data = StepData(batches, ref_logps, pairs=pairs, index=index)
+    return model, make_optimizer(model, options), data, options
+
+
+def weights(model) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def equal(left, right) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_a_step_that_is_not_finite_changes_no_weight(step):
+    model, optimizer, data, options = step
+    before = weights(model)
+    broken = data.ref_logps.clone()
+    broken[2, 1] = math.nan
+
+    class Overflow(World):
+        total_norm = staticmethod(lambda gradients: torch.tensor(math.inf))
+
+    losses, _, norm = train_step(model, optimizer, data._replace(ref_logps=broken), options)
+    assert sorted(losses.isfinite().tolist()) == [False, True, True, True] and norm.isnan()
+    losses, *_ = train_step(model, optimizer, data, options, Overflow())
+    assert losses.isfinite().all() and equal(weights(model), before)
+    train_step(model, optimizer, data, options)
+    assert not equal(weights(model), before)
 
 
 def test_only_matrices_decay():
@@ -127,6 +181,7 @@ def test_learning_rate_schedules():
 
     assert curve(schedule="constant", warmup=0.0) == [2.0] * 10
     assert curve(schedule="constant", warmup=0.4)[:5] == pytest.approx([0.5, 1, 1.5, 2, 2])
+    assert curve(schedule="constant", warmup=0.35)[:4] == pytest.approx([0.5, 1, 1.5, 2])
     assert curve(schedule="linear", warmup=0.0) == pytest.approx([2 - 0.2 * i for i in range(10)])
     cosine = curve(schedule="cosine", warmup=0.2)
     assert cosine[2] == 2.0 and cosine[6] == pytest.approx(1.0) and cosine[-1] > 0
@@ -134,349 +189,325 @@ def test_learning_rate_schedules():
     assert curve(warmup=1.0)[-1] == 2.0
 
 
-# --- A run ----------------------------------------------------------------------------------------
+def test_the_options_of_a_loss_are_those_that_were_set_for_it():
+    assert train.loss_options(Options(loss="mio", beta=0.3)) == {"beta": 0.3}
+    assert train.loss_options(Options(loss="simpo", beta=2, gamma=0.0)) == {"beta": 2, "gamma": 0.0}
+    assert train.loss_options(Options(loss="rpo", beta=1, gamma=3.0)) == {"beta": 1}
 
 
-def test_run_folder_loads_in_transformers_and_holds_what_it_promises(
-    checkpoint, pairs_file, tmp_path
+# --- Checks ---------------------------------------------------------------------------------------
+
+
+def test_the_check_runs_on_the_losses_and_log_probs_before_the_update(step):
+    model, optimizer, data, options = step
+    before = weights(model)
+
+    def check(losses, logps):
+        assert equal(weights(model), before)
+        assert losses.shape == (4,) and logps.shape == (4, 2)
+        check_start(options, data, losses, logps)
+
+    train_step(model, optimizer, data, options, check=check)
+    assert not equal(weights(model), before)
+
+
+def test_a_wrong_reference_changes_no_weight(step):
+    model, optimizer, data, options = step
+    before = weights(model)
+    data = data._replace(ref_logps=data.ref_logps.flip(1))
+    with pytest.raises(TrainingError, match="policy and reference differ by .* nats"):
+        train_step(
+            model, optimizer, data, options, check=functools.partial(check_start, options, data)
+        )
+    assert equal(weights(model), before)
+
+
+def start_of(name="dpo", loss=mio.LOG2, drift=0.0, beta=0.1, dtype="float32", **changes):
+    """Checks a first step of two pairs with this loss, and with one log-prob off by `drift`."""
+    options = Options(loss=name, beta=beta, dtype=dtype, **changes.pop("options", {}))
+    ref = torch.tensor([[-1.0, -2.0], [-99.0, -4.0], [-5.0, -6.0]])  # largest in size: 99
+    data = StepData([], **{"ref_logps": ref, "index": [1, 2]} | changes)
+    check_start(options, data, torch.tensor([loss, loss]), ref[[1, 2]] + torch.tensor([0, drift]))
+
+
+def test_the_first_step_must_have_rewards_of_zero_and_the_known_loss(capsys):
+    start_of()
+    assert capsys.readouterr().out == "  step 0: rewards 0 within 0.0e+00, loss 0.693147\n"
+    start_of(drift=0.009)  # 1e-4 of 1 + 99
+    start_of(drift=0.4, dtype="bfloat16")
+    start_of("mio", mio.LOG4)
+    start_of("ipo", 25.0)
+    start_of("ipo", 1.0, beta=0.5)
+    start_of("dpo", mio.LOG2 + 0.05, drift=0.009)  # a drift moves the loss, too
+    for changes in (
+        {"drift": 0.011},
+        {"drift": -0.011},
+        {"drift": 0.6, "dtype": "bfloat16"},
+        {"loss": mio.LOG2 + 1e-4},
+        {"loss": mio.LOG2 - 1e-4},
+        {"name": "mio"},
+        {"name": "ipo", "loss": 25.0, "beta": 0.5},
+    ):
+        with pytest.raises(TrainingError, match="step 0: policy and reference differ"):
+            start_of(**changes)
+    with pytest.raises(
+        TrainingError, match="by 0 nats, .* 1.386294 where 0.693147 is expected; rem"
+    ):
+        start_of(loss=mio.LOG4)
+
+
+def test_the_first_step_is_not_compared_where_its_loss_is_not_known():
+    start_of("exo", 7.0, options={"epsilon": 0.3})  # depends on an option that was set
+    start_of("rpo", 7.0)  # depends on the answers
+    start_of("sft", 7.0, drift=5, ref_logps=None)
+    start_of("rlhf", 7.0, drift=5, advantages=torch.ones(3, 2))
+    start_of(loss=math.nan, drift=5)  # check_finite reports it
+    with pytest.raises(TrainingError):
+        start_of("rpo", 7.0, drift=5)
+
+
+def test_rows_that_are_not_finite_are_named_by_line():
+    pairs = Pairs()
+    for i in range(12):
+        pairs.append(([256], [i], [257]), line=10 * i)
+    job = SimpleNamespace(options=SimpleNamespace(data="d.jsonl"))
+    data, fine = StepData([], pairs=pairs, index=[3, 1, 8]), torch.tensor(1.0)
+    check_finite(job, 5, data, torch.ones(3), fine)
+    with pytest.raises(
+        TrainingError, match="^step 5: loss or gradient .* line 10, 80 of d.jsonl; "
+    ):
+        check_finite(job, 5, data, torch.tensor([1.0, math.inf, math.nan]), fine)
+    with pytest.raises(TrainingError, match="from line 30, 10, 80 of"):
+        check_finite(job, 5, data, torch.ones(3), torch.tensor(math.nan))
+    data = data._replace(index=range(12))
+    with pytest.raises(TrainingError, match="from line 0, 10, 20, 30, 40, 50, 60, 70 of"):
+        check_finite(job, 5, data, torch.ones(12), torch.tensor(math.inf))
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """Collects the jobs of the runs that a test starts."""
+    collected, load = [], train.load_job
+    monkeypatch.setattr(train, "load_job", lambda *a: collected.append(load(*a)) or collected[-1])
+    return collected
+
+
+def test_a_wrong_reference_or_loss_ends_a_run_before_its_first_update(
+    checkpoint, pairs_file, tmp_path, monkeypatch, jobs
 ):
-    folder = run(checkpoint, pairs_file, tmp_path / "out", "--epochs", "2", "--eval_every", "4")
-    rows = metrics(folder)
-    assert [row["step"] for row in rows] == list(range(7))  # 20 pairs in steps of 8, 8, 4; twice
-    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 4, 6]
-    start = rows[0]
-    assert start["eval_rewards/chosen"] == start["eval_rewards/accuracies"] == 0.0
-    assert start["eval_loss"] == pytest.approx(math.log(4), abs=1e-6)
-    assert start["eval_mi/js"] == pytest.approx(0.0, abs=1e-6)
-    sides = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
-    sides |= {"logps/chosen", "logps/rejected", "loss"}
-    mi = {"eval_mi/dv", "eval_mi/js", "eval_mi/nwj"}
-    figures = {"step", "epoch", "learning_rate", "grad_norm", "num_tokens"}
-    assert set(rows[1]) == figures | sides
-    assert set(rows[4]) == figures | sides | mi | {f"eval_{name}" for name in sides}
-    assert rows[1]["loss"] == pytest.approx(math.log(4), abs=1e-5)
-    assert rows[-1]["epoch"] == 2.0
-    config = json.loads((folder / "train_config.json").read_text())
-    assert {field.name for field in dataclasses.fields(Options)} <= set(config)
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["step"] == 6
-    for side in ("chosen", "rejected"):
-        moved = rows[-1][f"eval_logps/{side}"] - start[f"eval_logps/{side}"]
-        assert summary["table"]["mio"][f"Δ {side}"]["mean"] == pytest.approx(moved, abs=1e-5)
+    inputs = ["--init", checkpoint, "--data", pairs_file, "--out", tmp_path / "out"]
+    right = job_module.reference_logps
+    monkeypatch.setattr(job_module, "reference_logps", lambda *a: right(*a).flip(1))
+    assert "step 0: policy and reference differ by" in refused(*inputs)
+    assert equal(weights(jobs[0].model), weights(tiny_model()))
+    monkeypatch.undo()
+    wrong = dataclasses.replace(LOSSES["dpo"], function=LOSSES["mio"].function)
+    monkeypatch.setitem(LOSSES, "dpo", wrong)
+    error = refused(*inputs, "--overwrite", "--loss", "dpo")
+    assert "the loss is 1.386294 where 0.693147 is expected; remove the cache" in error
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
+
+def means(logps, ref_logps, beta) -> dict[str, float]:
+    """The logged means of log-probs (pairs, 2)."""
+    rewards = beta * (logps - ref_logps)
+    return {
+        "logps/chosen": logps[:, 0].mean(),
+        "logps/rejected": logps[:, 1].mean(),
+        "rewards/chosen": rewards[:, 0].mean(),
+        "rewards/rejected": rewards[:, 1].mean(),
+        "rewards/margins": (rewards[:, 0] - rewards[:, 1]).mean(),
+        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).double().mean(),
+    }
+
+
+def test_every_metric_of_every_row(checkpoint, pairs_file, tmp_path, monkeypatch):
+    """Compares the rows with log-probs of single sequences under the weights of their step."""
+    models, seen, norms, real_step = [], [], [], train.train_step
+
+    def spy(model, optimizer, data, options, world, check):
+        models.append(copy.deepcopy(model))
+        lrs = {group["lr"] for group in optimizer.param_groups}
+        seen.append((len(data.batches), data.index, *lrs))
+        losses, logps, norm = real_step(model, optimizer, data, options, world, check)
+        norms.append(norm.item())
+        return losses, logps, norm
+
+    monkeypatch.setattr(train, "train_step", spy)
+    flags = ("--epochs", "2", "--micro_tokens", "100", "--eval_fraction", "0.13", "--beta", "0.5")
+    folder = run(checkpoint, pairs_file, tmp_path / "out", *flags, "--eval_every", "4")
+    rows, tokenizer = metrics(folder), byte_tokenizer()
+    pairs, held_out = split_pairs(load_pairs(pairs_file, tokenizer), 0.13, seed=1)
+    assert [row["step"] for row in rows] == list(range(7))  # steps of 8, 8 and 4 pairs, twice
+    first = models[0]
+    models.append(train.Llama.from_pretrained(folder))
+
+    @torch.no_grad()
+    def logps_of(model, pairs):
+        return naive_logps(model, pairs).double()
+
+    tokens = 0
+    for step, row in enumerate(rows[1:], start=1):
+        epoch, place = divmod(step - 1, 3)
+        index = epoch_order(20, 1, epoch)[8 * place : 8 * place + 8].tolist()
+        batches, seen_index, lr = seen[step - 1]
+        assert sorted(index) == sorted(seen_index) and batches > 1
+        ref, logps = (logps_of(model, pairs.take(index)) for model in (first, models[step - 1]))
+        expected = means(logps, ref, 0.5)
+        losses = pair_loss("mio", *logps.unbind(1), *ref.unbind(1), beta=0.5)
+        tokens += sum(len(p) + len(c) - 1 + len(r) - 1 for p, c, r in pairs.take(index))
+        expected |= {"loss": losses.mean(), "step": step, "epoch": step / 3, "num_tokens": tokens}
+        expected |= {"learning_rate": lr, "grad_norm": norms[step - 1]}
+        if step == 1:  # rewards are rounding errors, of either sign
+            row["rewards/accuracies"] = expected["rewards/accuracies"] = 0
+        found = {name: value for name, value in row.items() if name[:5] != "eval_"}
+        assert found == pytest.approx(
+            {k: float(v) for k, v in expected.items()}, rel=1e-4, abs=1e-4
+        )
+        assert lr == learning_rate(Options(lr=1e-3), step, 6)
+    for step in (0, 4, 6):
+        ref, logps = (logps_of(model, held_out) for model in (first, models[step]))
+        expected = means(logps, ref, 0.5)
+        losses = pair_loss("mio", *logps.unbind(1), *ref.unbind(1), beta=0.5)
+        T = 0.5 * (logps - ref)
+        expected |= {
+            "loss": losses.mean(),
+            "mi/dv": T[:, 0].mean() - T.exp().mean().log(),
+            "mi/js": math.log(4) - losses.mean(),
+            "mi/nwj": 1 + T[:, 0].mean() - T.exp().mean(),
+        }
+        found = {name[5:]: value for name, value in rows[step].items() if name[:5] == "eval_"}
+        assert found == pytest.approx(
+            {k: float(v) for k, v in expected.items()}, rel=1e-4, abs=1e-4
+        )
+    assert [step for step, row in enumerate(rows) if "eval_loss" in row] == [0, 4, 6]
+    assert rows[0]["eval_rewards/chosen"] == rows[0]["eval_rewards/accuracies"] == 0.0
+    assert rows[0].keys() - {"step", "epoch"} == {n for n in rows[4] if n[:5] == "eval_"}
+
+
+def test_seconds_and_tokens_are_those_since_the_last_row(
+    checkpoint, pairs_file, tmp_path, monkeypatch
+):
+    """A fake clock: six seconds pass in a step, and a hundred in an evaluation."""
+    now, real_step, real_logps = [0.0], train.train_step, train.logps_of
+
+    def pass_time(seconds, function):
+        def timed(*args):
+            now[0] += seconds
+            return function(*args)
+
+        return timed
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(train, "train_step", pass_time(6, real_step))
+    monkeypatch.setattr(train, "logps_of", pass_time(100, real_logps))
+    flags = ("--epochs", "4", "--log_every", "3", "--eval_every", "4", "--max_steps", "11")
+    folder = run(checkpoint, pairs_file, tmp_path / "out", *flags)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [train.json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == [0, 3, 4, 6, 8, 9]
+    assert [row["step_seconds"] for row in rows[1:]] == [6.0] * 5
+    for before, row in zip([{"step": 0, "num_tokens": 0}, *rows[1:]], rows[1:]):
+        tokens, steps = (row[name] - before[name] for name in ("num_tokens", "step"))
+        assert row["tokens_per_second"] == pytest.approx(tokens / (6 * steps))
+
+
+def test_answers_that_are_missing_have_no_value(checkpoint, tmp_path, monkeypatch):
+    """Unpaired rows for kto, and single answers for sft: means over the answers that there are."""
+    sides = [(row, side) for row in PAIR_ROWS[:9] for side in ("chosen", "rejected")]
+    labeled = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row, side in sides[:14]
+    ]
+    data = write_rows(tmp_path / "labeled.jsonl", labeled)
+    eval_data = write_rows(tmp_path / "held_out.jsonl", [*labeled[:5], labeled[8]])
+    single = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in PAIR_ROWS[:3]]
+    single = write_rows(tmp_path / "single.jsonl", single)
+    model = tiny_model()
+
+    def sums(file, side):
+        """The log-probs and lengths of the answers of one side in a file."""
+        pairs = [p for p in load_pairs(file, byte_tokenizer()) if p[side]]
+        with torch.no_grad():
+            logps = torch.stack([logp_alone(model, pair, side) for pair in pairs])
+        return logps, torch.tensor([len(pair[side]) for pair in pairs])
+
+    def close(number):
+        return pytest.approx(float(number), rel=1e-5)
+
+    flags = ("--loss", "kto", "--eval_data", str(eval_data), "--batch_size", "14")
+    start, first = metrics(run(checkpoint, data, tmp_path / "kto", *flags))
+    assert start["eval_loss"] is first["eval_loss"] is None  # no held-out row has a K
+    for name in ("rewards/margins", "rewards/accuracies"):
+        assert start[f"eval_{name}"] is first[f"eval_{name}"] is first[name] is None
+    for side, name in ((1, "chosen"), (2, "rejected")):
+        assert start[f"eval_logps/{name}"] == close(sums(eval_data, side)[0].mean())
+        assert first[f"logps/{name}"] == close(sums(data, side)[0].mean())
+        assert abs(first[f"rewards/{name}"]) < 1e-4 < abs(first[f"eval_rewards/{name}"])
+    assert first["loss"] == pytest.approx(0.5, abs=1e-5)
+    flags = ("--loss", "sft", "--eval_data", str(single))
+    start, first = metrics(run(checkpoint, single, tmp_path / "sft", *flags))
+    logps, lengths = sums(single, 1)
+    assert start["eval_logps/chosen"] == first["logps/chosen"] == close(logps.mean())
+    assert start["eval_loss"] == first["loss"] == close(-(logps / lengths).mean())
+    missing = ("eval_logps/rejected", "eval_rewards/rejected", "eval_rewards/margins", "eval_mi/dv")
+    assert all(start[name] is None for name in missing) and first["logps/rejected"] is None
+
+
+def test_kto_compares_with_the_rewards_of_mismatched_pairs(
+    checkpoint, pairs_file, tmp_path, monkeypatch
+):
+    collected, shared = [], LOSSES["kto"].shared
+
+    def spy(*sides):
+        collected.append(sides)
+        return shared(*sides)
+
+    monkeypatch.setitem(LOSSES, "kto", dataclasses.replace(LOSSES["kto"], shared=spy))
+    rows = metrics(run(checkpoint, pairs_file, tmp_path / "out", "--loss", "kto", "--epochs", "3"))
+    logratios = [torch.cat([side.logratios for side in sides]) for sides in collected]
+    assert len(logratios) == 9 and len(logratios[0]) == 16 and collected[0][0].beta == 0.1
+    assert logratios[0].abs().max() < 1e-3 < logratios[-1].abs().max()  # they have a reference
+    assert rows[1]["loss"] == pytest.approx(0.5, abs=1e-5) and rows[-1]["loss"] < 0.5
+
+
+def test_the_run_folder_holds_a_checkpoint_that_transformers_loads_and_a_summary(
+    checkpoint, pairs_file, tmp_path, capsys
+):
     transformers = pytest.importorskip("transformers")
+    folder = run(checkpoint, pairs_file, tmp_path / "out", "--max_steps", "2")
+    rows, summary = metrics(folder), read_json(folder / "summary.json")
+    assert {name: summary[name] for name in rows[-1]} == rows[-1] and summary["step"] == 2
+    assert summary["seconds"] > 0
+    for side in ("chosen", "rejected"):
+        moved = rows[-1][f"eval_logps/{side}"] - rows[0][f"eval_logps/{side}"]
+        figure = summary["table"]["mio"][f"Δ {side}"]
+        assert figure["mean"] == pytest.approx(moved, abs=1e-4) and figure["n"] == 2
+    assert "Δ chosen   Δ rejected   reward %" in capsys.readouterr().out
+    config = read_json(folder / "train_config.json")
+    assert {field.name for field in dataclasses.fields(Options)} <= config.keys()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ours = train.Llama.from_pretrained(folder)
-    ids = tokenizer.encode(PAIR_ROWS[0]["prompt"])
+    ids = transformers.AutoTokenizer.from_pretrained(folder).encode(PAIR_ROWS[0]["prompt"])
     assert ids == load_pairs(pairs_file, byte_tokenizer())[0].prompt
+    ours = train.Llama.from_pretrained(folder)
     with torch.no_grad():
         tokens = torch.tensor([ids])
         assert (theirs(tokens).logits - ours(tokens) @ ours.head_weight.T).abs().max() <= 1e-4
 
 
-def test_every_pair_is_trained_on_once_an_epoch_and_metrics_cover_all_of_a_step(
-    checkpoint, pairs_file, tmp_path, monkeypatch
-):
-    seen, lengths = [], []
-    step = train.train_step
-
-    def spy(model, optimizer, batches, options, ref_logps, mismatched):
-        spy.lrs.append([group["lr"] for group in optimizer.param_groups])
-        seen.append([i for batch in batches for i in batch.index])
-        lengths.append(sum(int((batch.pair >= 0).sum()) for batch in batches))
-        losses, logps, norm = step(model, optimizer, batches, options, ref_logps, mismatched)
-        assert len(batches) > 1 and len(losses) == len(seen[-1])
-        spy.means.append((losses.double().mean().item(), logps[:, 0].double().mean().item()))
-        return losses, logps, norm
-
-    spy.means, spy.lrs = [], []
-    monkeypatch.setattr(train, "train_step", spy)
-    flags = ("--epochs", "2", "--micro_tokens", "100", "--eval_fraction", "0.13")
-    rows = metrics(run(checkpoint, pairs_file, tmp_path / "out", *flags))[1:]
-    assert [len(index) for index in seen] == [8, 8, 4] * 2
-    assert sorted(sum(seen[:3], [])) == sorted(sum(seen[3:], [])) == list(range(20))
-    for epoch in (0, 1):
-        order = epoch_order(20, 1, epoch).tolist()
-        assert sorted(order[8:16]) == sorted(seen[3 * epoch + 1])
-    assert [(row["loss"], row["logps/chosen"]) for row in rows] == spy.means
-    assert rows[-1]["num_tokens"] == sum(lengths)
-    assert spy.lrs == [[row["learning_rate"]] * 2 for row in rows]
-    assert len({row["learning_rate"] for row in rows}) == 5  # the first two are at the peak
-
-
-def test_the_same_command_twice_gives_the_same_metrics_to_the_last_digit(
+def test_the_same_command_gives_the_same_metrics_to_the_last_digit(
     checkpoint, pairs_file, tmp_path
 ):
     first = run(checkpoint, pairs_file, tmp_path / "a" / "run")
     again = run(checkpoint, pairs_file, tmp_path / "a" / "again")  # finds the reference
     fresh = run(checkpoint, pairs_file, tmp_path / "b" / "run")
     assert metrics(first) == metrics(again) == metrics(fresh)
-    a, b = (load_file(folder / "model.safetensors") for folder in (first, fresh))
+    a, b, start = (load_file(f / "model.safetensors") for f in (first, fresh, checkpoint))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    before = load_file(checkpoint / "model.safetensors")
-    assert not torch.equal(a["model.norm.weight"], before["model.norm.weight"])
-
-
-BASE_FLAGS = {"--loss": "mio", "--eval_every": "2"}
-CHANGES = {
-    "--loss": "dpo",
-    "--beta": "0.9",
-    "--epochs": "2",
-    "--max_steps": "2",
-    "--batch_size": "5",
-    "--max_length": "50",
-    "--lr": "2e-3",
-    "--warmup": "0.9",
-    "--schedule": "constant",
-    "--weight_decay": "0.5",
-    "--grad_clip": "0.01",
-    "--seed": "2",
-    "--dtype": "bfloat16",
-    "--eval_fraction": "0.4",
-    "--eval_every": "1",
-    "--log_every": "3",
-    "--eval_data": "other",
-}
-# Those of a loss: beside that loss they change the metrics, beside another they are refused.
-OWN = {
-    "--label_smoothing": ("0.3", "cdpo robust"),
-    "--epsilon": ("0.3", "exo"),
-    "--gamma": ("3", "simpo"),
-    "--alpha": ("0.2", "rpo cpo"),
-    "--dpop_lambda": ("1", "dpop"),
-}
-# Memory and place, not mathematics: the metrics stay, up to rounding.
-NO_CHANGE = {
-    "--row_tokens": "400",
-    "--micro_tokens": "90",
-    "--checkpointing": "on",
-    "--compile": "on",
-    "--device": "cpu",
-    "--save_every": "2",
-    "--keep": "1",
-}
-
-
-def test_every_flag_does_what_it_says(checkpoint, pairs_file, tmp_path):
-    other = write_rows(tmp_path / "other.jsonl", PAIR_ROWS[:3])
-
-    def trained(flags):
-        argv = [x for flag in flags.items() for x in flag]
-        return metrics(run(checkpoint, pairs_file, tmp_path / "out", "--overwrite", *argv))
-
-    plain = trained(BASE_FLAGS)
-    named = {f"--{field.name}" for field in dataclasses.fields(Options)}
-    others = {"--init", "--data", "--out", "--config", "--resume", "--overwrite", "--tensorboard"}
-    others |= {"--on_policy", "--samples", "--max_new_tokens"}
-    others |= {f"--{name}" for name in (*train.LORA_OPTIONS, "init_adapter")}  # test_lora.py
-    others |= {"--plan", "--gpu", "--mfu"}  # test_plan.py
-    assert named == set(CHANGES) | set(OWN) | set(NO_CHANGE) | others
-    for flag, value in CHANGES.items():
-        changed = trained(BASE_FLAGS | {flag: str(other) if value == "other" else value})
-        assert changed != plain, flag
-    for flag, (value, losses) in OWN.items():
-        for loss in losses.split():
-            quick = {"--loss": loss, "--max_steps": "3", "--lr": "1e-2"}
-            assert trained(quick | {flag: value}) != trained(quick), (flag, loss)
-        with pytest.raises(SystemExit):
-            trained(BASE_FLAGS | {flag: value})
-    for flag, value in NO_CHANGE.items():
-        for a, b in zip(trained(BASE_FLAGS | {flag: value}), plain, strict=True):
-            if a["step"] == 1:  # rewards are rounding errors, of either sign
-                a["rewards/accuracies"] = b["rewards/accuracies"]
-            assert a == pytest.approx(b, rel=1e-3, abs=1e-5), flag
-
-
-def test_event_files_hold_the_rows_of_metrics(checkpoint, pairs_file, tmp_path):
-    pytest.importorskip("tensorboard", reason="for those who want event files")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    flags = ("--tensorboard", "--save_every", "2")
-    run(checkpoint, pairs_file, tmp_path / "out", *flags, "--max_steps", "2")
-    train.main(["--resume", "--out", str(tmp_path / "out"), "--max_steps", "3"])
-    found = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
-    for name in ("loss", "eval_logps/chosen"):
-        rows = {r["step"]: r[name] for r in metrics(tmp_path / "out") if name in r}
-        assert {e.step: e.value for e in found.Scalars(name)} == pytest.approx(rows)
-
-
-def test_checkpointing_and_compile_reach_the_model(checkpoint, pairs_file):
-    for flag, attribute in (("--checkpointing", "checkpointing"), ("--compile", "compiled")):
-        for value in ("on", "off"):
-            flags = ["--init", str(checkpoint), "--data", str(pairs_file), flag, value]
-            options, _ = train.parse_options(flags)
-            model = train.load_job(options).model
-            assert getattr(model, attribute) == (value == "on")
-    assert train.Options().compile == "auto" and not model.compiled  # which is off on a CPU
-
-
-def test_every_loss_trains_something_else_and_without_need_no_reference(
-    checkpoint, pairs_file, tmp_path, monkeypatch
-):
-    ends, of_pairs = {}, [name for name in LOSSES if LOSSES[name].answers != "drawn"]
-    for name in of_pairs:
-        flags = ("--loss", name, "--epochs", "1", "--max_steps", "2", "--warmup", "0")
-        rows = metrics(run(checkpoint, pairs_file, tmp_path / name, *flags))
-        ends[name] = (rows[-1]["eval_logps/chosen"], rows[-1]["eval_logps/rejected"])
-        assert ("rewards/chosen" in rows[1]) == LOSSES[name].needs_reference
-        assert (rows[1]["eval_loss"] is None) == LOSSES[name].mismatched
-    assert len(set(ends.values())) == len(of_pairs)
-    monkeypatch.setattr(train, "reference_logps", None)
-    run(checkpoint, pairs_file, tmp_path / "sft-again", "--loss", "sft")
-
-
-def test_kto_learns_from_answers_that_have_no_pair(checkpoint, tmp_path, monkeypatch):
-    logratios, shared = [], LOSSES["kto"].shared
-
-    def spy(*sides):
-        logratios.append(torch.cat([side.logratios for side in sides]))
-        return shared(*sides)
-
-    monkeypatch.setitem(LOSSES, "kto", dataclasses.replace(LOSSES["kto"], shared=spy))
-    sides = [(row, side) for row in PAIR_ROWS for side in ("chosen", "rejected")]
-    rows = [
-        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-        for row, side in sides
-    ]
-    file = write_rows(tmp_path / "labels.jsonl", rows)
-    rows = metrics(run(checkpoint, file, tmp_path / "out", "--loss", "kto", "--epochs", "3"))
-    assert logratios[0].abs().max() < 1e-3 < logratios[-1].abs().max()  # of the reference's own
-    assert len(logratios[0]) == 16 and rows[1]["loss"] == pytest.approx(0.5, abs=1e-5)
-    assert rows[1]["rewards/chosen"] == pytest.approx(0.0, abs=1e-4)
-    assert rows[-1]["loss"] < 0.5
-    with pytest.raises(SystemExit):
-        run(checkpoint, file, tmp_path / "out", "--loss", "dpo")
-
-
-def test_loss_help_prints_the_table_and_stops(capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--loss", "help"])
-    assert stop.value.code == 0 and capsys.readouterr().out == loss_table() + "\n"
-
-
-def test_a_run_says_with_what_it_trains(checkpoint, pairs_file, tmp_path, capsys):
-    flags = ("--loss", "simpo", "--max_steps", "0")
-    run(checkpoint, pairs_file, tmp_path / "out", *flags)
-    assert "means over an answer's tokens, beta 2, gamma 0.5, without" in capsys.readouterr().out
-    run(
-        checkpoint,
-        pairs_file,
-        tmp_path / "out",
-        *flags,
-        "--gamma",
-        "3",
-        "--beta",
-        "4",
-        "--overwrite",
-    )
-    assert "beta 4, gamma 3, without" in capsys.readouterr().out
-
-
-SUMMED_LOG_RATIOS = (
-    "dpo mio bce nwj dv cdpo robust hinge apo_zero apo_down exo sppo dpop rpo kto rlhf"
-)
-
-
-def test_default_betas_and_the_demonstrations(checkpoint, pairs_file):
-    for name, loss in LOSSES.items():
-        demo, _ = train.parse_options(["--loss", name])
-        own, _ = train.parse_options(
-            ["--loss", name, "--init", str(checkpoint), "--data", str(pairs_file)]
-        )
-        assert own.beta == loss.beta
-        assert demo.beta == loss.beta * (5 if name in SUMMED_LOG_RATIOS.split() else 1)
-
-
-def test_reference_is_computed_once_and_never_taken_from_other_weights_or_pairs(
-    checkpoint, pairs_file, tmp_path, monkeypatch, capsys
-):
-    rows = metrics(run(checkpoint, pairs_file, tmp_path / "one", "--overwrite"))
-    run(checkpoint, pairs_file, tmp_path / "two", "--loss", "dpo")
-    assert "reference log-probs: found" in capsys.readouterr().out
-    (file,) = (tmp_path / "cache").iterdir()
-    truth = file.read_bytes()
-    for damage in (b"", truth[:-8], truth[:-4] + b"\x00\x00\xc0\x7f"):  # empty, cut, a NaN
-        file.write_bytes(damage)
-        assert metrics(run(checkpoint, pairs_file, tmp_path / "one", "--overwrite")) == rows
-        assert file.read_bytes() == truth
-    flipped = bytearray(truth)
-    flipped[-6] ^= 1  # a bit of a number: what was written is under a hash
-    file.write_bytes(flipped)
-    assert metrics(run(checkpoint, pairs_file, tmp_path / "one", "--overwrite")) == rows
-    assert file.read_bytes() == truth
-    save_file({"logps": torch.zeros(20, 2)}, file, metadata={"key": "of something else"})
-    assert metrics(run(checkpoint, pairs_file, tmp_path / "one", "--overwrite")) == rows
-    run(checkpoint, pairs_file, tmp_path / "one", "--overwrite", "--dtype", "bfloat16")
-    write_rows(pairs_file, PAIR_ROWS[:-1])
-    run(checkpoint, pairs_file, tmp_path / "one", "--overwrite")
-    tiny_model(seed=7).save_pretrained(checkpoint)
-    run(checkpoint, pairs_file, tmp_path / "one", "--overwrite")
-    assert len(list((tmp_path / "cache").iterdir())) == 4
-
-
-def test_a_wrong_reference_or_loss_is_noticed_before_the_first_update(
-    checkpoint, pairs_file, tmp_path, monkeypatch
-):
-    right = train.reference_logps
-    monkeypatch.setattr(train, "reference_logps", lambda job: right(job).flip(1))
-    with pytest.raises(AssertionError, match="policy and reference differ"):
-        run(checkpoint, pairs_file, tmp_path / "out")
-    monkeypatch.undo()
-    wrong = dataclasses.replace(LOSSES["dpo"], function=LOSSES["mio"].function)
-    monkeypatch.setitem(LOSSES, "dpo", wrong)
-    with pytest.raises(AssertionError, match="step 0: loss 1.386294, not 0.693147"):
-        run(checkpoint, pairs_file, tmp_path / "out", "--overwrite", "--loss", "dpo")
-
-
-def test_no_run_or_file_is_lost_without_a_word(checkpoint, pairs_file, tmp_path, capsys):
-    out = run(checkpoint, pairs_file, tmp_path / "out", "--save_every", "1")
-    (out / "notes.txt").write_text("dear")
-    with pytest.raises(SystemExit) as stop:
-        run(checkpoint, pairs_file, out, "--loss", "dpo")
-    assert stop.value.code == 2
-    error = "--out {}: holds a finished run; --overwrite replaces it, another --out keeps it"
-    assert error.format(out) in capsys.readouterr().err
-    run(checkpoint, pairs_file, out, "--loss", "dpo", "--overwrite")
-    assert json.loads((out / "train_config.json").read_text())["loss"] == "dpo"
-    assert not (out / "checkpoints").exists() and (out / "notes.txt").read_text() == "dear"
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    for place in (tmp_path / "mine", checkpoint, tmp_path, pairs_file):
-        with pytest.raises(SystemExit):
-            run(checkpoint, pairs_file, place)
-    with pytest.raises(SystemExit):  # it would move away what it starts from
-        run(out, pairs_file, out)
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
-
-
-def test_a_bad_folder_is_refused_before_the_demonstration_makes_anything(tmp_path, capsys):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    (tmp_path / "theirs" / "base").mkdir(parents=True)
-    (tmp_path / "theirs" / "base" / "model.safetensors").write_text("a model of mine")
-    before = sorted(tmp_path.rglob("*"))
-    for flags in (
-        ["--out", "mine"],
-        ["--out", "mine/thesis.txt"],
-        ["--out", "base"],
-        ["--out", "theirs/run"],
-        ["--out", "run", "--max_length", "40"],
-    ):
-        with pytest.raises(SystemExit) as stop:
-            train.main([flags[0], str(tmp_path / flags[1]), *flags[2:]])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and "--" in error and error.count("\n") == 1
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_weights_that_are_not_numbers_are_refused(checkpoint, pairs_file, tmp_path, capsys):
-    model = tiny_model()
-    torch.nn.init.constant_(model.model["norm"].weight, float("nan"))
-    model.save_pretrained(checkpoint)
-    with pytest.raises(SystemExit) as stop:
-        run(checkpoint, pairs_file, tmp_path / "out")
-    assert stop.value.code == 2 and "has values that are not finite" in capsys.readouterr().err
+    assert not torch.equal(a["model.norm.weight"], start["model.norm.weight"])
 
 
 def test_zero_steps_leave_the_weights_alone(checkpoint, pairs_file, tmp_path):
@@ -486,247 +517,116 @@ def test_zero_steps_leave_the_weights_alone(checkpoint, pairs_file, tmp_path):
     assert [row["step"] for row in metrics(folder)] == [0]
 
 
-def test_one_pair_and_batches_larger_than_the_data(checkpoint, tmp_path):
+def test_one_pair_trains_in_a_batch_larger_than_the_data(checkpoint, tmp_path, capsys):
     file = write_rows(tmp_path / "one.jsonl", PAIR_ROWS[:1])
     flags = ("--eval_fraction", "0", "--batch_size", "64")
     rows = metrics(run(checkpoint, file, tmp_path / "out", *flags))
     assert [row["step"] for row in rows] == [0, 1] and "eval_loss" not in rows[1]
+    assert "Δ chosen" not in capsys.readouterr().out  # there is nothing for the table
 
 
-def test_config_file_is_read_and_flags_win(checkpoint, pairs_file, tmp_path):
-    first = run(checkpoint, pairs_file, tmp_path / "out", "--beta", "0.7", "--loss", "bce")
-    again = train.main(
-        ["--config", str(first / "train_config.json"), "--out", str(tmp_path / "again")]
-    )
-    assert metrics(first) == metrics(again)
-    config = ["--config", str(first / "train_config.json")]
-    other = train.main([*config, "--out", str(again), "--beta", "0.1", "--overwrite"])
-    written = json.loads((other / "train_config.json").read_text())
-    assert (written["beta"], written["loss"]) == (0.1, "bce")
-    options, _ = train.parse_options([*config, "--loss", "simpo"])  # another loss's beta is not its
-    assert (options.beta, options.out) == (LOSSES["simpo"].beta, "out/simpo")
-    assert options.data == str(pairs_file)
-
-
-def test_config_with_an_unknown_option_is_refused(checkpoint, pairs_file, tmp_path, capsys):
-    for content, match in (
-        ({"lrr": 1}, "no option 'lrr'"),
-        ({"epochs": 2.7}, "--epochs 2.7: expected int"),
-        ({"epochs": True}, "expected int"),
-        ({"epochs": float("inf")}, "Infinity is no number"),
-    ):
-        (tmp_path / "c.json").write_text(json.dumps(content))
-        with pytest.raises(SystemExit):
-            run(checkpoint, pairs_file, tmp_path / "out", "--config", str(tmp_path / "c.json"))
-        assert match in capsys.readouterr().err
-
-
-def test_no_git_and_no_infinity_in_json(checkpoint, pairs_file, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    folder = run(checkpoint, pairs_file, tmp_path / "out", "--eval_fraction", "0.04")
-    assert json.loads((folder / "train_config.json").read_text())["commit"] is None
-    table = json.loads((folder / "summary.json").read_text())["table"]
-    assert table["mio"]["reward"]["n"] == 1 and table["mio"]["reward"]["error"] is None
-    row = train.strict_json({"eval_mi/nwj": -math.inf, "loss": 1.0})
-    assert json.loads(row) == {"eval_mi/nwj": None, "loss": 1.0}
-
-
-def test_every_shard_of_the_initial_weights_counts_for_the_reference(
-    checkpoint, pairs_file, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(model_module, "MAX_SHARD_BYTES", 20_000)
-    model = tiny_model()
-    names = [name for name, _ in model.named_parameters()]
-    for name in (names[0], names[-1]):  # in the first shard, in the last
-        with torch.no_grad():
-            model.get_parameter(name).mul_(1.01)
-        model.save_pretrained(checkpoint)
-        run(checkpoint, pairs_file, tmp_path / "out", "--max_steps", "1", "--overwrite")
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
-def test_a_loss_that_is_not_finite_stops_with_step_and_pairs_named(
-    checkpoint, pairs_file, tmp_path, capsys
+def test_training_stops_at_a_loss_or_at_weights_that_are_not_finite(
+    checkpoint, pairs_file, tmp_path
 ):
     before = (checkpoint / "model.safetensors").read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        run(checkpoint, pairs_file, tmp_path / "out", "--lr", "1e30", "--warmup", "0")
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2
-    assert "train.py: error: step 2: " in error and "from line " in error and "--lr" in error
-    assert not (tmp_path / "out" / "model.safetensors").exists()
-    with pytest.raises(SystemExit) as stop:  # in the last step, which no other follows
-        run(checkpoint, pairs_file, tmp_path / "last", "--lr", "1e39", "--max_steps", "1")
-    assert stop.value.code == 2 and "weights not finite" in capsys.readouterr().err
+    inputs = ["--init", checkpoint, "--data", pairs_file, "--batch_size", "8", "--warmup", "0"]
+    for log_every in ("1", "3"):  # the step is named, even if its losses are read later
+        flags = ("--lr", "1e30", "--log_every", log_every, "--overwrite")
+        error = refused(*inputs, *flags, "--out", tmp_path / "out")
+        assert "error: step 2: loss or gradient not finite, from line" in error and "--lr" in error
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+    # No loss shows what the last step does to the weights.
+    error = refused(*inputs, "--lr", "1e39", "--max_steps", "1", "--out", tmp_path / "last")
+    assert "step 1: weights not finite; try a lower --lr" in error
     assert not (tmp_path / "last" / "model.safetensors").exists()
     assert (checkpoint / "model.safetensors").read_bytes() == before
 
 
-# --- Bad input ------------------------------------------------------------------------------------
+# --- Flags ----------------------------------------------------------------------------------------
 
-
-def break_config(checkpoint):
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-
-
-def break_weights(checkpoint):
-    tensors = load_file(checkpoint / "model.safetensors")
-    tensors.pop("model.norm.weight")
-    save_file(tensors, checkpoint / "model.safetensors")
-
-
-def shrink_vocabulary(checkpoint):
-    tiny_model(vocab_size=200, bos_token_id=0, eos_token_id=1).save_pretrained(checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("flags", "match"),
-    [
-        (["--beta", "0"], "--beta 0.0: must be more than 0"),
-        (["--beta", "-1"], "--beta -1.0: must be more than 0"),
-        (["--beta", "nan"], "--beta nan: must be more than 0"),
-        (["--beta", "inf"], "--beta inf: must be more than 0, at most"),
-        (["--grad_clip", "inf"], "--grad_clip inf: must be at least 0 and finite"),
-        (["--epochs", "1" + 20 * "0"], "must be at least 1, at most 2147483648"),
-        (["--loss", "a\nb"], "--loss a b: choose from"),
-        (["--eval_fraction", "0.01", "--data", "one"], "1 different prompts are too few"),
-        (["--beta", "much"], "--beta much: expected float"),
-        (["--lr", "0"], "--lr 0.0: must be more than 0"),
-        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
-        (["--batch_size", "2.5"], "--batch_size 2.5: expected int"),
-        (["--eval_fraction", "0.95"], "--eval_fraction 0.95: must be at least 0, at most 0.9"),
-        (["--loss", "nope"], "--loss nope: choose from dpo, mio"),
-        (["--gamma", "1"], "--gamma: --loss mio does not use it; see --loss help"),
-        (["--loss", "robust", "--label_smoothing", "0.5"], "must be at least 0, at most 0.49"),
-        (["--nope", "1"], "unrecognized arguments: --nope 1"),
-        (["--bet", "1"], "unrecognized arguments: --bet 1"),
-        (["--beta"], "argument --beta: expected one argument"),
-        (["--device", "warp"], "--device warp: not available"),
-        (["--device", "meta"], "--device meta: not available"),
-        (["--beta", ""], "--beta : expected float"),
-        (["--init", ""], "--init FOLDER is missing"),
-        (["--init", "gone"], "gone: there is no such checkpoint folder"),
-        (["--out", "one/out"], "one.jsonl/out: Not a directory"),
-        (["--data", "gone.jsonl"], "gone.jsonl: No such file"),
-        (["--data", ""], "--data FILE.jsonl is missing"),
-        (["--eval_data", "gone.jsonl"], "gone.jsonl: No such file"),
-        (["--config", "gone.json"], "gone.json: No such file"),
-        (["--row_tokens", "0"], "--row_tokens 0: must be at least 1"),
-        (["--max_length", "20"], "pairs.jsonl: no rows to train on: 23 of 23 rows dropped"),
-        (break_config, "model_type 'mamba'"),
-        (break_weights, "model.norm.weight is missing"),
-        (shrink_vocabulary, "ids up to 257, the model has 200"),
-    ],
+SMALL = {"--loss": "mio", "--eval_every": "2", "--batch_size": "3", "--eval_fraction": "0.25",
+         "--epochs": "2"}  # fmt: skip
+# Two steps in which a chosen answer loses probability, which dpop differs from dpo by.
+QUICK = SMALL | {"--epochs": "1", "--lr": "1e-2", "--warmup": "0", "--seed": "2"}
+CHANGES = {
+    "--loss": "dpo", "--beta": "0.9", "--epochs": "1", "--max_steps": "2", "--batch_size": "5",
+    "--max_length": "50", "--lr": "2e-3", "--warmup": "0.9", "--schedule": "constant",
+    "--weight_decay": "0.5", "--grad_clip": "0.01", "--seed": "2", "--dtype": "bfloat16",
+    "--eval_fraction": "0.4", "--eval_every": "1", "--log_every": "3", "--eval_data": "OTHER",
+}  # fmt: skip
+# Options of losses: a value, and the losses that have the option.
+OWN = {
+    "--label_smoothing": ("0.3", "cdpo robust"),
+    "--epsilon": ("0.3", "exo"),
+    "--gamma": ("3", "simpo"),
+    "--alpha": ("0.2", "rpo cpo"),
+    "--dpop_lambda": ("1", "dpop"),
+}
+# Flags of memory and place: the metrics stay as they are, up to rounding.
+NO_CHANGE = {
+    "--row_tokens": "400", "--micro_tokens": "90", "--checkpointing": "on", "--compile": "on",
+    "--device": "cpu", "--save_every": "2", "--keep": "1",
+}  # fmt: skip
+ELSEWHERE = (
+    "init data out config resume overwrite tensorboard on_policy samples max_new_tokens lora_rank "
+    "lora_alpha lora_targets lora_rslora init_adapter plan gpu mfu"
 )
-def test_bad_input_is_one_line_and_writes_nothing(
-    flags, match, checkpoint, pairs_file, tmp_path, capsys
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A function from flags to the metrics of a run on eight pairs."""
+    tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "init")
+    byte_tokenizer().save(tmp_path / "init")
+    data = write_rows(tmp_path / "eight.jsonl", PAIR_ROWS[:8])
+
+    def metrics_of(flags: dict[str, str]) -> list[dict]:
+        argv = [word for flag in flags.items() for word in flag]
+        return metrics(run(tmp_path / "init", data, tmp_path / "out", "--overwrite", *argv))
+
+    return metrics_of
+
+
+def test_every_flag_has_a_test():
+    names = {f"--{field.name}" for field in dataclasses.fields(Options)}
+    assert names == {*CHANGES, *OWN, *NO_CHANGE, *(f"--{name}" for name in ELSEWHERE.split())}
+
+
+def test_every_flag_of_the_mathematics_changes_the_metrics(trained, tmp_path):
+    other = str(write_rows(tmp_path / "other.jsonl", PAIR_ROWS[:3]))
+    plain = trained(SMALL)
+    for flag, value in CHANGES.items():
+        assert trained(SMALL | {flag: value.replace("OTHER", other)}) != plain, flag
+    for flag, (value, losses) in OWN.items():
+        for loss in losses.split():
+            plain = trained(QUICK | {"--loss": loss})
+            assert trained(QUICK | {"--loss": loss, flag: value}) != plain, (flag, loss)
+
+
+def test_flags_of_memory_and_place_change_no_metric(trained, monkeypatch):
+    compiled = []  # what --compile would compile, which takes a minute
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(f) or f)
+    monkeypatch.setattr(mio, "_compiled_to_residual", mio._to_residual)
+    plain = trained(SMALL)
+    for flag, value in NO_CHANGE.items():
+        rows = trained(SMALL | {flag: value})
+        assert len(compiled) == (flag == "--compile"), flag  # the model's block
+        compiled.clear()
+        for row, expected in zip(rows, plain, strict=True):
+            if row["step"] == 1:  # rewards are rounding errors, of either sign
+                row["rewards/accuracies"] = expected["rewards/accuracies"]
+            assert row == pytest.approx(expected, rel=1e-3, abs=1e-5), flag
+
+
+def test_each_loss_trains_other_weights_and_logs_rewards_if_it_has_a_reference(
+    trained, monkeypatch
 ):
-    if callable(flags):
-        flags(checkpoint)
-        flags = []
-    one = write_rows(tmp_path / "one.jsonl", PAIR_ROWS[:1])
-    flags = [flag.replace("one", str(one)) if flag[:3] == "one" else flag for flag in flags]
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as stop:
-        run(checkpoint, pairs_file, tmp_path / "out", *flags)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.startswith("train.py: error: ") and match in error
-    assert error.count("\n") == 1 and error.endswith("\n")
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_pair_beyond_the_models_positions_is_refused(checkpoint, tmp_path, capsys):
-    file = write_rows(tmp_path / "long.jsonl", [PAIR_ROWS[0] | {"prompt": "x" * 300}] * 2)
-    with pytest.raises(SystemExit):
-        run(checkpoint, file, tmp_path / "out", "--eval_fraction", "0")
-    assert "the model reads 256; lower --max_length" in capsys.readouterr().err
-    run(checkpoint, file, tmp_path / "out", "--eval_fraction", "0", "--max_length", "200")
-
-
-# --- The demonstration ----------------------------------------------------------------------------
-
-
-def test_pairs_are_right_against_wrong_from_what_the_base_answered(tmp_path, monkeypatch):
-    tiny_model().save_pretrained(tmp_path)
-    byte_tokenizer().save(tmp_path)
-
-    def answers(model, tokenizer, prompts, samples, seed):
-        wrong = ["1+1=2\n#### 1000", "", " ", "#### x", "1+1=2\n#### 1000"]
-        return [
-            [solution(p), *wrong, solution(p)] if i % 3 else wrong for i, p in enumerate(prompts)
-        ]
-
-    monkeypatch.setattr(train.evaluation, "sample_answers", answers)
-    settings = {"prompts": 30, "held_out": 12, "samples": 7, "per_prompt": 2}
-    monkeypatch.setattr(train, "PAIRS", settings)
-    train.make_pairs(tmp_path, 0, "cpu")
-    for name, count, split in (("pairs", 30, "train"), ("heldout_pairs", 12, "test")):
-        rows = [json.loads(x) for x in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        assert len(rows) == count - count // 3
-        for row in rows:
-            assert row["chosen"] == solution(row["prompt"])
-            assert row["rejected"] == "1+1=2\n#### 1000"
-            assert data.split_of(row["prompt"]) == split
-
-
-def test_the_demonstration_from_end_to_end_in_small(tmp_path, monkeypatch, capsys):
-    """Which problems are trained on and graded, how answers are drawn, and every sign of the
-    table, with answers that are given instead of generated."""
-    calls = []
-
-    def answers(model, tokenizer, prompts, samples=1, temperature=1.0, seed=0):
-        calls.append((data.split_of(prompts[0]), samples, temperature))
-        assert len({data.split_of(prompt) for prompt in prompts}) == 1
-        share = 2 if len([c for c in calls if c[0] == "test" and c[2] == 0]) < 2 else 1
-        good = [i % share == 0 for i in range(len(prompts))]
-        return [
-            [solution(p)] * samples if right and samples != 3 else [solution(p), "#### 77", ""]
-            if samples == 3 else ["#### 77"] * samples
-            for p, right in zip(prompts, good)
-        ]  # fmt: skip
-
-    trained = []
-
-    def pair(tokenizer, prompt, chosen, rejected):
-        trained.append(data.split_of(prompt))
-        assert chosen == solution(prompt) and rejected is None
-        return data.make_pair(tokenizer, prompt, chosen, rejected)
-
-    monkeypatch.setattr(train, "make_pair", pair)
-    monkeypatch.setattr(train.evaluation, "sample_answers", answers)
-    monkeypatch.setattr(train.evaluation, "TEST_PROBLEMS", 20)
-    base = {"batch_size": 8, "check_every": 2, "problems": 10, "target": 0.5, "most": 1.0}
-    monkeypatch.setattr(train, "BASE", train.BASE | base)
-    monkeypatch.setattr(
-        train, "PAIRS", {"prompts": 40, "held_out": 9, "samples": 3, "per_prompt": 2}
-    )
-    monkeypatch.setattr(train, "tqdm", functools.partial(train.tqdm, disable=True))  # as some do
-    out = str(tmp_path / "sft")
-    folder = train.main(["--loss", "sft", "--out", out, "--epochs", "1", "--max_steps", "2"])
-    assert json.loads((tmp_path / "base" / "base.json").read_text())["steps"] == 2
-    assert set(trained) == {"train"} and len(trained) == 16
-    graded = [("test", 1, 0), ("test", 8, 1.0)]
-    assert calls == [("validation", 1, 0), ("train", 3, 1.0), ("test", 3, 1.0), *graded, *graded]
-    table = json.loads((folder / "summary.json").read_text())["table"]
-    assert table["base"]["greedy"]["mean"] == 0.5 and table["sft"]["greedy"]["mean"] == 1.0
-    assert table["change"]["greedy"]["mean"] == 0.5
-    assert table["sft"]["Δ chosen"]["mean"] > 0  # supervised training on the chosen
-    assert table["sft"]["Δ chosen"]["n"] == 9
-    config = json.loads((folder / "train_config.json").read_text())
-    assert config["init"] == str(tmp_path / "base")
-    capsys.readouterr()
-    train.main(["--loss", "mio", "--out", str(tmp_path / "mio"), "--max_steps", "1"])
-    said = capsys.readouterr().out
-    assert "base model: found" in said and "pairs: found" in said and "beta 1," in said
-    assert "the base model on the held-out" not in said
-    (tmp_path / "base" / "pairs.jsonl").unlink()  # what is gone is made again
-    train.main(["--loss", "dpo", "--out", str(tmp_path / "dpo"), "--max_steps", "1"])
-    said = capsys.readouterr().out
-    assert "pairs: drawn" in said and "base model: found" in said and "beta 0.5," in said
-    monkeypatch.setattr(train, "BASE", train.BASE | {"batch_size": 4})  # another base, other pairs
-    train.main(["--loss", "dpo", "--out", str(tmp_path / "two"), "--max_steps", "1"])
-    said = capsys.readouterr().out
-    assert "base model: supervised" in said and "pairs: drawn" in said
-    assert "the base model on the held-out" in said
+    ends, of_pairs = {}, [name for name in LOSSES if LOSSES[name].answers != "drawn"]
+    for name in of_pairs:
+        rows = trained(QUICK | {"--loss": name})
+        ends[name] = (rows[-1]["eval_logps/chosen"], rows[-1]["eval_logps/rejected"])
+        assert ("rewards/chosen" in rows[1]) == LOSSES[name].needs_reference
+        assert (rows[2]["eval_loss"] is None) == (name == "kto")
+    assert len(set(ends.values())) == len(of_pairs)
+    monkeypatch.setattr(job_module, "reference_logps", None)  # sft must not call it
+    trained(QUICK | {"--loss": "sft"})
