@@ -73,11 +73,9 @@ class Pairs(Sequence):
 
 
 def encode_example(example: Example, tokenizer: Tokenizer) -> Pair:
-    """Encodes the prompt and each answer by itself and appends one end token to an answer.
-
-    Training and generation thus split a text between prompt and answer at the same token. In a
-    conversation the chat template decides how an answer ends.
-    """
+    """Encodes the prompt and each answer by itself, so that training and generation split a text
+    at the same token, and appends one end token to an answer. In a conversation the chat template
+    decides how an answer ends."""
     answers = example.chosen, example.rejected
     if isinstance(example.prompt, list):
         prompt, found = tokenizer.turns(example.prompt, [a for a in answers if a is not None])
@@ -129,11 +127,9 @@ def read_pairs(path, tokenizer: Tokenizer, max_length: int) -> tuple[Pairs, Repo
 
 
 def load_pairs(path, tokenizer: Tokenizer, max_length: int = 1024) -> Pairs:
-    """Reads a JSONL file, plain or .gz, of any of the row forms in support/rows.py.
-
-    Prints to standard error how many rows were dropped or truncated, and why. Raises OSError, or
-    ValueError that names file and line of a malformed row, or says why no row is left.
-    """
+    """Reads a JSONL file, plain or .gz, of any row form (support/rows.py), and prints to standard
+    error which rows were dropped or truncated. Raises OSError, or ValueError that names file and
+    line of a malformed row, or says why no row is left."""
     pairs, report = read_pairs(path, tokenizer, max_length)
     if not pairs:
         why = "; ".join(report.lines()) or f"the file is empty; {ROW_FORMS}"
@@ -169,11 +165,8 @@ ROW_TOKENS, MICRO_TOKENS = 128, 4096  # defaults: tokens of a row, and of a forw
 
 class Batch(NamedTuple):
     """B complete pairs in rows that lie end to end; each pair is laid out once as prompt, chosen,
-    rejected.
-
-    The last token of an answer is a target but no input, so it is not laid out. T counts the tokens
-    of all rows, plus padding if a fixed length was asked for.
-    """
+    rejected. The last token of an answer is a target but no input, so it is not laid out. T counts
+    the tokens of all rows, plus padding if a fixed length was asked for."""
 
     tokens: Tensor  # (1, T) ids
     positions: Tensor  # (1, T); the rejected answer continues from the end of the prompt
@@ -205,10 +198,9 @@ class StepData(NamedTuple):
 
 
 def attention_rule(batch: Batch, window: int | None = None) -> Callable:
-    """Which tokens attend to which, as a mask_mod of FlexAttention.
-
-    A token attends to the earlier tokens of its own pair that belong to the prompt or to its own
-    segment; with a sliding window, to those fewer than `window` positions back."""
+    """Which tokens attend to which, as a mask_mod of FlexAttention: a token attends to the earlier
+    tokens of its own pair that belong to the prompt or to its own segment, and with a sliding
+    window only to those fewer than `window` positions back."""
     pair, segment, position = batch.pair, batch.segment, batch.positions[0]
 
     def rule(_batch, _head, query, key):

@@ -53,8 +53,7 @@ def answer_logps(
     """Summed log-probabilities of the answers of each row, (answers,) in nats, on the CPU.
 
     rows: the ids of a prompt and of any number of answers. Packing, head and precision are those of
-    training. `batches` packs a list of rows; it may leave out rows that another process computes,
-    whose log-probs are then 0.
+    training. `batches` may leave out rows for another process; their log-probs are 0 here.
     """
     device = model.head_weight.device
     logps = [torch.zeros(len(row) - 1) for row in rows]
@@ -89,11 +88,8 @@ def pair_logps(model: Llama, pairs: Pairs, *layout) -> Tensor:
 
 
 def preference_values(logps: Tensor, ref_logps: Tensor | None, beta: float) -> dict[str, Tensor]:
-    """The values that are logged for each pair, (pairs,) each, under TRL's names.
-
-    logps, ref_logps: (pairs, 2) of chosen and rejected answers, NaN for a missing answer. Without a
-    reference there are no rewards.
-    """
+    """The values that are logged for each pair, (pairs,) each, under TRL's names. logps, ref_logps:
+    (pairs, 2), NaN for a missing answer. Without a reference there are no rewards."""
     values = {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
     if ref_logps is not None:
         chosen, rejected = (beta * (logps - ref_logps)).unbind(dim=1)
@@ -196,9 +192,7 @@ def pair_blocks(model, tokenizer, reference, path, title, pairs: Pairs, options,
 
 def evaluate(run: Run, shots: dict[str, str], options: "Options") -> tuple[dict, dict]:
     """Evaluates a run on all of its data. `shots` maps a file to the text before its prompts.
-
-    Returns title -> columns of a table, and title -> the texts of each item's answers or the
-    log-probs of its choices."""
+    Returns title -> columns of a table, and title -> answers or log-probs of choices, by item."""
     blocks, answers, dtype = {}, {}, getattr(torch, options.dtype)
     load = functools.cache(lambda dtype: load_checkpoint(run.folder, options.device, dtype))
     reference = functools.cache(lambda: load_reference(run.training, options.device))
@@ -289,10 +283,8 @@ def resolve(options: Options, runs: list[str]) -> Options:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Evaluates and compares runs, prints tables and writes the results.
-
-    Returns run (as named in argv) -> column -> mean; with several files the columns are called
-    "FILE: column"."""
+    """Evaluates and compares runs, prints tables and writes the results. Returns run (as named in
+    argv) -> column -> mean; with several files the columns are called "FILE: column"."""
     parser, runs, data, options = parse_options(argv)
     names = {Path(run).name: run for run in runs}
     names = names if len(names) == len(runs) else {run: run for run in runs}

@@ -233,12 +233,9 @@ class Llama(nn.Module):
         mask: Mask = None,
         cache: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm: tokens (B, T) -> (B, T, D).
-
-        positions: (B, T), or None for 0, 1, 2, ...
-        mask: as in `attend`. A list or a BlockMask must already respect a sliding window.
-        cache: (layers, 2, B, K, capacity, E) stores keys and values at their positions.
-        """
+        """Hidden states after the final norm: tokens (B, T) -> (B, T, D). positions: (B, T), or
+        None for 0, 1, 2, ... mask: as in `attend`; a list or a BlockMask must already respect a
+        sliding window. cache: (layers, 2, B, K, capacity, E) stores keys and values."""
         assert tokens.dim() == 2, f"tokens must be (B, T), not {tuple(tokens.shape)}"
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -274,11 +271,8 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Llama":
-        """Loads a checkpoint folder: config.json and one safetensors file or shards.
-
-        Every tensor must be present with its shape, and no other tensor may be. Raises OSError or
-        ValueError that names the file and what is wrong.
-        """
+        """Loads a checkpoint folder. Every tensor must be present with its shape, and no other may
+        be. Raises OSError or ValueError that names the file and what is wrong."""
         folder = Path(folder)
         config = ModelConfig.from_hf(read_json(folder / "config.json"))
         with torch.device("meta"):  # shapes without memory

@@ -133,8 +133,7 @@ def train_step(
     """Makes one optimizer step on the pairs of `data`. check(losses, logps) runs before the update.
 
     Returns the loss of each pair (B,), log-probs (B, 2) and the norm of the gradient before
-    clipping, on the model's device. The weights stay as they are if a loss or the gradient is not
-    finite.
+    clipping, on the model's device. A loss or gradient that is not finite changes no weight.
     """
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     losses, logps, own = [], [], loss_options(options)
@@ -203,10 +202,8 @@ def learning_rate(options: Options, step: int, steps: int) -> float:
 
 
 def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dict]:
-    """Trains job.model in place from `progress` on; writes metrics.jsonl and checkpoints. Stops
-    early after a signal.
-
-    Returns the held-out pairs' log-probs (pairs, 2) and the metrics of the last step."""
+    """Trains job.model in place from `progress` on, and stops early after a signal. Returns the
+    held-out pairs' log-probs (pairs, 2) and the metrics of the last step."""
     options, model, world, tokens = job.options, job.model, job.world, progress.num_tokens
     optimizer = make_optimizer(model, options)
     checkpoints.put_moments(model, optimizer, progress.moments, world)
@@ -270,9 +267,9 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
 def step_data(job: Job, progress: Progress, step: int) -> StepData:
     """The data of step 1, 2, ..., a function of seed and step (and of the weights, if drawn)."""
     epoch, place = divmod(step - 1, job.per_epoch)
+    size, layout = prompts_per_step(job.options), job.layout
     rows = epoch_order(len(job.questions or job.pairs), job.options.seed, epoch).tolist()
-    size = prompts_per_step(job.options)
-    rows, layout = rows[place * size : (place + 1) * size], job.layout
+    rows = rows[place * size : (place + 1) * size]
     pairs, ref_logps, advantages, metrics = job.pairs, progress.ref_logps, None, {}
     if job.questions:
         pairs, ref_logps, advantages, metrics = draw_pairs(job, step, rows)
@@ -345,9 +342,8 @@ def training_metrics(job: Job, data: StepData, logps: Tensor) -> dict[str, float
 
 
 def held_out_metrics(job: Job, logps: Tensor, start_logps: Tensor) -> dict[str, float]:
-    """The metrics of the held-out pairs, from log-probs now and at step 0, (pairs, 2) each.
-
-    The loss is NaN for kto, whose K no held-out row has, and for rlhf, which needs advantages."""
+    """The metrics of the held-out pairs, from log-probs now and at step 0, (pairs, 2) each. The
+    loss is NaN for kto, whose K needs mismatched pairs, and for rlhf, which needs advantages."""
     if not job.held_out:
         return {}
     options, metrics = job.options, {"loss": math.nan}
@@ -365,9 +361,8 @@ def held_out_metrics(job: Job, logps: Tensor, start_logps: Tensor) -> dict[str, 
 
 
 def finish(job: Job, start: Tensor, end: Tensor, last: dict, began: float) -> None:
-    """Writes the checkpoint and summary.json, and prints the table.
-
-    start, end: log-probs of the held-out pairs at step 0 and after the last step, (pairs, 2)."""
+    """Writes the checkpoint and summary.json, and prints the table. start, end: log-probs of the
+    held-out pairs at step 0 and after the last step, (pairs, 2)."""
     options, folder, init = job.options, Path(job.options.out), Path(job.options.init)
     if lora.lora_of(job.model):
         lora.save_adapter(job.model, folder / "adapter", options.init)

@@ -20,18 +20,19 @@ TEXT = """# Best against best
 
 **{verdict}**
 
-**Question.** Which loss answers most problems right, each tuned on the same grid?
+**Question.** Which loss solves the most problems if each loss is tuned on the same grid?
 
 **Expected before the run.** At matched settings sft and dpo were ahead of mio
-([demonstration.md](demonstration.md)); tuning, mio with a smaller beta, should close the gap, and
-most losses should end within two points of one another.
+([demonstration.md](demonstration.md)). Tuning, with a smaller beta for mio, should close the gap,
+and most losses should end within two points of each other.
 
 `python results/best.py`: {provenance}.
-{pairs:,} pairs, {epochs} epochs; learning rates {rates} by
-{scales} times the demonstration's beta, the best by greedy accuracy on 1,000 validation problems
-of seed {tuned_on}. Then seeds {seeds}, on which nothing was tuned: greedy accuracy on 1,000 test
-problems over that of the base ({base}), points; change of held-out
-log-probs, nats; means of seeds (lowest, highest).
+Each run trains on {pairs:,} pairs for {epochs} epochs. The grid has the learning rates {rates}
+and {scales} times the demonstration's beta. The setting with the highest greedy accuracy on 1,000
+validation problems of seed {tuned_on} is the best one, and it is run again on seeds {seeds}, on
+which nothing was tuned. The gain is the greedy accuracy on 1,000 test problems minus that of the
+base ({base}), in points; Δ is the change of held-out log-probs,
+in nats. Cells are means of seeds (lowest, highest).
 
 ![Gains by loss](best.png)
 
@@ -39,17 +40,18 @@ log-probs, nats; means of seeds (lowest, highest).
 |---|---|---|---|---|---|---|
 {table}
 
-Difference from mio on the same problems of these seeds, points, 95 % paired bootstrap over
-problems:
+The difference from mio on the same problems of these seeds, in points, with its 95 % bootstrap
+interval, paired by problem:
 
 | | points |
 |---|---|
 {differences}
 
-**What it does not show.** {count} seeds: the intervals are over problems, not over bases. Four
-settings a loss, two where beta plays no part: {edge} of {losses} losses chose the grid's lowest
-learning rate and {small} its smallest beta, so a wider grid could help them, above all those that
-end below the base. One small task of one kind, short training.
+**What it does not show.** There are {count} seeds, and the intervals are over problems, not over
+base models. Each loss has four settings, or two if it has no beta. {edge} of {losses} losses chose
+the lowest learning rate of the grid and {small} its smallest beta, so a wider grid could help
+them, above all those that end below the base. This is one small task of one kind, with short
+training.
 """
 
 
@@ -115,8 +117,8 @@ def main() -> None:
             differences.append(f"| {loss} | {100 * d.mean:+.1f} [{100 * d.low:+.1f}, "
                                f"{100 * d.high:+.1f}] |")  # fmt: skip
     text = TEXT.format(
-        verdict=f"{order[0]} is first of {len(order)} by mean gain, mio number "
-        f"{order.index('mio') + 1}, dpo number {order.index('dpo') + 1}.",
+        verdict=f"By mean gain {order[0]} is first of {len(order)} losses, mio is number "
+        f"{order.index('mio') + 1}, and dpo is number {order.index('dpo') + 1}.",
         provenance=provenance(made), rates=" and ".join(f"{r:g}" for r in RATES),
         scales=", ".join(f"{s:g}" for s in SCALES), tuned_on=TUNED_ON, pairs=PAIRS, epochs=EPOCHS,
         seeds=", ".join(map(str, TESTED_ON)), table="\n".join(rows), count=len(TESTED_ON),

@@ -28,16 +28,16 @@ SEEDS, SAMPLES = (0, 1, 2), 64
 
 TEXT = """# Beyond the base?
 
-**Question.** Does the gain at k = 1 survive at k = 64, or do the trained models only find more
-surely what the base finds anyway, as the paper's abstract says of RLHF? And what do answers drawn
-from the policy at every step buy, and cost?
+**Question.** Does the gain at k = 1 last up to k = 64, or do the trained models only find more
+reliably what the base finds anyway, as the paper's abstract says of RLHF? And what do answers that
+are drawn from the policy at every step gain, and what do they cost?
 
-**Expected before the run.** All gain at k = 1; the lines meet or cross before 64; the on-policy
-runs gain more at several times the cost.
+**Expected before the run.** All losses gain at k = 1. The curves meet or cross before k = 64. The
+on-policy runs gain more and cost several times as much.
 
-`python results/beyond.py`: {provenance}. {seeds} seeds, 1,000
-held-out problems, {samples} answers each at temperature 1, pass@k by the unbiased estimator; the
-mean of seeds, in brackets the lowest and the highest.
+`python results/beyond.py`: {provenance}. There are
+{seeds} seeds and {samples} answers at temperature 1 to each of 1,000 held-out problems. pass@k is
+the unbiased estimate. Cells are means of seeds (lowest, highest).
 
 ![pass@k](beyond.png)
 
@@ -47,12 +47,12 @@ mean of seeds, in brackets the lowest and the highest.
 |---|---|---|---|
 {costs}
 
-**What it shows.** At k = {samples} the order is {order}; {above} of {models} trained models are
-above the base there on every seed, and {below} below it on every seed.
+**What it shows.** At k = {samples} the order is: {order}. On every seed {above} of
+{models} trained models are above the base there, and {below} are below it.
 
-**What it does not show.** A task on which the base solves {reach:.0f} % at k = {samples}: little is
-left to be found. One setting of each loss, not tuned for each. Seconds are of whole runs, two at a
-time, and some of them made base and pairs on their way.
+**What it does not show.** The base solves {reach:.0f} % of this task at k = {samples}, so little is
+left to be found. Each loss has one setting, which was not tuned for it. Seconds are those of
+complete runs, two at a time, and some of these runs also made the base model and the pairs.
 """
 
 
@@ -132,7 +132,7 @@ def main() -> None:
     text = TEXT.format(
         provenance=provenance(made), seeds=len(SEEDS), samples=SAMPLES, table="\n".join(lines),
         costs="\n".join(costs), models=len(trained),
-        order=", ".join(sorted(LOOK, key=lambda n: -sum(found[n, s][end] for s in SEEDS))),
+        order="; ".join(sorted(LOOK, key=lambda n: -sum(found[n, s][end] for s in SEEDS))),
         above=sum(min(d) > 0 for d in differences.values()),
         below=sum(max(d) < 0 for d in differences.values()),
         reach=100 * statistics.mean(found[base, s][end] for s in SEEDS),

@@ -20,27 +20,27 @@ COLUMNS = {"greedy": "greedy, %", "pass@1": "pass@1, %", "pass@8": "pass@8, %",
 
 TEXT = """# Three losses from the same base, on the same pairs
 
-**Question.** Does the chosen log-prob fall under DPO and not under MIO, at matched gradients, and
-who answers better afterwards?
+**Question.** Does the chosen log-prob fall under DPO and not under MIO if both start with the same
+gradient, and which model answers better afterwards?
 
-**Expected before the run.** Chosen log-probs fall under DPO and rise under MIO; sft is ahead of
-both, and dpo behind mio: so a prototype of the task had it, on other bases. After three of the five
-seeds it was known that dpo is ahead here.
+**Expected before the run.** Chosen log-probs fall under DPO and rise under MIO. In accuracy sft is
+ahead of both, and dpo is behind mio. A prototype of the task, with other base models, had shown
+this. After three of the five seeds it was known that dpo is ahead here.
 
 `python results/demonstration.py`: {seeds} seeds of `python train.py --loss LOSS --seed SEED`,
-{provenance}. mio at beta {mio_beta:g}, dpo at {dpo_beta:g}, all at
-learning rate {lr:g} for {epochs} epochs: chosen among five settings of mio and three of dpo, on
-validation problems of an earlier base model; sft was not tuned.
+{provenance}. mio has beta {mio_beta:g} and dpo has beta {dpo_beta:g}; all three train at learning
+rate {lr:g} for {epochs} epochs. These values were chosen among five settings of mio and three of
+dpo, on validation problems of an earlier base model; sft was not tuned.
 
 ![Curves](demonstration.png)
 
-Held-out pairs, the mean of {seeds} seeds in a band from the lowest to the highest:
-`{plot}`.
+The curves are those of held-out pairs: the mean of {seeds} seeds in a band from the lowest to the
+highest. They are drawn by `{plot}`.
 
 {table}
 
-Figures ± standard error over {n} test problems, or over the held-out pairs for Δ, the change of
-an answer's summed log-prob.
+Cells are means ± standard errors, over {n} test problems or, for Δ, over the held-out pairs. Δ is
+the change of an answer's summed log-prob.
 
 | gain over the base, greedy, points | mean of seeds | sd over seeds | by seed |
 |---|---|---|---|
@@ -52,8 +52,8 @@ an answer's summed log-prob.
 
 {compared}
 
-**What it does not show.** One small task, one learning rate, betas matched and not tuned for each
-loss; test problems of one kind; nothing about large models.
+**What it does not show.** This is one small task, with test problems of one kind and one learning
+rate. The betas are matched and not tuned for each loss. The page says nothing about large models.
 """
 
 

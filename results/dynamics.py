@@ -16,17 +16,18 @@ SIDES = ("chosen", "rejected")
 
 TEXT = """# Where do chosen log-probs fall?
 
-**Question.** DPO's chosen log-prob is said to fall late in training and MIO's not to: on this
-task, at which learning rates and betas?
+**Question.** The paper says that the chosen log-prob falls late in training under DPO and not under
+MIO. At which learning rates and betas does this happen on this task?
 
-**Expected before the run.** DPO's falls more at smaller betas and larger steps, and rises at large
-betas; MIO's rises at the demonstration's beta and above, and falls a little at a quarter of it:
-its pull on the chosen grows as the chosen falls, but only once T_w = beta log-ratio is below zero
-by something like one.
+**Expected before the run.** Under DPO the chosen log-prob falls more at smaller betas and larger
+steps, and rises at large betas. Under MIO it rises at the demonstration's beta and above, and
+falls a little at a quarter of it: MIO pulls a chosen answer up more strongly as the answer falls,
+but only once T_w = beta log-ratio is below zero by about one.
 
 `python results/dynamics.py`: {provenance}.
-Seeds {seeds}: {pairs:,} pairs, {epochs} epochs, 32 pairs a step; change of the summed log-prob of
-200 held-out answers, nats: the mean of seeds (lowest, highest).
+Each run of seeds {seeds} trains on {pairs:,} pairs for {epochs} epochs, with 32 pairs a step. The
+table shows the change of the summed log-prob of 200 held-out answers in nats: the mean of seeds
+(lowest, highest).
 
 ![Curves](dynamics.png)
 
@@ -34,15 +35,15 @@ Seeds {seeds}: {pairs:,} pairs, {epochs} epochs, 32 pairs a step; change of the 
 |---|---|---|---|---|---|
 {table}
 
-**What it shows.** Of {cells} settings the chosen log-prob ends below its start, in the mean of
-seeds, in {fell_dpo} under dpo and in {fell_mio} under mio; it is lower under dpo than under mio,
-at the same gradient at the start, in {lower} of {cells} settings and {lower_runs} of {runs} pairs
-of runs. It is at its lowest, in the mean of seeds, in the last quarter of training in {late_dpo}
-of the {fell_dpo} settings in which it ends lower under dpo. The rejected one falls further under
-dpo in {further} of {cells}.
+**What it shows.** In the mean of seeds the chosen log-prob ends below its start in {fell_dpo} of
+{cells} settings under dpo and in {fell_mio} under mio. With equal gradients at the start it ends
+lower under dpo than under mio in {lower} of {cells} settings and in {lower_runs} of {runs} pairs of
+runs. In {late_dpo} of the {fell_dpo} settings in which it ends below its start under dpo, its mean
+over seeds is lowest in the last quarter of training. The rejected log-prob falls further under dpo
+in {further} of {cells} settings.
 
-**What it does not show.** One small task and model; nothing about how many problems are solved
-([best.md](best.md)).
+**What it does not show.** This is one small task and one small model. The page says nothing about
+how many problems are solved; [best.md](best.md) does.
 """
 
 

@@ -61,29 +61,31 @@ HALVES = ("rare", "likely")
 
 TEXT = """# Which part of mio does what?
 
-**Question.** (1) What do mio's ½ sp(T_w), its mixture marginal and its sums do? (2) A chosen
-answer that the base model finds unlikely: does DPO starve it, as its weight dies with the margin,
-or does MIO, whose pull ends at T_w = log 2?
+**Question.** (1) What do the term ½ sp(T_w), the mixture marginal and the sums of mio do? (2) Which
+loss starves chosen answers that the base model finds unlikely: DPO, whose weight vanishes as the
+margin grows, or MIO, whose pull ends at T_w = log 2?
 
-**Expected before the run.** (1) Without ½ sp(T_w) the chosen rises further, as nothing stops it,
-and accuracy with it; the rejected-only marginal pushes the rejected twice as hard, so it falls
-further and drags the chosen; means, at a beta that gives the same reward on average, change little
-where answers are of like length. (2) MIO lifts rare chosen answers more than likely ones, which
-have little to gain; DPO lets the rare ones fall most; in tables of free probabilities it is MIO
-that lifts the rare less.
+**Expected before the run.** (1) Without ½ sp(T_w) the chosen log-prob rises further, because
+nothing stops it, and accuracy rises with it. The rejected-only marginal pushes the rejected answer
+twice as hard, so it falls further and drags the chosen answer down. Means, at a beta that gives
+the same reward on average, change little where answers have similar lengths. (2) MIO raises rare
+chosen answers more than likely ones, which have little to gain. Under DPO the rare ones fall most.
+In tables of free probabilities, however, MIO raises rare answers less than DPO does.
 
-`python results/why.py`: {provenance}. {pairs:,} pairs, {epochs} epochs, learning rate {rate:g},
-beta 1, {half:g} for dpo, {means:.0f} for means (the mean length of an answer in tokens). Seeds
-{seeds}: means of seeds (lowest, highest); gains in greedy accuracy over the base on 1,000 test
-problems, points; changes of held-out summed log-probs, nats.
+`python results/why.py`: {provenance}. Each run trains
+on {pairs:,} pairs for {epochs} epochs at learning rate {rate:g}. Beta is 1, {half:g} for dpo, and
+{means:.0f} for means (the mean length of an answer in tokens). Cells are means of seeds {seeds}
+(lowest, highest). The gain is in greedy accuracy over the base on 1,000 test problems, in points; Δ
+is the change of held-out summed log-probs, in nats.
 
 | | gain | Δ chosen | Δ rejected |
 |---|---|---|---|
 {variants}
 
-Rare and likely are the halves of pairs whose chosen answer's log-prob a token under the base lies
-below and above the median, of the pairs trained on and of the held-out ones alike (medians of the
-training pairs' summed log-probs: {rare:.1f} and {likely:.1f} nats):
+"Rare" and "likely" are the halves of the pairs whose chosen answer has a log-prob per token under
+the base below and above the median. Training pairs and held-out pairs are both split in this way.
+The medians of the summed log-probs in the two halves of the training pairs are {rare:.1f} and
+{likely:.1f} nats.
 
 ![Rare and likely chosen answers](why.png)
 
@@ -93,10 +95,10 @@ training pairs' summed log-probs: {rare:.1f} and {likely:.1f} nats):
 
 **What it shows.** {shows}
 
-**What it does not show.** Answers that the base drew and that are right: the rarest of them are
-still answers that it gives, so this says nothing of chosen answers that it would never give. Betas
-and learning rate are matched, not tuned for each variant. Halves of pairs differ in more than
-likelihood: rare answers belong to harder problems.
+**What it does not show.** All chosen answers are right answers that the base drew. Even the rarest
+of them are answers that the base gives, so the page says nothing about chosen answers that it
+would never give. Betas and learning rate are matched, not tuned for each variant. The halves
+differ in more than likelihood: rare answers belong to harder problems.
 """
 
 
@@ -167,13 +169,14 @@ def verdict(gains: dict, moves: dict, sides: dict) -> str:
     parts = [f"Mean gains: {whole} points."]
     plain, free, other = (np.array([moves[name, side] for side in ("chosen", "rejected")])
                           for name in list(VARIANTS)[:3])  # fmt: skip
-    parts.append(f"Without ½ sp(T_w) the chosen ends higher on {(free > plain)[0].sum()} of "
-                 f"{len(SEEDS)} seeds; with the rejected alone as marginal the rejected ends lower "
-                 f"on {(other < plain)[1].sum()}.")  # fmt: skip
+    parts.append(f"Without ½ sp(T_w) the chosen log-prob ends higher than under mio on "
+                 f"{(free > plain)[0].sum()} of {len(SEEDS)} seeds. With the rejected answers "
+                 f"alone as the marginal the rejected log-prob ends lower on "
+                 f"{(other < plain)[1].sum()}.")  # fmt: skip
     for loss in ("dpo", "mio"):
         rare, likely = (np.mean([s[half] for s in sides[loss, "all"]]) for half in HALVES)
-        parts.append(f"Trained on all pairs, {loss} moves rare chosen answers by {rare:+.2f} and "
-                     f"likely ones by {likely:+.2f} nats.")  # fmt: skip
+        parts.append(f"Trained on all pairs, {loss} changes the log-prob of rare chosen answers by "
+                     f"{rare:+.2f} nats and that of likely ones by {likely:+.2f}.")  # fmt: skip
     return " ".join(parts)
 
 

@@ -54,6 +54,7 @@ def test_a_run_is_replaced_only_with_overwrite(finished, inputs, tmp_path):
 def test_a_folder_with_other_files_or_with_inputs_is_refused(finished, inputs, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    (tmp_path / "mine" / "thesis.txt.5.partial").touch()
     before = sorted(finished.rglob("*"))
     assert "holds other files" in refused(*inputs, "--out", tmp_path / "mine")
     assert "is a file" in refused(*inputs, "--out", tmp_path / "mine" / "thesis.txt")
@@ -83,11 +84,14 @@ def test_a_bad_folder_is_refused_before_the_demonstration_makes_anything(tmp_pat
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_folder_with_what_a_killed_run_was_writing_is_free(inputs, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "train_config.json.77.partial").write_text("{")
-    train.main([*map(str, inputs), "--out", str(tmp_path / "out"), "--max_steps", "0"])
-    assert not list((tmp_path / "out").glob("*.partial"))
+def test_an_empty_folder_is_free_and_so_is_what_a_killed_run_was_writing(inputs, tmp_path):
+    for name in ("empty", "killed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "killed" / "train_config.json.77.partial").write_text("{")
+    run_folder.check_out(train.Options(out=str(tmp_path / "empty")), [])
+    run_folder.check_out(train.Options(out=str(tmp_path / "nothing")), [])
+    train.main([*map(str, inputs), "--out", str(tmp_path / "killed"), "--max_steps", "0"])
+    assert not list((tmp_path / "killed").glob("*.partial"))
 
 
 # --- What is in it --------------------------------------------------------------------------------
@@ -95,7 +99,12 @@ def test_a_folder_with_what_a_killed_run_was_writing_is_free(inputs, tmp_path):
 
 def test_clear_leaves_what_a_resumed_run_goes_on_with(finished, tmp_path):
     out, names = shutil.copytree(finished / "out", tmp_path / "out"), {"train_config.json", "mine"}
-    for name in ("mine", "model-00001-of-00002.safetensors", "model.safetensors.1.partial"):
+    for name in (
+        "mine",
+        "eval.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.1.partial",
+    ):
         (out / name).touch()
     for name in ("tensorboard", "adapter", "checkpoints/step-000007.1.partial"):
         (out / name).mkdir()
@@ -156,12 +165,12 @@ def test_only_the_first_process_logs(tmp_path):
 # --- Event files ----------------------------------------------------------------------------------
 
 
-def scalars(folder: Path, name: str) -> dict[int, float]:
-    """The values of a metric in the event files of a run, by step."""
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    """The steps and values of a metric in the event files of a run."""
     pytest.importorskip("tensorboard", reason="for those who want event files")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return {e.step: e.value for e in EventAccumulator(str(folder)).Reload().Scalars(name)}
+    return [(e.step, e.value) for e in EventAccumulator(str(folder)).Reload().Scalars(name)]
 
 
 def test_event_files_hold_the_rows_of_metrics(inputs, tmp_path):
@@ -170,8 +179,9 @@ def test_event_files_hold_the_rows_of_metrics(inputs, tmp_path):
     def check(steps):
         assert [row["step"] for row in metrics(tmp_path / "out")] == list(range(steps + 1))
         for name in ("loss", "eval_logps/chosen"):
-            rows = {row["step"]: row[name] for row in metrics(tmp_path / "out") if name in row}
-            assert scalars(tmp_path / "out" / "tensorboard", name) == pytest.approx(rows)
+            rows = [(row["step"], row[name]) for row in metrics(tmp_path / "out") if name in row]
+            found = scalars(tmp_path / "out" / "tensorboard", name)
+            assert len(found) == len(rows) and dict(found) == pytest.approx(dict(rows))
 
     flags = [*map(str, inputs), "--out", out, "--tensorboard", "--lr", "1e-3", "--batch_size", "8"]
     train.main([*flags, "--save_every", "2", "--epochs", "2", "--max_steps", "4"])

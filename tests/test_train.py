@@ -98,7 +98,7 @@ def test_steps_equal_the_naive_loop_in_any_split(name, micro_tokens, grad_clip, 
     fast, slow = copy.deepcopy(model), copy.deepcopy(model)
     advantages = torch.linspace(-1, 2, 14, dtype=torch.float64).view(7, 2)
     optimizers = [make_optimizer(model, options) for model in (fast, slow)]
-    for index in ([0, 1, 2, 3, 4], [5, 6], [0, 6, 2]):  # a short step weighs its pairs as any other
+    for index in ([0, 1, 2, 3, 4], [6, 0]):  # the gradient is a mean in a short step, too
         batches = make_batches(pairs, index, 120, micro_tokens)
         mismatched = None
         if LOSSES[name].shared_of_mismatched:
