@@ -2,15 +2,15 @@
 
 From the paper (MIO, arXiv 2506.22578) to the code; all log-probabilities are in nats:
 
-  s_w, s_l       log pi(y|x), summed over an answer's tokens    chosen_logps, ...
-  ref_w, ref_l   the same under the frozen reference model      ref_chosen_logps
-  n              tokens of an answer, its end token included    lengths
-  z = s - ref    log-ratio                                      logratios
-  m = s / n      mean log-probability of a token                mean_logps
-  T = beta z     implicit reward, the critic of the paper       rewards
-  D = T_w - T_l  margin                                         margins
-  K              max(0, mean T) on answers of other rows        shared (kto)
-  A              advantage of a sampled answer                  advantages (rlhf)
+  s_w, s_l       log pi(y|x), summed over an answer's tokens   chosen_logps, ...
+  ref_w, ref_l   the same under the frozen reference model     ref_chosen_logps
+  n              tokens of an answer, its end token included   lengths
+  z = s - ref    log-ratio                                     logratios
+  m = s / n      mean log-probability of a token               mean_logps
+  T = beta z     implicit reward, the critic of the paper      rewards
+  D = T_w - T_l  margin                                        margins
+  K              max(0, mean T) on answers of other rows       shared (kto)
+  A              advantage of a sampled answer                 advantages (rlhf)
   sp, sigma      log(1 + e^x) and its derivative, the logistic function
 
 The paper compares two lower bounds on the mutual information between a prompt and its preferred
@@ -321,18 +321,11 @@ def loss_table() -> str:
 
 
 def pair_loss(
-    name: str,
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None,
-    ref_rejected_logps: Tensor | None,
-    *,
-    beta: float,
-    chosen_lengths: Tensor | None = None,
+    name: str, chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None, *, beta: float, chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
-    advantages: tuple[Tensor | None, Tensor | None] = (None, None),
-    **options,
-) -> Tensor:
+    advantages: tuple[Tensor | None, Tensor | None] = (None, None), **options,
+) -> Tensor:  # fmt: skip
     """The loss of each pair, for a name in LOSSES.
 
     Log-probs are sums in nats, (B,). Lengths are tokens, (B,); losses that use means need them.
@@ -380,19 +373,10 @@ def chunked_logps(hidden, head_weight, targets, lengths, chunk_tokens=CHUNK_TOKE
 
 
 def fused_pair_loss(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    lengths: Tensor,
-    ref_logps: Tensor | None,
-    name: str,
-    *,
-    beta: float,
-    advantages: Tensor | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
-    compiled: bool = False,
-    **options,
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor,
+    ref_logps: Tensor | None, name: str, *, beta: float, advantages: Tensor | None = None,
+    chunk_tokens: int = CHUNK_TOKENS, compiled: bool = False, **options,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss of each pair (B,) and the log-prob of each answer (2B,), without keeping logits.
 
     hidden (N, D), head_weight (V, D), targets (N,), lengths (2B,), ref_logps and advantages (2B,)

@@ -227,12 +227,9 @@ class Llama(nn.Module):
             block.compile()
 
     def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        mask: Mask = None,
+        self, tokens: Tensor, positions: Tensor | None = None, mask: Mask = None,
         cache: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Hidden states after the final norm: tokens (B, T) -> (B, T, D). positions: (B, T), or
         None for 0, 1, 2, ... mask: as in `attend`; a list or a BlockMask must already respect a
         sliding window. cache: (layers, 2, B, K, capacity, E) stores keys and values."""
@@ -256,15 +253,9 @@ class Llama(nn.Module):
         return self.model["norm"](x)
 
     def generate(
-        self,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        stop_ids=(),
-        seed: int = 0,
-        **how,
-    ) -> list[list[int]]:
+        self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
+        top_p: float = 1.0, stop_ids=(), seed: int = 0, **how,
+    ) -> list[list[int]]:  # fmt: skip
         """Samples an answer to each prompt, as sampling.generate explains."""
         how |= {"temperature": temperature, "top_p": top_p, "stop_ids": stop_ids, "seed": seed}
         return generate(self, prompts, max_new_tokens, **how)

@@ -123,13 +123,9 @@ def loss_options(options: Options) -> dict[str, float]:
 
 
 def train_step(
-    model: Llama,
-    optimizer: torch.optim.Optimizer,
-    data: StepData,
-    options: Options,
-    world: World = World(),  # noqa: B008 - a single process
-    check: Callable[[Tensor, Tensor], None] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    model: Llama, optimizer: torch.optim.Optimizer, data: StepData, options: Options,
+    world: World = World(), check: Callable[[Tensor, Tensor], None] | None = None,  # noqa: B008
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Makes one optimizer step on the pairs of `data`. check(losses, logps) runs before the update.
 
     Returns the loss of each pair (B,), log-probs (B, 2) and the norm of the gradient before

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 from pool import COLORS, bases, graded, moved, on_pairs, provenance, spread, train_all
 
-import eval as evaluation
 import train
+from mio import LOSSES as DECLARED
+from support.distributed import World
+from support.figures import Column
 
 LOSSES = ("dpo", "mio", "bce", "nwj", "dv", "ipo", "kto", "simpo", "orpo", "rpo", "apo_zero", "sft")
 RATES, SCALES = (1e-4, 3e-4), (0.25, 1.0)  # learning rates; times the demonstration's beta
@@ -83,8 +85,11 @@ def main() -> None:
         return f"out/best/seed{seed}/{loss}-{rate:g}-{scale:g}"
 
     def job(loss: str, rate: float, scale: float, seed: int) -> list[str]:
-        beta = train.parse_options(["--loss", loss])[0].beta * scale  # the demonstration's own
-        return on_pairs(base[seed], PAIRS, seed, loss=loss, lr=rate, beta=beta, epochs=EPOCHS)
+        flags = {"loss": loss, "lr": rate, "epochs": EPOCHS}
+        if DECLARED[loss].uses_beta:
+            _, demonstration = train.parse_options(["--loss", loss], train.Options, "", World())
+            flags["beta"] = demonstration.beta * scale
+        return on_pairs(base[seed], PAIRS, seed, **flags)
 
     grid = {(loss, rate, scale): folder(loss, rate, scale, TUNED_ON)
             for loss in LOSSES for rate in RATES for scale in SCALES
@@ -101,7 +106,7 @@ def main() -> None:
     order = sorted(LOSSES, key=lambda loss: -np.mean(gains[loss]))
     draw({loss: gains[loss] for loss in order})
     rows, differences = [], []
-    together = {loss: evaluation.Column(np.concatenate([right[loss, s] for s in TESTED_ON]) * 1.0)
+    together = {loss: Column(np.concatenate([right[loss, s] for s in TESTED_ON]) * 1.0)
                 for loss in LOSSES}  # fmt: skip
     for loss in order:
         _, rate, _ = best[loss]

@@ -5,13 +5,11 @@ the same learning rate, mio's beta twice dpo's. Runs that are finished already a
 """
 
 import statistics
-import sys
 from pathlib import Path
 
 from pool import ROOT, provenance, run, train_all
 
-sys.path.insert(0, str(ROOT))
-import eval as evaluation  # noqa: E402
+from support.curves import plot
 
 LOSSES = ("mio", "dpo", "sft")
 SEEDS = (0, 1, 2, 3, 4)
@@ -111,7 +109,7 @@ def main() -> None:
         compared.append(f"`python {' '.join(command)}`:\n\n{table.strip()}")
     curves = [outs[loss, seed] for loss in ("mio", "dpo", "sft") for seed in SEEDS]
     named = {Path(name).name + " " * i: ROOT / name for i, name in enumerate(curves)}
-    evaluation.plot(named, ROOT / "results/demonstration.png")
+    plot(named, ROOT / "results/demonstration.png")
     text = TEXT.format(
         seeds=len(SEEDS),
         provenance=provenance(made),

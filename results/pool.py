@@ -125,15 +125,18 @@ def provenance(found: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    import eval as evaluation
-    from data import is_correct, problems
+    import torch
+
+    from support.builtin_task import is_correct, problems
+    from support.sampling import sample_answers
+    from support.trained_run import load_checkpoint
 
     folder = ROOT / sys.argv[1]
-    model, tokenizer = evaluation.load_checkpoint(folder, "cpu")
+    model, tokenizer = load_checkpoint(folder, "cpu", torch.float32)
     right = {}
     for split, seed in (("validation", 1), ("test", 0)):
         asked = problems(split, 1000, seed=seed)
-        answers = evaluation.sample_answers(model, tokenizer, asked, temperature=0)
+        answers = sample_answers(model, tokenizer, asked, temperature=0)
         right[split] = [int(is_correct(q, a)) for q, (a,) in zip(asked, answers)]
     (folder / "graded.json").write_text(json.dumps(right))
 

@@ -33,12 +33,13 @@ from mio import LOSSES, Answers, mio
 
 
 def mio_free(chosen: Answers, rejected: Answers) -> Tensor:
-    # sp(-T_w) + sp(T_l) / 2: nothing holds the chosen down
+    """sp(-T_w) + sp(T_l)/2"""  # nothing holds the chosen answer down
     return F.softplus(-chosen.rewards) + F.softplus(rejected.rewards) / 2
 
 
 def mio_means(chosen: Answers, rejected: Answers) -> Tensor:
-    # mio of T = beta z / n
+    """mio of T = beta z / n"""
+
     def means(side: Answers) -> Answers:
         ref = side.mean_logps - side.mean_logratios
         return dataclasses.replace(side, logps=side.mean_logps, ref_logps=ref)
@@ -51,8 +52,11 @@ LOSSES |= {
     "mio_means": dataclasses.replace(LOSSES["mio"], function=mio_means, uses="means"),
 }
 
-import eval as evaluation  # noqa: E402 - train's flags list the losses declared by then
+# The flags of train.py list the losses that are declared when it is imported.
 import train  # noqa: E402
+from data import MICRO_TOKENS, ROW_TOKENS, load_pairs  # noqa: E402
+from eval import pair_logps  # noqa: E402
+from support.trained_run import load_checkpoint  # noqa: E402
 
 PAIRS, EPOCHS, RATE = 3000, 2, 1e-4
 VARIANTS = {"mio": "mio", "without ½ sp(T_w)": "mio_free", "rejected-only marginal": "bce",
@@ -104,10 +108,9 @@ differ in more than likelihood: rare answers belong to harder problems.
 
 def likelihood(base: str, file: str) -> tuple[Tensor, Tensor, list]:
     """Log-prob of a base's chosen answers to a file's pairs, (pairs,) summed and a token."""
-    model, tokenizer = evaluation.load_checkpoint(ROOT / base, "cpu")
-    pairs = evaluation.load_pairs(ROOT / file, tokenizer, 96)
-    layout = evaluation.ROW_TOKENS, evaluation.MICRO_TOKENS, torch.float32
-    sums = evaluation.pair_logps(model, pairs, *layout)[:, 0]
+    model, tokenizer = load_checkpoint(ROOT / base, "cpu", torch.float32)
+    pairs = load_pairs(ROOT / file, tokenizer, 96)
+    sums = pair_logps(model, pairs, ROW_TOKENS, MICRO_TOKENS, torch.float32)[:, 0]
     return sums, sums / torch.tensor(pairs.lengths()[:, 1]), pairs
 
 

@@ -19,7 +19,6 @@ class World:
     """A single process, for which the methods of `Processes` do the obvious thing."""
 
     rank, count, first = 0, 1, True
-    together = staticmethod(lambda function, *arguments: function(*arguments))
     cat = staticmethod(torch.cat)
     batches = staticmethod(make_batches)
     total_norm = staticmethod(get_total_norm)
@@ -43,18 +42,6 @@ class Processes(World):
         if batch_size < self.count:
             raise ValueError(f"--batch_size {batch_size}: {self.count} processes need a pair each; "
                              "raise it, or start fewer processes")  # fmt: skip
-
-    def together(self, function, *arguments):
-        """Calls a function in all processes. An OSError or ValueError of one is raised in all."""
-        result, errors = None, [None] * self.count
-        try:
-            result = function(*arguments)
-        except (OSError, ValueError) as error:
-            errors[self.rank] = error
-        dist.all_gather_object(errors, errors[self.rank])
-        for error in filter(None, errors):
-            raise error
-        return result
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds the tensors of all processes, in place."""

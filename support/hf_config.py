@@ -4,31 +4,23 @@ is not known here is an error, because the model might be computed wrongly witho
 import dataclasses
 
 NO_BIAS = {"attention_bias": False, "mlp_bias": False}
+QWEN = {"num_key_value_heads": 32, "use_sliding_window": False}
 # model_type -> its class in transformers, the features that this class does not let a config.json
 # choose, and the values that it gives to absent keys where they differ from those of Llama.
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {"sliding_window": None}, {}),
     "mistral": ("MistralForCausalLM", NO_BIAS, {"sliding_window": 4096, "num_key_value_heads": 8}),
-    "qwen2": (
-        "Qwen2ForCausalLM", NO_BIAS | {"sliding_window": None, "qkv_bias": True},
-        {"num_key_value_heads": 32, "use_sliding_window": False},
-    ),
-    "qwen3": (
-        "Qwen3ForCausalLM", {"mlp_bias": False, "sliding_window": None, "qk_norm": True},
-        {"num_key_value_heads": 32, "use_sliding_window": False, "head_dim": 128},
-    ),
+    "qwen2": ("Qwen2ForCausalLM", NO_BIAS | {"sliding_window": None, "qkv_bias": True}, QWEN),
+    "qwen3": ("Qwen3ForCausalLM", {"mlp_bias": False, "sliding_window": None, "qk_norm": True},
+              QWEN | {"head_dim": 128}),
 }  # fmt: skip
 # Keys that do not change the forward pass (max_window_layers only does with use_sliding_window).
-INERT_KEYS = {
-    "_name_or_path", "architectures", "auto_map", "dtype", "is_llama_config", "max_window_layers",
-    "pad_token_id", "rope_parameters", "torch_dtype", "transformers_version", "unk_token_id",
-    "use_cache",
-}  # fmt: skip
+INERT_KEYS = {"_name_or_path", "architectures", "auto_map", "dtype", "is_llama_config",
+              "max_window_layers", "pad_token_id", "rope_parameters", "torch_dtype",
+              "transformers_version", "unk_token_id", "use_cache"}  # fmt: skip
 # Features that a config.json may name, each with the only value that model.py implements.
-ONLY_VALUE = {
-    "hidden_act": "silu", "attention_dropout": 0.0,
-    "pretraining_tp": 1, "partial_rotary_factor": 1.0,
-}  # fmt: skip
+ONLY_VALUE = {"hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1,
+              "partial_rotary_factor": 1.0}  # fmt: skip
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_SCALINGS = {"linear": ("factor",), "llama3": LLAMA3_ROPE}
 
@@ -38,16 +30,28 @@ def read_config(hf: dict, fields: tuple[dataclasses.Field, ...]) -> dict:
 
     fields: the fields of ModelConfig. Raises ValueError that names the key and its wrong value.
     """
-    hf = _features(hf, {field.name for field in fields})
+    kind, names = hf.get("model_type"), {field.name for field in fields}
+    _check(kind in [*FAMILIES], f"model_type {kind!r:.60} is not one of {', '.join(FAMILIES)}")
+    _, fixed, absent = FAMILIES[kind]
+    hf = absent | hf
+    layers = hf.get("layer_types")
+    if isinstance(layers, list) and all(layer == "full_attention" for layer in layers):
+        hf["layer_types"] = None
+    if hf.get("use_sliding_window") is False and kind != "mistral":
+        hf["sliding_window"] = None  # Qwen writes the size of a window that it does not use
+    hf = {key: value for key, value in hf.items() if value is not None and value is not False}
+    for key, value in hf.items():
+        only, named = ONLY_VALUE.get(key, fixed.get(key, value)), f"{key} = {value!r:.60}"
+        _check(value == only, f"{named} is not implemented for {kind}, only {only!r}")
+        known = key in names | INERT_KEYS | ONLY_VALUE.keys()
+        _check(known, f"{named} is not a known key; remove it if it does not change the model")
     for key in ("hidden_size", "num_attention_heads"):
         _check_number(key, hf.get(key), int)
-    heads = hf["num_attention_heads"]
+    heads, values = hf["num_attention_heads"], {}
     hf = {"num_key_value_heads": heads, "head_dim": hf["hidden_size"] // heads} | hf | _rope(hf)
-    values = {field.name: hf[field.name] for field in fields if field.name in hf}
-    values |= FAMILIES[hf["model_type"]][1]
     for field in fields:
-        required = field.default is dataclasses.MISSING
-        value = values.get(field.name, None if required else field.default)
+        default = None if field.default is dataclasses.MISSING else field.default
+        values[field.name] = value = (hf | fixed).get(field.name, default)
         if field.type in (int, float):
             _check_number(field.name, value, field.type)
         if field.type is bool:
@@ -63,30 +67,10 @@ def read_config(hf: dict, fields: tuple[dataclasses.Field, ...]) -> dict:
 def write_config(values: dict) -> dict:
     """Converts the fields of a ModelConfig to a config.json that transformers 4 and 5 both read."""
     hf = {key: value for key, value in values.items() if key not in ("qkv_bias", "qk_norm")}
-    rope = {"rope_theta": values["rope_theta"], "rope_type": "default"}
-    rope |= values["rope_scaling"] or {}
-    architectures = [FAMILIES[values["model_type"]][0]]
-    return hf | ONLY_VALUE | {"architectures": architectures, "rope_parameters": rope}
-
-
-def _features(hf: dict, fields: set[str]) -> dict:
-    """Returns the keys that switch a feature on. Refuses a feature that is not implemented."""
-    kind = hf.get("model_type")
-    _check(kind in [*FAMILIES], f"model_type {kind!r:.60} is not one of {', '.join(FAMILIES)}")
-    _, fixed, absent = FAMILIES[kind]
-    hf = absent | hf
-    layers = hf.get("layer_types")
-    if isinstance(layers, list) and all(layer == "full_attention" for layer in layers):
-        hf["layer_types"] = None
-    if hf.get("use_sliding_window") is False and kind != "mistral":
-        hf["sliding_window"] = None  # Qwen writes the size of a window that it does not use
-    hf = {key: value for key, value in hf.items() if value is not None and value is not False}
-    for key, value in hf.items():
-        only, named = ONLY_VALUE.get(key, fixed.get(key, value)), f"{key} = {value!r:.60}"
-        _check(value == only, f"{named} is not implemented for {kind}, only {only!r}")
-        known = key in fields | INERT_KEYS | ONLY_VALUE.keys()
-        _check(known, f"{named} is not a known key; remove it if it does not change the model")
-    return hf
+    rope = values["rope_scaling"] or {"rope_type": "default"}
+    rope = {"rope_theta": values["rope_theta"]} | rope
+    classes = [FAMILIES[values["model_type"]][0]]
+    return hf | ONLY_VALUE | {"architectures": classes, "rope_parameters": rope}
 
 
 def _rope(hf: dict) -> dict:
@@ -100,18 +84,17 @@ def _rope(hf: dict) -> dict:
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     _check(kind in [*ROPE_SCALINGS], f"rope type {kind!r:.60} is not default, linear or llama3")
+    scaling = {"rope_type": kind}
     for key in ROPE_SCALINGS[kind]:
         _check_number(f"rope_scaling.{key}", rope.get(key), float)
-    scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE_SCALINGS[kind]}
-    if kind == "llama3":
-        ordered = scaling["low_freq_factor"] < scaling["high_freq_factor"]
-        _check(ordered, "high_freq_factor must be above low_freq_factor")
+        scaling[key] = rope[key]
+    ordered = kind != "llama3" or rope["low_freq_factor"] < rope["high_freq_factor"]
+    _check(ordered, "high_freq_factor must be above low_freq_factor")
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def _check_number(name: str, value: object, kind: type) -> None:
-    number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    valid = number and 0 < value < (2**24 if kind is int else 2**40)
+    valid = type(value) in (int, kind) and 0 < value < (2**24 if kind is int else 2**40)
     _check(valid, f"{name} must be a positive {kind.__name__}, not {value!r:.60}")
 
 

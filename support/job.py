@@ -17,13 +17,10 @@ from data import Pairs, load_pairs, needs_fixed_length, split_pairs, truncate
 from eval import pair_logps
 from mio import LOSSES
 from model import Llama
-from support import lora
-from support.checkpoints import Progress, check_resumed, newest_checkpoint
+from support import checkpoints, lora, on_policy, weights
 from support.cli import stage
 from support.files import digest, read_json
-from support.on_policy import draws, load_questions, prompts_per_step
 from support.trained_run import load_checkpoint
-from support.weights import save_tensors, weight_files
 
 
 class TrainingError(Exception):
@@ -53,8 +50,8 @@ class Job(NamedTuple):
 
     @property
     def per_epoch(self) -> int:
-        rows = self.pairs if self.questions is None else self.questions
-        return math.ceil(len(rows) / prompts_per_step(self.options))
+        prompts = len(self.questions or self.pairs)
+        return math.ceil(prompts / on_policy.prompts_per_step(self.options))
 
     @property
     def steps(self) -> int:
@@ -70,14 +67,15 @@ class Job(NamedTuple):
 
 def load_job(options, world) -> Job:
     """Raises OSError or ValueError that names the file or flag and the remedy."""
-    checkpoint = newest_checkpoint(Path(options.out)) if options.resume else None
+    checkpoint = checkpoints.newest_checkpoint(Path(options.out)) if options.resume else None
     record = read_json(checkpoint / "training.json") if checkpoint else {}
     model, tokenizer, reference = load_models(options, checkpoint, world)
-    loss, pairs, held_out, questions = LOSSES[options.loss], Pairs(), Pairs(), None
+    loss, pairs, held_out = LOSSES[options.loss], Pairs(), Pairs()
+    questions = mismatched = None
     if options.eval_data:
         held_out = load_pairs(options.eval_data, tokenizer, options.max_length)
-    if draws(options):
-        questions = load_questions(options, model, tokenizer)
+    if on_policy.draws(options):
+        questions = on_policy.load_questions(options, model, tokenizer)
     else:
         pairs = load_pairs(options.data, tokenizer, options.max_length)
         if not options.eval_data:
@@ -89,6 +87,8 @@ def load_job(options, world) -> Job:
     if longest > (context := model.config.max_position_embeddings):
         raise ValueError(f"a prompt with its answer has {longest} tokens, but the model reads "
                          f"{context}; lower --max_length")  # fmt: skip
+    if loss.shared_of_mismatched:
+        mismatched = mismatched_pairs(pairs, longest, tokenizer.bos_id)
     init, adapter = Path(options.init), options.init_adapter
     inputs = record.get("inputs", {}) | {
         "data": digest(questions) if questions else hash_pairs(pairs),
@@ -97,61 +97,49 @@ def load_job(options, world) -> Job:
     }
     # A resumed run does not read the initial weights, unless they are frozen or the reference.
     if not record or reference or lora.lora_of(model) or options.init != record["options"]["init"]:
-        inputs["init"] = digest(*sorted(weight_files(init)), init / "config.json")
-    mismatched = None
-    if loss.shared_of_mismatched:
-        mismatched = mismatched_pairs(pairs, longest, tokenizer.bos_id)
-    more = {"mismatched": mismatched, "questions": questions, "reference": reference}
-    read = model, tokenizer, pairs, held_out, inputs, checkpoint, record, world
-    job = Job(options, *read, **more)
+        inputs["init"] = digest(*sorted(weights.weight_files(init)), init / "config.json")
+    job = Job(options, model, tokenizer, pairs, held_out, inputs, checkpoint, record, world,
+              mismatched, questions, reference)  # fmt: skip
     every = options.eval_every or max(1, math.ceil(job.steps / 10))
     job = job._replace(options=dataclasses.replace(options, eval_every=every))
     if record:
-        check_resumed(job)
+        checkpoints.check_resumed(job)
     return job
 
 
 def load_models(options, checkpoint: Path | None, world):
-    """The policy from --init or from a checkpoint, the tokenizer, and the reference if the policy
-    draws answers, otherwise None."""
+    """The policy, the tokenizer, and the reference if the policy draws answers, otherwise None."""
     device = "cpu" if world.count > 1 else options.device  # sharding moves the model by blocks
-    reference = None
-    if options.lora_rank or options.init_adapter:
+    draws, adapter, reference = on_policy.draws(options), options.init_adapter, None
+    if options.lora_rank or adapter:
         model, tokenizer = load_checkpoint(options.init, "cpu", torch.float32)
-        _add_adapter(model, options)  # which converts weights to --dtype, so less has to move
+        if adapter:
+            config = lora.LoraConfig.from_pretrained(adapter)
+        else:
+            targets = lora.LORA_TARGETS.get(options.lora_targets, options.lora_targets.split(","))
+            config = lora.LoraConfig(options.lora_rank, options.lora_alpha, targets,
+                                     options.lora_rslora)  # fmt: skip
+        torch.manual_seed(options.seed)
+        try:  # converts weights to --dtype, so less has to move to the device
+            lora.add_lora(model, config, getattr(torch, options.dtype))
+        except ValueError as error:
+            raise ValueError(f"{adapter or options.init}: {error}") from None
+        if adapter:
+            lora.load_adapter(model, adapter)
         model.to(device)
-        if draws(options):  # shares the frozen weights
+        if draws:  # the reference shares the frozen weights
             frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
             reference = copy.deepcopy(model, frozen)
         if checkpoint:
             lora.load_adapter(model, checkpoint)
     else:
         model, tokenizer = load_checkpoint(checkpoint or options.init, device, torch.float32)
-        if draws(options):
+        if draws:
             reference = Llama.from_pretrained(options.init, device=device)
     model.checkpointing = options.checkpointing == "on"
     if options.compile == "on" or (options.compile == "auto" and options.device != "cpu"):
         model.compile_blocks()
     return model, tokenizer, reference
-
-
-def _add_adapter(model: Llama, options) -> None:
-    """Adds the adapter of --init_adapter, or a new one."""
-    folder, targets = options.init_adapter, options.lora_targets
-    if folder:
-        config = lora.LoraConfig.from_pretrained(folder)
-    else:
-        targets = lora.LORA_TARGETS.get(targets) or targets.split(",")
-        config = lora.LoraConfig(
-            options.lora_rank, options.lora_alpha, targets, options.lora_rslora
-        )
-    torch.manual_seed(options.seed)
-    try:
-        lora.add_lora(model, config, getattr(torch, options.dtype))
-    except ValueError as error:
-        raise ValueError(f"{folder or options.init}: {error}") from None
-    if folder:
-        lora.load_adapter(model, folder)
 
 
 def mismatched_pairs(pairs: Pairs, max_length: int, bos_id: int | None) -> Pairs:
@@ -160,18 +148,17 @@ def mismatched_pairs(pairs: Pairs, max_length: int, bos_id: int | None) -> Pairs
     for i, pair in enumerate(pairs):
         others = (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs)))
         other = next((other for other in others if other.prompt != pair.prompt), pair)
-        mixed = truncate(other._replace(prompt=pair.prompt), max_length, bos_id)
-        mismatched.append(mixed, pairs.lines[i])
+        mixed = other._replace(prompt=pair.prompt)
+        mismatched.append(truncate(mixed, max_length, bos_id), pairs.lines[i])
     return mismatched
 
 
 def check_answers(pairs: Pairs, needed: str, path, loss: str) -> None:
     """Raises ValueError for the first row without the answers that a loss needs (Loss.answers)."""
-    present = pairs.lengths()[:, 1:] > 0  # (pairs, 2)
-    complete = {"both": present.all(axis=1), "chosen": present[:, 0], "any": present.any(axis=1)}
-    for row in np.flatnonzero(~complete[needed])[:1]:
-        answers = "a chosen and a rejected answer" if needed == "both" else "a chosen answer"
-        raise ValueError(f"{path}:{pairs.lines[row]}: --loss {loss} needs {answers} in each row")
+    answers = "a chosen and a rejected answer" if needed == "both" else "a chosen answer"
+    for line, (_, chosen, rejected) in zip(pairs.lines, pairs.lengths()):
+        if (needed != "any" and not chosen) or (needed == "both" and not rejected):
+            raise ValueError(f"{path}:{line}: --loss {loss} needs {answers} in each row")
 
 
 def describe(job: Job) -> str:
@@ -180,26 +167,22 @@ def describe(job: Job) -> str:
     own = ({"beta": options.beta} if loss.uses_beta else {}) | loss.options
     own |= {name: x for name in loss.options if (x := getattr(options, name)) is not None}
     own = "".join(f", {name} {value:g}" for name, value in own.items())
-    sizes = [(p.numel(), p.numel() * p.requires_grad) for p in job.model.parameters()]
-    total, trained = map(sum, zip(*sizes))
+    total = sum(p.numel() for p in job.model.parameters())
+    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     processes = f", {job.world.count} processes" if job.world.count > 1 else ""
     rows, unit = f"{len(job.pairs)} pairs", "pairs"
     if job.questions:
         rows, unit = f"{len(job.questions)} questions, {options.samples} answers to each", "prompts"
-    first, steps = job.record.get("step", 0) + 1, f"{job.stop} of {job.steps}"
-    reference = "with" if loss.needs_reference else "without"
     return (
         f"{options.loss}: {loss.formula}   [{loss.source}]\n"
-        f"  log-probs as {loss.uses} over an answer's tokens{own}, {reference} a reference\n"
+        f"  log-probs as {loss.uses} over an answer's tokens{own}, "
+        f"{'with' if loss.needs_reference else 'without'} a reference\n"
         f"  {options.init}: {total:,} parameters, {trained:,} of them trained, {options.dtype} "
         f"products on {options.device}{processes}\n"
-        f"  {rows}, {len(job.held_out)} held out; steps {first} to {steps}, "
-        f"{prompts_per_step(options)} {unit} each; lr {options.lr:g}, {options.schedule}, seed "
-        f"{options.seed}"
+        f"  {rows}, {len(job.held_out)} held out; steps {job.record.get('step', 0) + 1} to "
+        f"{job.stop} of {job.steps}, {on_policy.prompts_per_step(options)} {unit} each; lr "
+        f"{options.lr:g}, {options.schedule}, seed {options.seed}"
     )
-
-
-# --- Log-probs under the reference ----------------------------------------------------------------
 
 
 def logps_of(job: Job, pairs: Pairs) -> Tensor:
@@ -210,14 +193,11 @@ def logps_of(job: Job, pairs: Pairs) -> Tensor:
     return logps
 
 
-def first_progress(job: Job) -> Progress:
+def first_progress(job: Job) -> checkpoints.Progress:
     """The state at step 0: log-probs of training and held-out pairs under the initial weights."""
-    ref_logps = ref_mismatched = None
-    if LOSSES[job.options.loss].needs_reference and not job.questions:
-        ref_logps = reference_logps(job, job.pairs)
-    if job.mismatched:
-        ref_mismatched = reference_logps(job, job.mismatched)
-    return Progress(0, 0, ref_logps, ref_mismatched, logps_of(job, job.held_out), {})
+    compared = job.pairs if LOSSES[job.options.loss].needs_reference else None
+    refs = [reference_logps(job, pairs) if pairs else None for pairs in (compared, job.mismatched)]
+    return checkpoints.Progress(0, 0, *refs, logps_of(job, job.held_out), {})
 
 
 def hash_pairs(pairs: Pairs) -> str:
@@ -228,13 +208,11 @@ def reference_logps(job: Job, pairs: Pairs) -> Tensor:
     """Log-probs of training pairs under the initial weights (pairs, 2), in nats. The cache's key
     holds weights, token ids and precision. Nothing else of the reference stays in memory."""
     options, cached = job.options, None
-    weights = job.inputs["init"], job.inputs["init_adapter"]
-    key = digest(*weights, hash_pairs(pairs), options.dtype)
+    key = digest(job.inputs["init"], job.inputs["init_adapter"], hash_pairs(pairs), options.dtype)
     file = Path(options.out).parent / "cache" / f"reference-{key[:16]}.safetensors"
-    if file.is_file():
-        with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as tensors:
-            logps, stored = tensors.get_tensor("logps"), (tensors.metadata() or {}).get("key")
-            cached = logps if stored == digest(key, logps.numpy().tobytes()) else None
+    with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="pt") as tensors:
+        logps, stored = tensors.get_tensor("logps"), (tensors.metadata() or {}).get("key")
+        cached = logps if stored == digest(key, logps.numpy().tobytes()) else None
     if job.world.cat([torch.tensor([cached is not None])]).all():
         print(f"reference log-probs: found in {file}")
         return cached
@@ -244,6 +222,6 @@ def reference_logps(job: Job, pairs: Pairs) -> Tensor:
             raise TrainingError(f"{options.init}: its log-probs are not finite; check its weights")
         if job.world.first:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(file, {"logps": logps}, key=digest(key, logps.numpy().tobytes()))
+            weights.save_tensors(file, {"logps": logps}, key=digest(key, logps.numpy().tobytes()))
         notes.append(f"in {file}")
     return logps

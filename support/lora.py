@@ -8,21 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from support.files import read_json, write_json
-from support.weights import read_tensors, save_tensors
+from support.weights import read_weights, save_tensors
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_TARGETS = {"all": LINEARS, "attention": LINEARS[:4]}
 # Keys of an adapter_config.json that matter only while PEFT makes or trains an adapter.
-INERT_KEYS = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core",
-    "peft_version", "qalora_group_size", "revision", "task_type",
-}  # fmt: skip
+INERT_KEYS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "qalora_group_size",
+              "lora_dropout", "megatron_core", "peft_version", "revision", "task_type"}  # fmt: skip
 # The values that are implemented. Other values of init_lora_weights change the base weights.
-IMPLEMENTED = {
-    "peft_type": ("LORA",), "bias": ("none",), "use_rslora": (True,),
-    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
-}  # fmt: skip
+IMPLEMENTED = {"peft_type": ("LORA",), "bias": ("none",), "use_rslora": (True,),
+               "init_lora_weights": (True, "gaussian", "orthogonal", "eva")}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +29,6 @@ class LoraConfig:
     lora_alpha: float
     target_modules: list[str]  # names, or ends of names, of linear modules in the blocks
     use_rslora: bool = False  # the scale is alpha / sqrt(r), arXiv 2312.03732
-
-    @property
-    def scaling(self) -> float:
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     @classmethod
     def from_pretrained(cls, folder) -> "LoraConfig":
@@ -52,8 +44,7 @@ class LoraConfig:
             raise ValueError(f"{file}: r must be an integer above 0, not {r!r:.60}")
         if type(alpha) not in (int, float) or not 0 < alpha < float("inf"):
             raise ValueError(f"{file}: lora_alpha must be a number above 0, not {alpha!r:.60}")
-        named = isinstance(targets, list) and all(isinstance(t, str) and t for t in targets)
-        if not targets or not named:
+        if not isinstance(targets, list) or {*map(type, targets)} != {str} or "" in targets:
             raise ValueError(f"{file}: target_modules must be a list of names, not {targets!r:.60}")
         return cls(r, alpha, targets, bool(hf.get("use_rslora")))
 
@@ -63,7 +54,8 @@ class LoraLinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, lora: LoraConfig):
         super().__init__(base.in_features, base.out_features, device="meta")
-        self.weight, self.bias, self.scaling = base.weight, base.bias, lora.scaling
+        self.weight, self.bias = base.weight, base.bias
+        self.scaling = lora.lora_alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
         self.lora_A = nn.Linear(base.in_features, lora.r, bias=False, device=base.weight.device)
         self.lora_B = nn.Linear(lora.r, base.out_features, bias=False, device=base.weight.device)
         nn.init.zeros_(self.lora_B.weight)
@@ -71,23 +63,12 @@ class LoraLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.lora_B(self.scaling * self.lora_A(x))
 
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """Returns one linear module with the weight W + s B A, rounded to the precision of W."""
-        base = nn.Linear(self.in_features, self.out_features, device="meta")
-        change = self.scaling * (self.lora_B.weight @ self.lora_A.weight)  # (out, in)
-        base.weight = nn.Parameter((self.weight + change).to(self.weight.dtype))
-        base.bias = self.bias
-        return base
-
 
 def add_lora(model: nn.Module, lora: LoraConfig, dtype: torch.dtype = torch.float32) -> None:
-    """Freezes all weights of a model and adds float32 adapters to its target modules.
-
-    dtype: the precision of matrix products. All linear modules store their weights in it, because
-    autocast would round frozen weights to it at every use. Raises ValueError for a target that
-    matches no linear module of a block, and for a rank above the width of a target.
-    """
+    """Freezes all weights of a model and adds float32 adapters to its target modules. Linear
+    modules store their weights in `dtype`, the precision of matrix products, because autocast
+    would round frozen weights to it at every use. Raises ValueError for a target that matches no
+    linear module of a block, and for a rank above the width of a target."""
     linears = {n: m.to(dtype) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     linears.pop("lm_head", None)
     found = {}
@@ -110,36 +91,40 @@ def lora_of(model: nn.Module) -> LoraConfig | None:
     return getattr(model, "lora", None)
 
 
+@torch.no_grad()
 def merge_lora(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Adds the adapters to the weights in place, and converts all weights to `dtype`."""
+    """Adds each s B A to its W, rounds to the precision of W, then converts all to `dtype`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear):
-            model.set_submodule(name, module.merged())
+            merged = nn.Linear(module.in_features, module.out_features, device="meta")
+            change = module.scaling * (module.lora_B.weight @ module.lora_A.weight)  # (out, in)
+            merged.weight = nn.Parameter((module.weight + change).to(module.weight.dtype))
+            merged.bias = module.bias
+            model.set_submodule(name, merged)
     model.lora = None
     return model.to(dtype)
 
 
 def load_adapter(model: nn.Module, folder) -> None:
-    """Reads adapter_model.safetensors into the adapters of a model. Raises OSError, or ValueError
-    that names the tensor that is missing, unexpected or wrong."""
+    """Reads adapter_model.safetensors. Raises OSError, or ValueError as read_weights does."""
     file = Path(folder) / ADAPTER_FILES[1]
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: has no {file.name}, the only supported format")
     adapters = _adapters(model)
     shapes = {name: tuple(p.shape) for name, p in adapters.items()}
-    for name, tensor in read_tensors([file], shapes, torch.float32).items():
-        adapters[name].data.copy_(tensor)
+    for name, tensor in read_weights(folder, shapes, torch.float32, files=[file]).items():
+        adapters[name].copy_(tensor)
 
 
 def save_adapter(model: nn.Module, folder, base: str) -> None:
     """Writes the adapters for PEFT to load. base: the name or path of the model without them."""
     Path(folder).mkdir(exist_ok=True)
-    tensors = {name: p.detach() for name, p in _adapters(model).items()}
-    save_tensors(Path(folder) / ADAPTER_FILES[1], tensors, format="pt")
+    save_tensors(Path(folder) / ADAPTER_FILES[1], _adapters(model), format="pt")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
     write_json(Path(folder) / ADAPTER_FILES[0], config | dataclasses.asdict(lora_of(model)))
 
 
-def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Maps PEFT's names to the parameters of the adapters."""
-    return {f"base_model.model.{n}": p for n, p in model.named_parameters() if ".lora_" in n}
+def _adapters(model: nn.Module) -> dict[str, Tensor]:
+    """Maps PEFT's names to the weights of the adapters, which share memory with the model."""
+    named = model.named_parameters()
+    return {f"base_model.model.{name}": p.detach() for name, p in named if ".lora_" in name}

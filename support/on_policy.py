@@ -30,7 +30,6 @@ def is_rlhf(options) -> bool:
 
 
 def draws(options) -> bool:
-    """Whether the policy draws the answers, so that --data holds questions."""
     return options.on_policy or is_rlhf(options)
 
 
@@ -41,9 +40,9 @@ def prompts_per_step(options) -> int:
 
 def check_draws(options) -> None:
     """Raises ValueError if no step can draw what the options ask for."""
-    answers = 2 * options.batch_size
     if options.on_policy and (LOSSES[options.loss].shared_of_mismatched or is_rlhf(options)):
         raise ValueError(f"--on_policy: --loss {options.loss} does not support it; leave it out")
+    answers = 2 * options.batch_size
     if is_rlhf(options) and (options.samples % 2 or answers % options.samples):
         raise ValueError(f"--samples {options.samples}: must be even and divide the {answers} "
                          f"answers of a step, twice --batch_size {options.batch_size}")  # fmt: skip
@@ -53,8 +52,7 @@ def load_questions(options, model, tokenizer) -> list[Item]:
     """The questions of --data. Raises ValueError for other rows and for too long prompts."""
     questions = read_items(options.data)
     if questions is None or questions[0].choices:
-        raise ValueError(f"{options.data}: this run draws its own answers, so the rows must be "
-                         "questions with an answer to grade by")  # fmt: skip
+        raise ValueError(f"{options.data}: rows must be questions with an answer to grade by")
     lengths = [options.max_new_tokens] * len(questions)
     prompt_ids(model, tokenizer, options.data, questions, "", lengths)
     return questions
@@ -66,30 +64,26 @@ def draw_pairs(job, step: int, rows: list[int]) -> Drawn:
 
     The return of an answer y to x is grade - beta log(pi(y|x) / ref(y|x)), whose mean is the
     objective E[grade] - beta KL(pi, ref). The advantage is its return minus the mean return of the
-    other answers to the same prompt (RLOO, arXiv 2402.14740).
-    """
+    other answers to the same prompt (RLOO, arXiv 2402.14740)."""
     options, model, tokenizer, k = job.options, job.model, job.tokenizer, job.options.samples
-    dtype = getattr(torch, options.dtype)
+    dtype, pairs = getattr(torch, options.dtype), Pairs()
     items = [job.questions[i] for i in rows for _ in range(k)]  # one for each answer
     prompts = [item.ids(tokenizer, "") for item in items]
     policy = merge_lora(copy.deepcopy(model), dtype) if lora_of(model) else model
-    seed = int(np.random.default_rng([options.seed, step]).integers(2**62))
-    how = {"seed": seed, "stop_ids": tokenizer.stop_ids}
-    answers = draw(policy, prompts, options.max_new_tokens, **how)
+    how = {"seed": int(np.random.default_rng([options.seed, step]).integers(2**62))}
+    answers = draw(policy, prompts, options.max_new_tokens, stop_ids=tokenizer.stop_ids, **how)
     grades = [grade_drawn(item, tokenizer, answer) for item, answer in zip(items, answers)]
     metrics = {"reward": sum(grades) / len(grades), "num_drawn": sum(map(len, answers))}
-    pairs = Pairs()
     for start in range(0, len(answers), k):
-        drawn = range(start, start + k)  # the answers to one prompt
-        if is_rlhf(options):
-            first, second = drawn[0::2], drawn[1::2]
-        else:
+        first, second = range(start, start + k, 2), range(start + 1, start + k, 2)
+        if options.on_policy:
+            drawn = range(start, start + k)  # the answers to one prompt
             first, second = ([i for i in drawn if grades[i] == grade][:1] for grade in (1, 0))
         for i, j in zip(first, second):
             pairs.append(Pair(prompts[i], answers[i], answers[j]), items[i].line)
     layout = options.row_tokens, options.micro_tokens, dtype
     ref_logps = pair_logps(job.reference, pairs, *layout)
-    if not is_rlhf(options):
+    if options.on_policy:
         return Drawn(pairs, ref_logps, None, metrics)
     logratios = (pair_logps(model, pairs, *layout) - ref_logps).view(-1, k)  # (prompts, k)
     metrics["kl"] = logratios.double().mean().item()

@@ -1,13 +1,9 @@
-"""Tokenizers: byte-pair encoding on tiktoken, from the files of Llama, Mistral, Qwen and others.
-
-`load_tokenizer` reads a `tokenizer.json` or Llama 3's `tokenizer.model` and refuses what it would
-read differently from transformers, whose ids a `Tokenizer` gives for texts and conversations.
-"""
+"""Tokenizers: byte-pair encoding on tiktoken that gives the ids of transformers. `load_tokenizer`
+reads `tokenizer.json` or Llama 3's `tokenizer.model` and refuses what it would read differently."""
 
 import base64
 import dataclasses
 import functools
-import json
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -71,9 +67,8 @@ def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], cached: bool)
 
 
 def merge(token: str, ranks: dict[tuple[str, str], int]) -> tuple[list[str], int]:
-    """Byte-pair encoding as in the tokenizers library: of all adjacent pairs, the pair of lowest
-    rank is joined first, and the leftmost of equals. Returns the symbols that are left and the
-    rank of the last pair that was joined, or -1."""
+    """Byte-pair encoding as in the tokenizers library: joins the adjacent pair of lowest rank first,
+    and the leftmost of equals. Returns the symbols left and the rank of the last pair, or -1."""
     symbols, last = list(token), -1
     while True:
         pairs = enumerate(zip(symbols, symbols[1:]))
@@ -95,24 +90,21 @@ def byte_pairs(
     tiktoken joins any two neighbors whose concatenation is a token, while a tokenizer.json lists
     the pairs that may be joined. Both agree if tiktoken is given only the tokens that `merge` forms
     from their own symbols, at the rank of the pair that is joined last: until a merge crosses the
-    ends of a token, the merges inside it depend on its own symbols alone.
-    """
+    ends of a token, the merges inside it depend on its own symbols alone."""
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     alphabet = BYTE_OF_CHAR.keys() if byte_level else {token for token in vocab if len(token) == 1}
-    last_rank, whole_pieces = {}, []
+    last_rank = {}
     for token in vocab if ignore_merges else {left + right for left, right in merges}:
         if len(token) > 1 and alphabet >= set(token):
             symbols, rank = merge(token, ranks)
-            if len(symbols) == 1:
+            if len(symbols) == 1 or ignore_merges:
                 last_rank[token] = rank
-            elif ignore_merges:
-                _require(len(symbols) > 2, f"ignore_merges without the merge of {token!r}")
-                whole_pieces.append(token)
-
+            # A token of two symbols that no merge joins: tiktoken would join them in longer pieces.
+            _require(len(symbols) != 2 or not ignore_merges, f"a missing merge of {token!r}")
     tokens = dict.fromkeys(bytes([byte]) for byte in range(256))
     for char in () if byte_level else alphabet:  # the bytes of a character are joined first
         tokens |= dict.fromkeys(char.encode()[:end] for end in range(2, len(char.encode()) + 1))
-    for token in (*sorted(last_rank, key=last_rank.get), *whole_pieces):
+    for token in sorted(last_rank, key=last_rank.get):
         tokens[_to_bytes(token, byte_level)] = None
     known = {_to_bytes(t, byte_level): (id,) for t, id in vocab.items() if alphabet >= set(t)}
     byte_ids = [vocab[token] for token in (BYTE_CHARS if byte_level else FALLBACK_TOKENS)]
@@ -125,9 +117,6 @@ def _to_bytes(token: str, byte_level: bool) -> bytes:
     if byte_level and BYTE_OF_CHAR.keys() >= set(token):
         return bytes(BYTE_OF_CHAR[char] for char in token)
     return token.encode()
-
-
-# --- The tokenizer --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,19 +195,20 @@ class Tokenizer:
         """Ids of a conversation, [{"role": ..., "content": ...}, ...], by the chat template: those
         of transformers' apply_chat_template, but the text of a special token in a message stays
         text. Raises ValueError if there is no template or it fails."""
-        mark = self._mark(messages)
-        return self._encode(self._write(messages, add_generation_prompt, mark), self.special, mark)
+        messages, mark = self._break_up(messages)
+        return self._encode(self._write(messages, add_generation_prompt), self.special, mark)
 
     def turns(self, messages: list[dict], answers: list[dict]) -> tuple[list[int], list[list[int]]]:
         """Ids of a conversation and ids of each answer to it, up to the token that ends the answer.
         The conversation's ids followed by an answer's begin the ids of both rendered together.
         Raises UnusableError if the template refuses the conversation."""
-        mark, answer_ids = self._mark([*messages, *answers]), []
-        head = self._write(messages, True, mark)
+        broken, mark = self._break_up([*messages, *answers])
+        messages, answers, answer_ids = broken[: len(messages)], broken[len(messages) :], []
+        head = self._write(messages, add_generation_prompt=True)
         ends = [match.end() for match in self.special.finditer(head)]
         after = "token" if ends and ends[-1] == len(head) else "text"
         for answer in answers:
-            text = self._write([*messages, answer], False, mark)
+            text = self._write([*messages, answer], add_generation_prompt=False)
             if not text.startswith(head):
                 raise UnusableError("the chat template does not write the answer after its prompt")
             ids = self._encode(text[len(head) :], self.special, mark, after)
@@ -228,31 +218,28 @@ class Tokenizer:
             answer_ids.append(ids[: end + 1] if end < len(ids) else [*ids, self.end_id])
         return self._encode(head, self.special, mark), answer_ids
 
-    def _mark(self, messages: list[dict]) -> str:
-        """A character that no message contains. It breaks up the text of special tokens inside
-        messages until they are encoded. "" if no message contains such text."""
+    def _break_up(self, messages: list[dict]) -> tuple[list[dict], str]:
+        """Messages in which a character, the mark, interrupts the text of special tokens until they
+        are encoded, and the mark, which no message contains: "" if none has such text."""
         text = "".join(message["content"] for message in messages)
-        if not any(token in text for token in self.reserved):
-            return ""
-        noncharacters = map(chr, range(0xFDD0, 0xFDF0))
-        return next((char for char in noncharacters if char not in text), "")
-
-    def _write(self, messages: list[dict], add_generation_prompt: bool, mark: str) -> str:
-        if self.template is None:
-            raise ValueError("messages need a chat template, and the tokenizer has none; put a "
-                             "chat_template.jinja into its folder")  # fmt: skip
-        for token in self.reserved if mark else ():
+        found = [token for token in self.reserved if token in text]
+        unused = (char for char in map(chr, range(0xFDD0, 0xFDF0)) if char not in text)
+        mark = next(unused, "") if found else ""
+        for token in found:
             broken = token[:1] + mark + token[1:]
             messages = [m | {"content": m["content"].replace(token, broken)} for m in messages]
+        return messages, mark
+
+    def _write(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        if self.template is None:
+            message = "messages need a chat template: put a chat_template.jinja into its folder"
+            raise ValueError(message)
         return render_template(self.template, messages, add_generation_prompt, self.names)
 
     def save(self, folder) -> None:
         """Writes the files that `load_tokenizer` and transformers' AutoTokenizer read."""
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
-
-
-# --- Reading --------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path) -> Tokenizer:
@@ -272,31 +259,12 @@ def load_tokenizer(path) -> Tokenizer:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError, regex.error) as error:
-        raise ValueError(
-            f"{path}: it, or a file beside it, is malformed ({error!r:.200})"
-        ) from None
+        raise ValueError(f"{path}: it, or a file beside it, is malformed ({error!r:.99})") from None
 
 
 def byte_tokenizer() -> Tokenizer:
     """The built-in tokenizer: 256 bytes, a token that begins a sequence and one that ends it."""
-    begin, end = "<|begin|>", "<|end|>"
-    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [off | {"id": 256, "content": begin, "special": True},
-             off | {"id": 257, "content": end, "special": True}]  # fmt: skip
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": False}  # fmt: skip
-    single = [{"SpecialToken": {"id": begin, "type_id": 0}},
-              {"Sequence": {"id": "A", "type_id": 0}}]  # fmt: skip
-    bos = {"id": begin, "ids": [256], "tokens": [begin]}
-    template = {"type": "TemplateProcessing", "single": single, "special_tokens": {begin: bos},
-                "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}]}  # fmt: skip
-    spec = {"version": "1.0", "added_tokens": added, "pre_tokenizer": byte_level,
-            "post_processor": template, "decoder": byte_level,
-            "model": {"type": "BPE", "vocab": BYTE_OF_CHAR, "merges": []}}  # fmt: skip
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end,
-              "clean_up_tokenization_spaces": False}  # fmt: skip
-    contents = {"tokenizer.json": spec, "tokenizer_config.json": config}
-    return _read({name: json.dumps(content).encode() for name, content in contents.items()})
+    return load_tokenizer(Path(__file__).parent / "byte_tokenizer")
 
 
 def _read(files: dict[str, bytes]) -> Tokenizer:
@@ -307,7 +275,7 @@ def _read(files: dict[str, bytes]) -> Tokenizer:
     names = {key: value for key, value in config.items() if key.endswith("_token") and value}
     names = {key: v["content"] if isinstance(v, dict) else v for key, v in names.items()}
     if "tokenizer.json" in files:
-        fields, added_tokens, bos = _read_spec(settings["tokenizer.json"], settings)
+        fields, added_tokens, bos = _read_spec(settings)
     else:
         fields, added_tokens, bos = _read_ranks(files["tokenizer.model"])
         names = {"bos_token": bos, "eos_token": LLAMA3_SPECIALS[1]} | names
@@ -354,15 +322,13 @@ def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            what = f"line {number} is not a tiktoken rank (base64, number)"
-            remedy = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) converts it"
-            raise ValueError(f"{what}; if it is a SentencePiece model, {remedy}") from None
+            remedy = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            what = f"line {number} is not a tiktoken rank; convert a SentencePiece model by {remedy}"
+            raise ValueError(what) from None
     _require(list(ranks.values()) == list(range(len(lines))), "a rank other than 0, 1, 2, ...")
     _require(ranks.keys() >= {bytes([byte]) for byte in range(256)}, "a byte without a rank")
-    added_tokens = [
-        {"id": len(ranks) + i, "content": text, "special": True}
-        for i, text in enumerate(LLAMA3_SPECIALS)
-    ]
+    numbered = enumerate(LLAMA3_SPECIALS, start=len(ranks))
+    added_tokens = [{"id": id, "content": text, "special": True} for id, text in numbered]
     ids = [(rank,) for rank in ranks.values()]
     fields = {"encode_piece": piece_encoder(list(ranks), ids, cached=True),
               "token_bytes": {rank: token for token, rank in ranks.items()},
@@ -370,9 +336,10 @@ def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
     return fields, added_tokens, LLAMA3_SPECIALS[0]
 
 
-def _read_spec(spec: dict, settings: dict) -> tuple[dict, list[dict], str | None]:
-    """Reads a tokenizer.json. `settings` are the JSON files beside it. Returns fields of Tokenizer,
-    the added tokens, and the BOS that it puts before every text."""
+def _read_spec(settings: dict) -> tuple[dict, list[dict], str | None]:
+    """Reads a tokenizer.json among the JSON files by name. Returns fields of Tokenizer, the added
+    tokens, and the BOS that it puts before every text."""
+    spec = settings["tokenizer.json"]
     model, added_tokens = spec["model"], spec.get("added_tokens") or []
     _require(model.get("type", "BPE") == "BPE", f"a model of type {model.get('type')}")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -392,7 +359,7 @@ def _read_spec(spec: dict, settings: dict) -> tuple[dict, list[dict], str | None
         fields = _read_byte_level(normalizer, steps)
     else:
         _require(model.get("byte_fallback"), "a model with neither ByteLevel nor byte_fallback")
-        fields = _read_sentencepiece(_llama_steps(settings) or [*normalizer, *steps])
+        fields = _read_sentencepiece([*normalizer, *steps], settings)
         decoders = {step["type"] for step in _steps(spec.get("decoder"), "decoders")}
         fields["strip"] = fields["space"] != "never" and bool(decoders & {"Strip", "Metaspace"})
     tokens, ids = byte_pairs(vocab, merges, ignore_merges, byte_level)
@@ -414,48 +381,41 @@ def _steps(spec: dict | None, key: str) -> list[dict]:
 
 
 def _read_byte_level(normalizer: list[dict], steps: list[dict]) -> dict:
-    """The fields of Tokenizer that say how text is cut."""
+    """The fields of Tokenizer that say how text is cut: by regular expressions, match by match."""
     kinds = [step["type"] for step in normalizer]
     _require(kinds in ([], ["NFC"]), f"a normalizer {', '.join(kinds)}")
     *before, last = steps
     plain = last["type"] == "ByteLevel" and not last.get("add_prefix_space")
     _require(plain, "a pre-tokenizer that does not end in ByteLevel without a prefix space")
-    splits = [_split(step) for step in before]
+    splits = []
+    for step in before:
+        kind, behavior = step["type"], step.get("behavior", "")
+        if kind == "Digits":
+            pattern = {"Regex": r"\p{N}" if step.get("individual_digits") else r"\p{N}+"}
+        else:
+            isolated = kind == "Split" and behavior == "Isolated" and not step.get("invert")
+            _require(isolated, f"a pre-tokenizer {kind} {behavior}")
+            pattern = step["pattern"]
+        pattern = pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
+        portable = PORTABLE.fullmatch(pattern) and not regex.fullmatch(pattern, "")
+        _require(portable, f"a Split by {pattern!r:.60}, which libraries read differently,")
+        splits.append(regex.compile(f"({pattern})"))
     if last.get("use_regex", True):
-        splits.append(GPT2_PATTERN)
-    splits = [regex.compile(f"({split})") for split in splits]
+        splits.append(regex.compile(f"({GPT2_PATTERN})"))
     return {"form": "NFC" if normalizer else None, "splits": splits}
 
 
-def _split(step: dict) -> str:
-    """The regular expression whose matches a Digits or a Split cuts out of the text."""
-    kind = step["type"]
-    if kind == "Digits":
-        return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
-    isolated = kind == "Split" and step["behavior"] == "Isolated" and not step.get("invert")
-    _require(isolated, f"a pre-tokenizer {kind} {step.get('behavior', '')}")
-    pattern = step["pattern"]
-    pattern = pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
-    portable = PORTABLE.fullmatch(pattern) and not regex.fullmatch(pattern, "")
-    _require(portable, f"a Split by {pattern!r:.60}, which libraries read differently,")
-    return pattern
-
-
-def _llama_steps(settings: dict) -> list[dict]:
-    """The steps by which transformers 5 replaces those of a Llama's tokenizer.json, if it does."""
-    config = settings.get("tokenizer_config.json", {})
-    llama = settings.get("config.json", {}).get("model_type", "llama") == "llama"
-    if not llama or config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
-        return []
-    scheme = "always" if config.get("legacy") else "first"
-    if config.get("add_prefix_space") is False:
-        scheme = "never"
-    return [{"type": "Metaspace", "replacement": SPACE, "split": False, "prepend_scheme": scheme}]
-
-
-def _read_sentencepiece(steps: list[dict]) -> dict:
+def _read_sentencepiece(steps: list[dict], settings: dict) -> dict:
     """The fields of Tokenizer that say how text is changed and cut. `steps` are the normalizer,
     which writes a space as SPACE, or a pre-tokenizer that does so."""
+    config = settings.get("tokenizer_config.json", {})
+    llama = settings.get("config.json", {}).get("model_type", "llama") == "llama"
+    if llama and config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        scheme = "always" if config.get("legacy") else "first"  # as transformers 5 does
+        if config.get("add_prefix_space") is False:
+            scheme = "never"
+        steps = [{"type": "Metaspace", "replacement": SPACE, "split": False}]
+        steps[0]["prepend_scheme"] = scheme
     kinds = [step["type"] for step in steps]
     _require(kinds in (["Prepend", "Replace"], ["Replace"], ["Metaspace"]), f"a sequence {kinds}")
     for step in steps:

@@ -1,6 +1,5 @@
 """What evaluation knows of a run's training, on top of model.py and data.py."""
 
-import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +8,6 @@ from model import Llama
 from support import lora
 from support.files import read_json
 from support.questions import Item, read_items
-from support.tokenizers import Tokenizer
 
 # The keys of train_config.json that evaluation reads, with their values for a plain checkpoint.
 TRAINING = {"init": None, "init_adapter": None, "data": None, "eval_data": None, "seed": 0,
@@ -26,41 +24,36 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
-    """Reads a run and its data. `files` maps each data file to its questions, or to None if it
-    holds pairs. Without files the data are the pairs that the run's training held out and, for a
-    run of the demonstration, the problems of the built-in task.
-
-    Raises ValueError if there are no data, or if the reference of a run is missing.
-    """
+    """Reads a run and its data. `files` maps each data file to its questions, or to None for pairs.
+    Without files the data are the pairs that training held out and, in the demonstration, the
+    problems of the task. Raises OSError, or ValueError if there are no data or no reference."""
     config = folder / "train_config.json"
     training = TRAINING | (read_json(config) if config.is_file() else {})
     init, path, fraction = training["init"], training["data"], training["eval_fraction"]
-    load = functools.partial(
-        load_pairs, tokenizer=load_tokenizer(folder), max_length=training["max_length"]
-    )
+    how = {"tokenizer": load_tokenizer(folder), "max_length": training["max_length"]}
     is_demonstration = not files and (Path(init or folder) / "base.json").is_file()
     data = {}
     if not files and training["eval_data"]:
         files = {training["eval_data"]: None}
     elif not files and path and fraction and read_items(path) is None:
-        _, held_out = split_pairs(load(path), fraction, training["seed"])
+        _, held_out = split_pairs(load_pairs(path, **how), fraction, training["seed"])
         data[f"{Path(path).name}, held out"] = path, held_out
     names = [Path(path).name for path in files]
     for path, items in files.items():
         title = path if names.count(Path(path).name) > 1 else Path(path).name
-        data[title] = path, load(path) if items is None else items
+        data[title] = path, load_pairs(path, **how) if items is None else items
     if not (data or is_demonstration):
         raise ValueError(f"{folder}: its training held out no pairs; name other data with --data")
-    has_pairs = any(isinstance(rows, Pairs) for _, rows in data.values())
-    if init and has_pairs and not Path(init).is_dir():
+    lacks_reference = init and not Path(init).is_dir()
+    if lacks_reference and any(isinstance(rows, Pairs) for _, rows in data.values()):
         raise ValueError(f"{folder}: its reference {init} is missing; run eval.py in the folder in "
                          "which training was started, or correct train_config.json")  # fmt: skip
     return Run(folder, training, data, is_demonstration)
 
 
-def load_checkpoint(folder, device: str, dtype) -> tuple[Llama, Tokenizer]:
-    """Loads the model and the tokenizer of a folder. Raises OSError or ValueError that names the
-    file, also if model and tokenizer do not belong together."""
+def load_checkpoint(folder, device: str, dtype) -> tuple:
+    """Loads (model, tokenizer) of a folder. Raises OSError or ValueError that names the file,
+    also if model and tokenizer do not belong together."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: there is no such checkpoint folder")
     tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, dtype, device)

@@ -159,6 +159,8 @@ def test_only_the_first_process_logs(tmp_path):
     with run_folder.metrics_log(job) as (last, log):
         log({"step": 3, "loss": math.inf})
     assert last == {"step": 1, "loss": 0.5}
+    with run_folder.metrics_log(job) as (last, log):
+        assert last == {"step": 3, "loss": None}
     assert [row["step"] for row in metrics(tmp_path)] == [1, 3]
 
 

@@ -1,13 +1,15 @@
 """The options of train.py: defaults, flags that do not go together, --config, and new losses."""
 
+import contextlib
 import dataclasses
 import importlib
+import io
 import json
 import sys
 
 import pytest
 import torch
-from runs import metrics, refused, run
+from runs import metrics, run
 
 import train
 from mio import LOSSES, Loss, loss_table
@@ -22,6 +24,16 @@ SUMMED_LOG_RATIOS = (
 
 def parse(*argv) -> Options:
     return parse_options([str(arg) for arg in argv], Options, "", World())[1]
+
+
+def refused(*argv) -> str:
+    """The one line on standard error with which these options are refused."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    error = stderr.getvalue()
+    assert stop.value.code == 2 and error.startswith("train.py: error: "), error
+    assert error.count("\n") == 1 and error.endswith("\n"), error
+    return error
 
 
 @pytest.fixture
@@ -48,11 +60,12 @@ def test_defaults_are_those_of_the_loss_and_of_the_kind_of_run(inputs):
 
 def test_adapters_have_a_higher_learning_rate_and_twice_the_rank_as_alpha(inputs, tmp_path):
     options = parse(*inputs, "--lora_rank", 8)
-    assert (options.lr, options.lora_alpha, options.lora_targets) == (1e-5, 16.0, "all")
+    assert (options.lora_alpha, options.lora_targets) == (16.0, "all")
+    assert options.lr == pytest.approx(1e-5)
     options = parse(*inputs, "--lora_rank", 8, "--lora_alpha", 3, "--lr", 1)
     assert (options.lr, options.lora_alpha) == (1.0, 3.0)
     options = parse(*inputs, "--init_adapter", tmp_path)
-    assert options.lr == 1e-5 and options.lora_alpha is options.lora_targets is None
+    assert options.lr == pytest.approx(1e-5) and options.lora_alpha is options.lora_targets is None
 
 
 def test_flags_replace_defaults_even_by_zero(inputs):
@@ -129,7 +142,7 @@ INPUTS = ("--init", "init", "--data", "pairs.jsonl")
             "--lora_rank: the adapter of --init_",
         ),
         ((*INPUTS, "--init_adapter", "x", "--lora_rslora"), "--lora_rslora: the adapter of"),
-        (("--max_length", "56"), "--max_length 56: the pairs of the demonstration need 57"),
+        (("--max_length", "56"), "--max_length 56: the demonstration's pairs need 57"),
         (("--config", "gone.json"), "gone.json: No such file"),
     ],
 )
@@ -155,9 +168,10 @@ def test_flags_that_a_loss_does_not_use_are_refused():
                 assert message in refused("--loss", name, flag, value)
 
 
-def test_losses_without_beta_refuse_it():
+def test_losses_without_beta_refuse_it_and_an_option_of_zero_is_refused_too():
     for name in ("sft", "lsif", "ukl"):
         assert f"--beta: --loss {name} does not use it" in refused("--loss", name, "--beta", "3")
+    assert "--gamma: --loss mio does not use it" in refused("--gamma", "0")
 
 
 def test_tensorboard_needs_its_package(monkeypatch):
@@ -238,7 +252,7 @@ def test_a_new_loss_brings_its_own_flag(checkpoint, pairs_file, tmp_path, monkey
     ends = {}
     for flags in (("tilted",), ("tilted", "--tilt", "0.2"), ("mio",)):
         out = fresh.main([*inputs, "--out", str(tmp_path / "out"), "--overwrite", "--loss", *flags])
-        ends[flags] = metrics(out)[-1]["eval_logps/rejected"]
+        ends[flags] = metrics(out)[-1]["eval_loss"]
     assert len(set(ends.values())) == 3
     assert fresh.Options().tilt is None
     with pytest.raises(SystemExit):

@@ -1,0 +1,371 @@
+"""Jobs: what a run loads, which input it refuses, and the cache of reference log-probs."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PAIR_ROWS, logp_alone, tiny_model, write_rows
+from runs import metrics, refused, run
+from safetensors.torch import load_file, save_file
+
+import train
+from data import Pair, Pairs, load_pairs
+from mio import LOSSES
+from support import job as job_module
+from support import weights
+from support.distributed import World
+from support.files import read_json
+from support.job import (
+    TrainingError,
+    check_answers,
+    describe,
+    first_progress,
+    load_job,
+    mismatched_pairs,
+    reference_logps,
+)
+from support.run_options import parse_options
+from support.tokenizers import byte_tokenizer
+from train import Options
+
+
+def job_of(checkpoint: Path, data: Path, *flags):
+    flags = ["--init", checkpoint, "--data", data, "--out", checkpoint.parent / "out", *flags]
+    _, options = parse_options([str(flag) for flag in flags], Options, "", World())
+    return load_job(options, World())
+
+
+# --- What a job holds -----------------------------------------------------------------------------
+
+
+def test_pairs_are_split_by_the_seed_or_held_out_in_a_file(checkpoint, pairs_file, tmp_path):
+    pairs = list(load_pairs(pairs_file, byte_tokenizer()))
+    splits = []
+    for seed in (0, 1):
+        job = job_of(checkpoint, pairs_file, "--seed", seed)
+        assert len(job.pairs) == 21 and sorted([*job.pairs, *job.held_out]) == sorted(pairs)
+        assert sorted([*job.pairs.lines, *job.held_out.lines]) == list(range(1, 24))
+        splits.append(list(job.held_out))
+    assert splits[0] != splits[1]
+    file = write_rows(tmp_path / "held_out.jsonl", PAIR_ROWS[:4])
+    job = job_of(checkpoint, pairs_file, "--eval_data", file)
+    assert list(job.pairs) == pairs and list(job.held_out) == pairs[:4]
+    job = job_of(checkpoint, pairs_file, "--eval_fraction", 0, "--max_length", 50)
+    assert len(job.held_out) == 0 and max(map(sum, job.pairs.lengths()[:, :2])) == 50
+
+
+def test_steps_epochs_and_evaluations(checkpoint, pairs_file):
+    job = job_of(checkpoint, pairs_file, "--batch_size", 8, "--epochs", 5)
+    assert (job.per_epoch, job.steps, job.stop, job.options.eval_every) == (3, 15, 15, 2)
+    job = job_of(checkpoint, pairs_file, "--batch_size", 7, "--max_steps", 2, "--eval_every", 4)
+    assert (job.per_epoch, job.steps, job.stop, job.options.eval_every) == (3, 3, 2, 4)
+    job = job_of(checkpoint, pairs_file, "--batch_size", 7, "--max_steps", 9, "--row_tokens", 99)
+    assert (job.steps, job.stop, job.layout) == (3, 3, (99, 4096, False))
+
+
+def test_checkpointing_and_compile_reach_the_model(checkpoint, pairs_file):
+    for flag, attribute in (("--checkpointing", "checkpointing"), ("--compile", "compiled")):
+        for value in ("on", "off"):
+            model = job_of(checkpoint, pairs_file, flag, value).model
+            assert getattr(model, attribute) == (value == "on")
+    assert not job_of(checkpoint, pairs_file, "--device", "cpu").model.compiled
+
+
+def test_inputs_are_hashed_by_content(checkpoint, pairs_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_SHARD_BYTES", 20_000)
+    model = tiny_model()
+    model.save_pretrained(checkpoint)
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    held_out = write_rows(tmp_path / "held_out.jsonl", PAIR_ROWS[:4])
+
+    def hashes():
+        return job_of(checkpoint, pairs_file, "--eval_data", held_out).inputs
+
+    before = hashes()
+    assert len(shards) > 2 and hashes() == before and before["init_adapter"] == ""
+    for name in (next(iter(load_file(shards[0]))), next(iter(load_file(shards[-1])))):
+        with torch.no_grad():
+            model.get_parameter(name).mul_(1.01)
+        model.save_pretrained(checkpoint)
+        after = hashes()
+        assert {name for name in before if before[name] != after[name]} == {"init"}
+        before = after
+    config = read_json(checkpoint / "config.json")
+    (checkpoint / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert hashes()["init"] != before["init"]
+    write_rows(held_out, PAIR_ROWS[:5])
+    assert hashes()["eval_data"] != before["eval_data"] and hashes()["data"] == before["data"]
+    write_rows(pairs_file, [*PAIR_ROWS[:5], PAIR_ROWS[5] | {"chosen": "It is 11"}, *PAIR_ROWS[6:]])
+    assert hashes()["data"] != before["data"]
+
+
+def test_pairs_that_split_their_ids_in_another_place_have_another_hash():
+    one, two = Pairs([Pair([1, 2], [3], [4])]), Pairs([Pair([1], [2, 3], [4])])
+    assert job_module.hash_pairs(one) != job_module.hash_pairs(two)
+
+
+def test_a_run_says_with_what_it_trains(checkpoint, pairs_file):
+    text = describe(job_of(checkpoint, pairs_file, "--loss", "simpo", "--batch_size", 8))
+    assert f"simpo: {LOSSES['simpo'].formula}   [arXiv 2405.14734]" in text
+    assert (
+        "log-probs as means over an answer's tokens, beta 2, gamma 0.5, without a reference" in text
+    )
+    assert "32,032 parameters, 32,032 of them trained, float32 products on cpu" in text
+    assert "21 pairs, 2 held out; steps 1 to 3 of 3, 8 pairs each; lr 1e-06, cosine, seed 0" in text
+    flags = ("--loss", "simpo", "--gamma", 0, "--beta", 4)
+    assert "beta 4, gamma 0, without" in describe(job_of(checkpoint, pairs_file, *flags))
+    text = describe(job_of(checkpoint, pairs_file, "--loss", "ukl", "--max_steps", 0))
+    assert "over an answer's tokens, with a reference" in text and "to 0 of 1" in text
+
+
+# --- Mismatched pairs and missing answers ---------------------------------------------------------
+
+
+def test_mismatched_pairs_have_the_answers_of_the_next_other_prompt_and_fit():
+    rows = Pairs()
+    for line, pair in enumerate([([1], [7], [8, 8]), ([1], [9], [10]), ([2, 3], [11], [])]):
+        rows.append(Pair(*pair), line + 5)
+    mismatched = mismatched_pairs(rows, 3, None)
+    assert list(mismatched) == [([1], [11], []), ([1], [11], []), ([3], [7], [8, 8])]
+    assert list(mismatched.lines) == [5, 6, 7]
+    assert list(mismatched_pairs(rows[:2], 3, None)) == list(rows[:2])  # there is no other prompt
+    rows = Pairs([([256, 1, 2], [3], [4]), ([256, 5], [6, 7, 8], [9])])
+    assert mismatched_pairs(rows, 5, 256)[0] == ([256, 2], [6, 7, 8], [9])  # the BOS token stays
+
+
+def test_only_kto_has_mismatched_pairs_and_they_fit_the_longest_pair(checkpoint, pairs_file):
+    assert job_of(checkpoint, pairs_file).mismatched is None
+    job = job_of(checkpoint, pairs_file, "--loss", "kto")
+    lengths, mismatched = job.pairs.lengths(), job.mismatched.lengths()
+    assert len(mismatched) == len(lengths) and job.mismatched.lines == job.pairs.lines
+
+    def longest(lengths):
+        return (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()
+
+    most = max(longest(lengths), longest(job.held_out.lengths()))
+    assert longest(mismatched) <= most
+
+
+def test_a_row_without_an_answer_that_the_loss_needs_is_refused_by_line():
+    rows = Pairs()
+    for pair in (([1], [2], [3]), ([1], [2], []), ([1], [], [3])):
+        rows.append(Pair(*pair), line=len(rows) + 11)
+    check_answers(rows, "any", "x.jsonl", "kto")
+    check_answers(rows[:2], "chosen", "x.jsonl", "sft")
+    check_answers(rows[:1], "both", "x.jsonl", "mio")
+    for part, needed, loss, message in (
+        (
+            rows,
+            "both",
+            "mio",
+            "x.jsonl:12: --loss mio needs a chosen and a rejected answer in each",
+        ),
+        (rows.take([0, 2]), "both", "mio", "x.jsonl:13: --loss mio needs a chosen and a rejected"),
+        (rows, "chosen", "sft", "x.jsonl:13: --loss sft needs a chosen answer in each row"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_answers(part, needed, "x.jsonl", loss)
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+def break_config(folder: Path) -> None:
+    config = read_json(folder / "init" / "config.json")
+    (folder / "init" / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+
+
+def remove_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "init" / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "init" / "model.safetensors")
+
+
+def break_tensor(folder: Path) -> None:
+    model = tiny_model()
+    torch.nn.init.constant_(model.model["norm"].weight, math.nan)
+    model.save_pretrained(folder / "init")
+
+
+def shrink_vocabulary(folder: Path) -> None:
+    model = tiny_model(vocab_size=200, bos_token_id=0, eos_token_id=1)
+    model.save_pretrained(folder / "init")
+
+
+def write_long_pair(folder: Path) -> None:
+    """The rejected answer alone makes the first pair too long for the model's 256 positions."""
+    rows = [PAIR_ROWS[0] | {"rejected": "x" * 240}, PAIR_ROWS[1]]
+    write_rows(folder / "pairs.jsonl", rows)
+
+
+def write_unpaired(folder: Path) -> None:
+    row = {"prompt": "p", "completion": "c"}
+    write_rows(folder / "pairs.jsonl", [PAIR_ROWS[0], row | {"label": False}, row, row])
+
+
+BAD_INPUT = {
+    "the folder of the model is missing": (
+        ("--init", "gone"),
+        "gone: there is no such checkpoint folder",
+    ),
+    "the data are missing": (("--data", "gone.jsonl"), "gone.jsonl: No such file"),
+    "the held-out data are missing": (("--eval_data", "gone.jsonl"), "gone.jsonl: No such file"),
+    "the run folder would lie in a file": (("--out", "one.jsonl/out"), "out: Not a directory"),
+    "no row is short enough": (
+        ("--max_length", "20"),
+        "no rows to train on: 23 of 23 rows dropped",
+    ),
+    "one prompt cannot be split": (("--data", "one.jsonl"), "1 different prompts are too few to"),
+    "another family of models": (break_config, "model_type 'mamba'"),
+    "a missing tensor": (remove_tensor, "model.norm.weight is missing"),
+    "a tensor with NaN": (break_tensor, "model.norm.weight has values that are not finite"),
+    "a tokenizer of another model": (shrink_vocabulary, "ids up to 257, the model has 200"),
+    "a pair longer than the context": (write_long_pair, "has 276 tokens, but the model reads 256"),
+    "a row without an answer": (write_unpaired, "pairs.jsonl:2: --loss mio needs a chosen and a"),
+}
+
+
+@pytest.fixture
+def inputs(checkpoint, pairs_file, tmp_path, monkeypatch) -> list[str]:
+    """Flags of a run in tmp_path, where the names of other files are relative to."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "one.jsonl", PAIR_ROWS[:1])
+    return ["--init", "init", "--data", "pairs.jsonl", "--out", "out", "--eval_fraction", "0.01"]
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_and_writes_nothing(name, inputs, tmp_path):
+    change, message = BAD_INPUT[name]
+    if callable(change):
+        change(tmp_path)
+        change = ("--eval_fraction", "0")
+    before = sorted(tmp_path.rglob("*"))
+    assert message in refused(*inputs, *change)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_input_is_refused_without_asserts_too(inputs, tmp_path):
+    """`python -O` removes asserts, which therefore must not guard input."""
+    commands = [[*inputs, *flags] for flags, _ in BAD_INPUT.values() if not callable(flags)]
+    commands += [["--beta", "0"], ["--loss", "sft", "--beta", "3"], ["--data", "pairs.jsonl"]]
+    write_long_pair(tmp_path)
+    commands += [[*inputs, "--eval_fraction", "0"]]
+    script = (
+        "import sys, train\nfor argv in {}:\n  try: train.main(argv)\n  except SystemExit: pass"
+    )
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", script.format(commands)],
+        env={"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(commands) and all(x.startswith("train.py: error: ") for x in lines)
+    assert done.returncode == 0 and not (tmp_path / "out").exists()
+
+
+def test_a_lower_max_length_makes_a_long_pair_fit(checkpoint, tmp_path):
+    row = PAIR_ROWS[0] | {"prompt": "x" * 300}
+    file = write_rows(tmp_path / "long.jsonl", [row] * 2)
+    flags = ("--eval_fraction", "0")
+    with pytest.raises(ValueError, match="reads 256; lower --max_length"):
+        job_of(checkpoint, file, *flags)
+    job_of(checkpoint, file, *flags, "--max_length", "256")
+    with pytest.raises(ValueError, match="has 257 tokens"):
+        job_of(checkpoint, file, *flags, "--max_length", "257")
+    held_out = write_rows(tmp_path / "short.jsonl", PAIR_ROWS)
+    with pytest.raises(ValueError, match="lower --max_length"):
+        job_of(checkpoint, held_out, "--eval_data", file)
+
+
+# --- Reference log-probs --------------------------------------------------------------------------
+
+
+def test_the_state_at_step_0_has_the_log_probs_that_the_loss_needs(checkpoint, pairs_file):
+    def logps(pairs):
+        with torch.no_grad():
+            values = [logp_alone(tiny_model(), pair, side) for pair in pairs for side in (1, 2)]
+        return torch.stack(values).view(-1, 2)
+
+    for loss in ("mio", "kto", "sft"):
+        job = job_of(checkpoint, pairs_file, "--loss", loss)
+        progress = first_progress(job)
+        assert progress.step == progress.num_tokens == 0 and progress.moments == {}
+        torch.testing.assert_close(progress.start_logps, logps(job.held_out))
+        assert (progress.ref_logps is None) == (loss == "sft")
+        assert (progress.ref_mismatched is None) == (loss != "kto")
+        for found, pairs in (
+            (progress.ref_logps, job.pairs),
+            (progress.ref_mismatched, job.mismatched),
+        ):
+            if found is not None:
+                torch.testing.assert_close(found, logps(pairs))
+
+
+def test_the_reference_is_computed_once_and_never_taken_from_a_damaged_file(
+    checkpoint, pairs_file, tmp_path, capsys
+):
+    job = job_of(checkpoint, pairs_file)
+    right = reference_logps(job, job.pairs)
+    assert "the initial weights on the training pairs ..." in capsys.readouterr().out
+    (file,) = (tmp_path / "cache").iterdir()
+    assert torch.equal(reference_logps(job, job.pairs), right)
+    assert f"reference log-probs: found in {file}" in capsys.readouterr().out
+    content = file.read_bytes()
+    flipped = bytearray(content)
+    flipped[-6] ^= 1
+    # Empty, cut, with a NaN, with one bit of a number flipped.
+    for damaged in (b"", content[:-8], content[:-4] + b"\x00\x00\xc0\x7f", flipped):
+        file.write_bytes(damaged)
+        assert torch.equal(reference_logps(job, job.pairs), right)
+        assert file.read_bytes() == content and "found" not in capsys.readouterr().out
+    save_file({"logps": torch.zeros(21, 2)}, file, metadata={"key": "of other pairs"})
+    assert torch.equal(reference_logps(job, job.pairs), right)
+    save_file({"logps": torch.zeros(21, 2)}, file)
+    assert torch.equal(reference_logps(job, job.pairs), right)
+
+
+def test_other_weights_pairs_adapters_or_precision_have_a_reference_of_their_own(
+    checkpoint, pairs_file, tmp_path
+):
+    job, cache = job_of(checkpoint, pairs_file), tmp_path / "cache"
+    options = dataclasses.replace(job.options, dtype="bfloat16")
+    for other in (
+        job,
+        job._replace(options=options),
+        job._replace(inputs=job.inputs | {"init": "0"}),
+        job._replace(inputs=job.inputs | {"init_adapter": "0"}),
+    ):
+        reference_logps(other, job.pairs[:3])
+    reference_logps(job, job.pairs[:2])
+    assert len(list(cache.iterdir())) == 5
+    for same in (dataclasses.replace(job.options, **{"seed": 9, "loss": "dpo", "lr": 1.0}),):
+        reference_logps(job._replace(options=same), job.pairs[:3])
+    assert len(list(cache.iterdir())) == 5
+
+
+def test_a_reference_that_is_not_finite_ends_a_run_in_one_line(checkpoint, pairs_file, tmp_path):
+    model = tiny_model()
+    torch.nn.init.constant_(model.lm_head.weight, 1e38)
+    model.save_pretrained(checkpoint)
+    job = job_of(checkpoint, pairs_file)
+    with pytest.raises(TrainingError, match="its log-probs are not finite; check its weights"):
+        reference_logps(job, job.pairs)
+    flags = ("--init", checkpoint, "--data", pairs_file, "--out", tmp_path / "out")
+    assert f"{checkpoint}: its log-probs are not finite" in refused(*flags)
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_runs_beside_each_other_share_the_reference(checkpoint, pairs_file, tmp_path, capsys):
+    run(checkpoint, pairs_file, tmp_path / "one", "--max_steps", "1")
+    assert "found in" not in capsys.readouterr().out
+    rows = metrics(
+        run(checkpoint, pairs_file, tmp_path / "two", "--loss", "dpo", "--max_steps", "1")
+    )
+    assert "reference log-probs: found in" in capsys.readouterr().out
+    assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
