@@ -1,8 +1,5 @@
-"""The built-in task of the demonstration, on top of model.py and data.py: short sums in steps.
-
-A base model learns from worked solutions until it solves about half of the problems. The pairs
-contrast its own right and wrong answers. Both are made again only when their inputs change.
-"""
+"""The built-in task, on top of model.py and data.py: short sums, a base model that learns to solve
+about half of them, and pairs of its own right and wrong answers."""
 
 import copy
 import dataclasses
@@ -27,14 +24,13 @@ from support.weights import weight_files
 OPERATIONS = 3  # in a problem
 ANSWER_TOKENS = 48  # that a model may generate; a solution has at most 35
 PAIR_TOKENS = 2 * OPERATIONS + 3 + ANSWER_TOKENS  # the BOS, a problem with its newline, an answer
-TEST_PROBLEMS, SAMPLES = 1000, 8  # samples of each test problem, for pass@1 and pass@8
-BASE_MODEL = ModelConfig(
-    vocab_size=258, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=4, head_dim=24, max_position_embeddings=128,
-    tie_word_embeddings=True, bos_token_id=256, eos_token_id=257,
-    initializer_range=0.05,  # a model this narrow learns slowly from the usual 0.02
-)  # fmt: skip
-# Training stops at a target accuracy: that after a fixed number of steps varies with the seed.
+TEST_PROBLEMS, SAMPLES = 1000, 8  # SAMPLES answers to each test problem give pass@1 and pass@8
+# A model this narrow learns slowly from the usual initializer_range of 0.02.
+BASE_MODEL = ModelConfig(vocab_size=258, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=4, head_dim=24,
+                         max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=256,
+                         eos_token_id=257, initializer_range=0.05)  # fmt: skip
+# Training stops at a target accuracy, because the accuracy after N steps varies with the seed.
 BASE = {"lr": 2e-3, "batch_size": 64, "problems": 300, "check_every": 10, "target": 0.55,
         "upper_limit": 0.62, "max_steps": 4000}  # fmt: skip
 PAIRS = {"prompts": 6000, "held_out": 500, "samples": 8, "per_prompt": 2}
@@ -47,8 +43,7 @@ def split_of(problem: str) -> str:
 
 def problems(split: str, count: int, seed) -> list[str]:
     """`count` different problems of "train", "validation" or "test", like "7+9-3+5\\n"."""
-    random = np.random.default_rng(seed)
-    found: dict[str, None] = {}  # a set that keeps its order
+    random, found = np.random.default_rng(seed), {}  # a set that keeps its order
     while len(found) < count:
         first, *rest = random.integers(0, 10, size=OPERATIONS + 1)
         signs = random.choice(["+", "-"], size=OPERATIONS)
@@ -75,20 +70,19 @@ def is_correct(problem: str, answer: str) -> bool:
 
 def base_folder(options) -> Path:
     """The base model's folder lies beside the run folder; each seed has a base model of its own."""
-    name = "base" if options.seed == 0 else f"base-seed{options.seed}"
-    return Path(options.out).parent / name
+    return Path(options.out).parent / (f"base-seed{options.seed}" if options.seed else "base")
 
 
 def prepare(options, draws: bool, make_optimizer, train_step):
     """Makes the base model and its pairs, unless they exist. Returns the options with their paths:
-    `data` is the pairs, or the problems where the loss draws its own answers (`draws`)."""
+    `data` is the pairs, or the problems where the policy draws the answers (`draws`)."""
     folder = base_folder(options)
     sft = type(options)(loss="sft", lr=BASE["lr"], seed=options.seed, device=options.device)
     with locked(folder, "waiting for the run that makes it"):
         make_base(folder, sft, make_optimizer, train_step)
         make_pairs(folder, options.seed, options.device)
-    data, eval_data = "problems.jsonl" if draws else "pairs.jsonl", "heldout_pairs.jsonl"
-    paths = {"data": str(folder / data), "eval_data": str(folder / eval_data)}
+    data, held_out = "problems.jsonl" if draws else "pairs.jsonl", "heldout_pairs.jsonl"
+    paths = {"data": str(folder / data), "eval_data": str(folder / held_out)}
     return dataclasses.replace(options, init=str(folder), **paths)
 
 
@@ -100,8 +94,7 @@ def make_base(folder: Path, options, make_optimizer, train_step) -> None:
         print(f"base model: found in {folder}")
         return
     if any(folder.iterdir()) and not record.exists():
-        raise ValueError(f"{folder}: the base model would go there, but the folder holds other "
-                         "files; choose another --out")  # fmt: skip
+        raise ValueError(f"{folder}: no base model, but holds other files; choose another --out")
     title = f"base model: supervised training until {BASE['target']:.0%} of validation is right"
     with stage(title) as notes:
         torch.manual_seed(options.seed)
@@ -115,36 +108,33 @@ def make_base(folder: Path, options, make_optimizer, train_step) -> None:
 
 
 def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[int, float]:
-    """Trains until the validation accuracy is between target and upper limit. If it is higher, goes
-    on from the last check at half the rate. Returns the number of steps and the accuracy."""
-    optimizer, lr = make_optimizer(model, options), BASE["lr"]
+    """Returns the steps and the validation accuracy, which ends between target and upper limit."""
+    optimizer, lr, step, accuracy = make_optimizer(model, options), BASE["lr"], 0, 0.0
     prompts = problems("validation", BASE["problems"], seed=0)
-    last_weights, step, accuracy = copy.deepcopy(model.state_dict()), 0, 0.0
+    last_weights = copy.deepcopy(model.state_dict())
     with tqdm(desc="supervised", unit="step", leave=False) as bar:
         while not BASE["target"] <= accuracy <= BASE["upper_limit"]:
-            if step == BASE["max_steps"]:
-                raise ValueError(f"--seed {options.seed}: the base model solves {accuracy:.0%} of "
-                                 f"the validation problems after {step} steps, but must solve "
-                                 f"{BASE['target']:.0%}; choose another --seed")  # fmt: skip
-            batch = [
-                encode_example(Example("solution", problem, solution(problem), None), tokenizer)
-                for problem in problems("train", BASE["batch_size"], seed=[options.seed, step])
-            ]
-            step += 1
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, step / 50)  # warms up for 50 steps
-            layout = options.row_tokens, options.micro_tokens
-            batches = make_batches(batch, list(range(len(batch))), *layout)
-            train_step(model, optimizer, StepData(batches), options)
-            bar.update()
-            if step % BASE["check_every"] == 0:
-                greedy = sample_answers(model, tokenizer, prompts, temperature=0)
-                accuracy = sum(is_correct(q, a) for q, (a,) in zip(prompts, greedy)) / len(prompts)
-                bar.set_postfix(accuracy=f"{accuracy:.1%}")
-                if accuracy > BASE["upper_limit"]:
-                    model.load_state_dict(last_weights)
-                    lr /= 2
-                last_weights = copy.deepcopy(model.state_dict())
+            if step >= BASE["max_steps"]:
+                found = f"{accuracy:.0%} in {step} steps, not {BASE['target']:.0%}"
+                raise ValueError(f"--seed {options.seed}: the base model solves {found} of the "
+                                 "validation problems; choose another --seed")  # fmt: skip
+            for _ in range(BASE["check_every"]):
+                texts = problems("train", BASE["batch_size"], seed=[options.seed, step])
+                examples = [Example("solution", text, solution(text), None) for text in texts]
+                pairs = [encode_example(example, tokenizer) for example in examples]
+                layout = range(len(pairs)), options.row_tokens, options.micro_tokens
+                step += 1
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * min(1, step / 50)  # warms up for 50 steps
+                train_step(model, optimizer, StepData(make_batches(pairs, *layout)), options)
+                bar.update()
+            greedy = sample_answers(model, tokenizer, prompts, temperature=0)
+            accuracy = sum(is_correct(q, a) for q, (a,) in zip(prompts, greedy)) / len(prompts)
+            bar.set_postfix(accuracy=f"{accuracy:.1%}")
+            if accuracy > BASE["upper_limit"]:  # returns to the last check at half the rate
+                model.load_state_dict(last_weights)
+                lr /= 2
+            last_weights = copy.deepcopy(model.state_dict())
     return step, accuracy
 
 
@@ -160,8 +150,8 @@ def make_pairs(folder: Path, seed: int, device: str) -> None:
         model, tokenizer = Llama.from_pretrained(folder, device=device), load_tokenizer(folder)
         train = problems("train", PAIRS["prompts"], seed=[seed, 1])
         held_out = problems("test", PAIRS["held_out"], seed=[seed, 1])
-        rows = [{"prompt": q, "answer": solution(q), "grade": "gsm8k"} for q in train]
-        write_rows(folder / "problems.jsonl", rows)
+        graded = [{"prompt": q, "answer": solution(q), "grade": "gsm8k"} for q in train]
+        write_rows(folder / "problems.jsonl", graded)
         for file, prompts in zip(files, (train, held_out)):
             drawn = sample_answers(model, tokenizer, prompts, samples=PAIRS["samples"], seed=seed)
             rows = []
@@ -195,9 +185,9 @@ def base_values(folder: Path, device: str) -> dict:
     if not _up_to_date(record, key):
         with stage("evaluation: the base model on the held-out problems") as notes:
             model = Llama.from_pretrained(folder, device=device)
-            write_json(record, {"key": key, "values": task_values(model, load_tokenizer(folder))})
+            write_json(record, {"key": key} | task_values(model, load_tokenizer(folder)))
             notes.append(f"in {record}")
-    return read_json(record)["values"]
+    return {name: values for name, values in read_json(record).items() if name != "key"}
 
 
 def _up_to_date(record: Path, key: str, *files: Path) -> bool:

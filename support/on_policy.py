@@ -30,6 +30,7 @@ def is_rlhf(options) -> bool:
 
 
 def draws(options) -> bool:
+    """Whether the policy draws the answers, so that --data holds questions."""
     return options.on_policy or is_rlhf(options)
 
 
@@ -59,12 +60,11 @@ def load_questions(options, model, tokenizer) -> list[Item]:
 
 
 def draw_pairs(job, step: int, rows: list[int]) -> Drawn:
-    """Draws --samples answers to each of the questions job.questions[i], i in `rows`, and grades
-    them. The result depends on the weights, the seed, the step and the rows only.
-
-    The return of an answer y to x is grade - beta log(pi(y|x) / ref(y|x)), whose mean is the
-    objective E[grade] - beta KL(pi, ref). The advantage is its return minus the mean return of the
-    other answers to the same prompt (RLOO, arXiv 2402.14740)."""
+    """Draws --samples answers to each question job.questions[i], i in `rows`, and grades them. The
+    result depends only on the weights, the seed, the step and the rows. The return of an answer y
+    to x is grade - beta log(pi(y|x) / ref(y|x)), whose mean is the objective E[grade] - beta KL.
+    The advantage is the return minus the mean return of the prompt's other answers (RLOO, arXiv
+    2402.14740)."""
     options, model, tokenizer, k = job.options, job.model, job.tokenizer, job.options.samples
     dtype, pairs = getattr(torch, options.dtype), Pairs()
     items = [job.questions[i] for i in rows for _ in range(k)]  # one for each answer
@@ -75,9 +75,9 @@ def draw_pairs(job, step: int, rows: list[int]) -> Drawn:
     grades = [grade_drawn(item, tokenizer, answer) for item, answer in zip(items, answers)]
     metrics = {"reward": sum(grades) / len(grades), "num_drawn": sum(map(len, answers))}
     for start in range(0, len(answers), k):
-        first, second = range(start, start + k, 2), range(start + 1, start + k, 2)
+        drawn = range(start, start + k)  # the answers to one prompt
+        first, second = drawn[0::2], drawn[1::2]
         if options.on_policy:
-            drawn = range(start, start + k)  # the answers to one prompt
             first, second = ([i for i in drawn if grades[i] == grade][:1] for grade in (1, 0))
         for i, j in zip(first, second):
             pairs.append(Pair(prompts[i], answers[i], answers[j]), items[i].line)
@@ -89,4 +89,4 @@ def draw_pairs(job, step: int, rows: list[int]) -> Drawn:
     metrics["kl"] = logratios.double().mean().item()
     returns = torch.tensor(grades).view(-1, k) - options.beta * logratios  # (prompts, k)
     advantages = (returns - returns.mean(dim=1, keepdim=True)) * k / (k - 1)
-    return Drawn(pairs, ref_logps, advantages.view(-1, 2), metrics)  # (pairs, 2)
+    return Drawn(pairs, ref_logps, advantages.view(-1, 2), metrics)

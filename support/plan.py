@@ -20,7 +20,7 @@ PRESETS = {
     "llama-3.1-8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128),
     "llama-3.1-70b": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128),
 }
-# From the data sheets: GB, dense TFLOP/s in bfloat16 and in float32, GB/s.
+# From the data sheets: GB, dense TFLOP/s in bfloat16 and in float32, GB/s of the memory.
 GPUS = {"h100": (80, 989, 67, 3350), "a100": (80, 312, 19.5, 2039), "h200": (141, 989, 67, 4800),
         "rtx4090": (24, 165, 82.6, 1008)}  # fmt: skip
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -38,7 +38,7 @@ class Needs(NamedTuple):
     """Bytes in each GPU by part and at the peak of a step, and the work of each GPU in a step."""
 
     parameters: int
-    weights: float  # of several GPUs: one share, and what a GPU gathers from the others at a time
+    weights: float  # with several GPUs a share, and what a GPU gathers from the others at a time
     gradients: float
     moments: float
     activations: float  # saved by the forward pass for the backward pass
@@ -49,8 +49,8 @@ class Needs(NamedTuple):
 
 
 def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1) -> Needs:
-    """What each GPU needs for a step of `passes` forward passes over rows of so many tokens, with
-    answers of so many (`lengths`). Leaves out what the allocator and CUDA add to tensors."""
+    """What each GPU needs for a step of `passes` forward passes. rows, lengths: the tokens of each
+    row and of each answer in a pass. Leaves out what the allocator and CUDA add to tensors."""
     with torch.device("meta"):  # one block stands for all
         model = Llama(dataclasses.replace(config, num_hidden_layers=1))
         if options.lora_rank:
@@ -60,95 +60,86 @@ def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1
     half, recompute = options.dtype == "bfloat16", options.checkpointing == "on"
     on_gpu, sharded, several_passes = options.device != "cpu", gpus > 1, passes > 1
     compiled = on_gpu and options.compile != "off"
+    # s: bytes of a number in matrix products. n: tokens in a chunk of the head.
     D, L, s = config.hidden_size, config.num_hidden_layers, 2 if half else 4
     T, N, squares = sum(rows), sum(lengths), sum(t * t for t in rows)
     n = max(part.stop - part.start for _, part in chunks_of_pairs(lengths, CHUNK_TOKENS))
 
-    head, block = model.head_weight, list(model.model["layers"].parameters())
-    trains_head = head.requires_grad
+    head, layers = model.head_weight, model.model["layers"]
+    linears = {name: m.weight for name, m in layers.named_modules() if isinstance(m, nn.Linear)}
     root = [p for name, p in model.named_parameters() if ".layers." not in name]
-    root_bytes, block_bytes = (sum(p.nbytes for p in part) for part in (root, block))
-    block_trained = sum(p.numel() for p in block if p.requires_grad)
-    trained = sum(p.numel() for p in root if p.requires_grad) + L * block_trained
-
-    per_token, rounded = _saved_by_block(model, half)
-    saved = per_token * T + (0 if compiled else s * squares)  # eager attention saves a dense mask
-    if sharded or (compiled and recompute):
-        rounded = 0  # elsewhere autocast keeps rounded weights to the end of the pass
-    activations = L * ((4 * D * T if recompute else saved) + rounded)
-    activations += T * (
-        8 * config.head_dim + 4 * D + 4 * D * trains_head
-    )  # rotary table, last norm
+    block, trains_head = list(layers.parameters()), head.requires_grad
+    trained = sum(p.numel() for p in root + L * block if p.requires_grad)
+    weights = sum(p.nbytes for p in root + L * block) / gpus
+    if sharded:  # A GPU gathers the root, two blocks, a block's gradient before and after its sum.
+        blocks = 2 * sum(p.nbytes for p in block) / (2 if half and trains_head else 1)
+        block_gradients = 8 * sum(p.numel() for p in block if p.requires_grad)
+        weights += sum(p.nbytes for p in root) + blocks + block_gradients
+    # Eager attention saves a dense mask. Autocast keeps rounded weights to the end of the pass.
+    saved = _saved_by_token(config, linears, trains_head, s) * T + (not compiled) * s * squares
+    keeps_rounded = half and not sharded and not (compiled and recompute)
+    rounded = sum(2 * w.numel() for w in linears.values() if w.dtype == torch.float32)
+    activations = L * ((4 * D * T if recompute else saved) + keeps_rounded * rounded)
+    activations += T * (8 * config.head_dim + 4 * D * (1 + trains_head))  # rotary table, last norm
     # The backward pass of an MLP: gradients of its two factors, of the residual and of the norm.
     at_work = T * (2 * config.intermediate_size * s + 8 * D) + recompute * saved
     grad_head = 4 * head.numel() * trains_head
     logits = n * len(head) * (s + 4 * (half and on_gpu))  # a GPU also needs them in float32
     logits += 2 * head.numel() * (half and head.dtype == torch.float32)  # the rounded head
     logits += 8 * D * (N + n)  # the states that the head reads, and their gradients
-
-    # Gathered: the root, two blocks (one on its way), a block's gradient before and after its sum.
-    gathered = root_bytes + 2 * block_bytes / (2 if half and trains_head else 1) + 8 * block_trained
-    weights = (root_bytes + L * block_bytes) / gpus + sharded * gathered
     gradients, moments = 4 * trained / gpus, 8 * trained / gpus
     start = several_passes * gradients + activations + grad_head + max(logits, at_work)
     # At the end of a pass a tied matrix still has two gradients, and one of earlier passes.
     copies = config.tie_word_embeddings + several_passes
     peak = weights + moments + max(start, gradients + max(at_work, grad_head * copies))
-
-    flops, block_weights = _operations(model, config, options, T, N, squares, compiled)
-    traffic = (2 + recompute) * s * L * block_weights + 2 * (activations + gradients)
-    traffic += 4 * s * N * len(head) + -(-N // n) * head.numel() * (2 * s + 8 * trains_head)
+    flops = passes * _operations(config, options, linears, head, T, N, squares, compiled)
+    traffic = (2 + recompute) * s * L * sum(w.numel() for w in linears.values())
+    traffic += 2 * (activations + gradients) + 4 * s * N * len(head)
+    traffic += -(-N // n) * head.numel() * (2 * s + 8 * trains_head)
     # AdamW reads a weight, its gradient and its moments, and writes all but the gradient.
     traffic = passes * traffic + 28 * trained / gpus
-    parameters = sum(p.numel() for p in root) + L * sum(p.numel() for p in block)
+    parameters = sum(p.numel() for p in root + L * block)
     memory = weights, gradients, moments, activations, grad_head + logits, peak
-    return Needs(parameters, *memory, passes * flops, traffic)
+    return Needs(parameters, *memory, flops, traffic)
 
 
-def _saved_by_block(model: Llama, half: bool) -> tuple[int, int]:
-    """The bytes that autograd saves in a block: per token, and for weights that it rounds."""
-    config, layer = model.config, model.model["layers"][0]
-    D, F, E, s = config.hidden_size, config.intermediate_size, config.head_dim, 2 if half else 4
-    H, K = config.num_attention_heads, config.num_key_value_heads
-    linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+def _saved_by_token(config, linears: dict, trains_norms: bool, s: int) -> int:
+    """The bytes that autograd saves in a block for each token."""
+    H, K, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     inputs = {}  # of trained matrices
-    for name, linear in linears.items():
-        if linear.weight.requires_grad:
+    for name, weight in linears.items():
+        if weight.requires_grad:
             # q, k and v share an input, and so do gate and up, unless autocast rounds it for each.
-            alone = half or any(part in name for part in ("o_proj", "down_proj", "lora_B"))
-            inputs[name if alone else name.partition(".")[0]] = linear.in_features
+            alone = s == 2 or any(part in name for part in ("o_proj", "down_proj", "lora_B"))
+            inputs[name if alone else name.split(".")[1]] = weight.shape[1]
     # A norm saves its input and, to train its weight, its output, both in float32.
-    normed = (8 if model.head_weight.requires_grad else 4) * (2 * D + config.qk_norm * (H + K) * E)
+    normed = 4 * (1 + trains_norms) * (2 * config.hidden_size + config.qk_norm * (H + K) * E)
     attention = s * (2 * H + 2 * K) * E + 4 * H  # q, k, v, the output and its log-sum-exp
-    rounded = sum(2 * m.weight.numel() for m in linears.values() if m.weight.dtype == torch.float32)
-    return s * sum(inputs.values()) + normed + attention + 3 * s * F, half * rounded
+    return normed + attention + s * (sum(inputs.values()) + 3 * config.intermediate_size)
 
 
-def _operations(model, config, options, T, N, squares, compiled) -> tuple[float, int]:
-    """The operations of a pass over T tokens with N targets, and the weights of a block's matrices.
-    squares: the sum of the squared lengths of the rows."""
-    linears = [m.weight for m in model.model["layers"].modules() if isinstance(m, nn.Linear)]
-    L, head, weights = config.num_hidden_layers, model.head_weight, sum(w.numel() for w in linears)
-    matrices, project = 2 * T * L * weights, 2 * N * head.numel()
+def _operations(config, options, linears, head, T, N, squares, compiled) -> float:
+    """The operations of a pass over T tokens with N targets. squares: the sum of squared rows."""
+    L, project = config.num_hidden_layers, 2 * N * head.numel()
+    products = 2 * T * L * sum(w.numel() for w in linears.values())
     attention = 4 * L * config.num_attention_heads * config.head_dim * squares
     attention /= 2 if compiled else 1  # FlexAttention skips blocks of later tokens
     # Backward, each product needs one by inputs and, if trained, one by weights; attention has 5.
-    flops = 2 * matrices + 2 * T * L * sum(w.numel() for w in linears if w.requires_grad)
+    flops = 2 * products + 2 * T * L * sum(w.numel() for w in linears.values() if w.requires_grad)
     flops += 3.5 * attention + project * (2 + head.requires_grad)
-    if options.checkpointing == "on":
-        # Eager code stops at the last saved tensor, the input of the block's last product.
+    if options.checkpointing == "on":  # eager code stops at the input of the block's last product
         last_product = 2 * T * L * config.hidden_size * config.intermediate_size
-        flops += matrices + attention - (not compiled and head.requires_grad) * last_product
+        flops += products + attention - (not compiled and head.requires_grad) * last_product
     if not LOSSES[options.loss].pairwise:  # a pass of its own computes the shared scalar
-        flops += matrices + attention + project
-    return flops, weights
+        flops += products + attention + project
+    return flops
 
 
 def needs_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) -> Needs:
     """The needs under changed options, with pairs of --max_length tokens, half of them prompt."""
     options = dataclasses.replace(options, **changes)
-    answer = options.max_length - options.max_length // 2
-    pair = options.max_length // 2 + 2 * (answer - 1)
+    prompt, answer = options.max_length // 2, options.max_length - options.max_length // 2
+    pair = prompt + 2 * (answer - 1)
     share = -(-options.batch_size // gpus)  # pairs in a GPU, at least one
     count = min(share, max(1, options.micro_tokens // pair))  # pairs in a pass
     padding = 0 if options.compile == "off" else max(0, options.micro_tokens - pair * count)
@@ -166,10 +157,9 @@ def plan(options) -> str:
     def fits(found: Needs) -> bool:  # with a tenth to spare, because these are estimates
         return 1.1 * found.peak <= memory * 1e9
 
-    name = f"{init.name[-32:]}, {options.dtype}, on one {options.gpu} of {memory} GB"
-    lines = [f"{name}: fits"]
+    lines = [f"{init.name[-32:]}, {options.dtype}, on one {options.gpu} of {memory} GB: fits"]
     if not fits(needs_of_longest_pairs(config, options, gpus=1)):
-        lines = [f"{name}: does not fit"]
+        lines = [lines[0].removesuffix("fits") + "does not fit"]
         # The fewest GPUs, then the fastest flags, without and with adapters.
         counts = [gpus for gpus in GPU_COUNTS if gpus <= options.batch_size]
         half, recompute = {"dtype": "bfloat16"}, {"checkpointing": "on"}
@@ -183,23 +173,22 @@ def plan(options) -> str:
                     lines.append(f"  it does with {' '.join(words)}")
                     break
     parameters = needs_of_longest_pairs(config, options, gpus=1, lora_rank=None).parameters
-    lines += [
-        f"\n{parameters:,} parameters, {options.batch_size} pairs a step of up to "
-        f"{options.max_length} tokens.",
-        "GB in each GPU, * fits with a tenth to spare; then of a step PFLOP, TB moved,",
-        f"seconds at {options.mfu:.0%} of peak.",
-        "\n            GPU weight   grad moment   kept   head   peak   PFLOP    TB       s",
-    ]
+    lines.append(f"""
+{parameters:,} parameters, {options.batch_size} pairs a step of up to {options.max_length} tokens.
+GB in each GPU, * fits with a tenth to spare; then of a step PFLOP, TB moved,
+seconds at {options.mfu:.0%} of peak.
+
+            GPU weight   grad moment   kept   head   peak   PFLOP    TB       s""")
     for lora_rank, checkpointing in product((None, rank), ("off", "on")):
-        label = f"rank {rank}" if lora_rank else "all weights"
-        label = "  recomputed" if checkpointing == "on" else label
         changes = {"lora_rank": lora_rank, "checkpointing": checkpointing}
+        label = f"rank {rank}" if lora_rank else "all weights"
+        label = label if checkpointing == "off" else "  recomputed"
         for gpus in GPU_COUNTS:
             found = needs_of_longest_pairs(config, options, gpus, **changes)
             speed = 1e12 * options.mfu * peak_speeds[options.dtype == "float32"]
             seconds = max(found.flops / speed, found.traffic / (1e9 * bandwidth))
             line = f"{label:12}{gpus:3}" + "".join(f"{part / 1e9:7.1f}" for part in found[1:7])
-            line += f"{'*' if fits(found) else ' '}{found.flops / 1e15:7.2f}"
-            lines.append(f"{line}{found.traffic / 1e12:6.2f}{seconds:8.1f}")
+            work = f"{found.flops / 1e15:7.2f}{found.traffic / 1e12:6.2f}{seconds:8.1f}"
+            lines.append(f"{line}{'*' if fits(found) else ' '}{work}")
             label = ""
     return "\n".join(lines)

@@ -51,9 +51,6 @@ def _require(condition, what: str) -> None:
         raise ValueError(f"{what} is not supported; use BPE as of Llama, Mistral, Qwen or GPT-2")
 
 
-# --- Byte-pair encoding ---------------------------------------------------------------------------
-
-
 def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], cached: bool) -> Callable:
     """A function from a piece of text to its ids, by tiktoken, which joins tokens in their order.
     The i-th token has the ids `ids[i]`: several if it is a part of a character."""
@@ -67,8 +64,8 @@ def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], cached: bool)
 
 
 def merge(token: str, ranks: dict[tuple[str, str], int]) -> tuple[list[str], int]:
-    """Byte-pair encoding as in the tokenizers library: joins the adjacent pair of lowest rank first,
-    and the leftmost of equals. Returns the symbols left and the rank of the last pair, or -1."""
+    """Byte-pair encoding as in the tokenizers library: of adjacent pairs, joins that of lowest rank
+    first, the leftmost of equals. Returns the symbols left and the rank of the last pair, or -1."""
     symbols, last = list(token), -1
     while True:
         pairs = enumerate(zip(symbols, symbols[1:]))
@@ -82,10 +79,9 @@ def merge(token: str, ranks: dict[tuple[str, str], int]) -> tuple[list[str], int
 def byte_pairs(
     vocab: dict[str, int], merges: list, ignore_merges: bool, byte_level: bool
 ) -> tuple[list[bytes], list[tuple[int, ...]]]:
-    """The tokens and ids with which `piece_encoder` gives the ids of a tokenizer.json.
-
-    Symbols are bytes, written as in BYTE_CHARS, if `byte_level`, else characters, with bytes for
-    characters outside the vocabulary. `ignore_merges` makes a piece that is a token that token.
+    """The tokens and ids with which `piece_encoder` gives the ids of a tokenizer.json. Symbols are
+    bytes, written as in BYTE_CHARS, if `byte_level`, else characters, with bytes for characters
+    outside the vocabulary. `ignore_merges` makes a piece that is a token that token.
 
     tiktoken joins any two neighbors whose concatenation is a token, while a tokenizer.json lists
     the pairs that may be joined. Both agree if tiktoken is given only the tokens that `merge` forms
@@ -113,7 +109,6 @@ def byte_pairs(
 
 
 def _to_bytes(token: str, byte_level: bool) -> bytes:
-    """The text of a token of a vocabulary."""
     if byte_level and BYTE_OF_CHAR.keys() >= set(token):
         return bytes(BYTE_OF_CHAR[char] for char in token)
     return token.encode()
@@ -185,8 +180,7 @@ class Tokenizer:
         return [id for piece in pieces for id in self.encode_piece(piece)]
 
     def decode(self, ids) -> str:
-        """The text of ids. Bytes that are not UTF-8 become U+FFFD, and ids beyond the vocabulary
-        (a model's embedding may be padded) become nothing."""
+        """The text of ids. Bytes outside UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
         text = b"".join(self.token_bytes.get(id, b"") for id in ids).decode(errors="replace")
         text = text.replace(SPACE, " ") if self.space else text
         return text.removeprefix(" ") if self.strip else text
@@ -196,7 +190,8 @@ class Tokenizer:
         of transformers' apply_chat_template, but the text of a special token in a message stays
         text. Raises ValueError if there is no template or it fails."""
         messages, mark = self._break_up(messages)
-        return self._encode(self._write(messages, add_generation_prompt), self.special, mark)
+        text = render_template(self.template, messages, add_generation_prompt, self.names)
+        return self._encode(text, self.special, mark)
 
     def turns(self, messages: list[dict], answers: list[dict]) -> tuple[list[int], list[list[int]]]:
         """Ids of a conversation and ids of each answer to it, up to the token that ends the answer.
@@ -204,23 +199,25 @@ class Tokenizer:
         Raises UnusableError if the template refuses the conversation."""
         broken, mark = self._break_up([*messages, *answers])
         messages, answers, answer_ids = broken[: len(messages)], broken[len(messages) :], []
-        head = self._write(messages, add_generation_prompt=True)
-        ends = [match.end() for match in self.special.finditer(head)]
-        after = "token" if ends and ends[-1] == len(head) else "text"
+        head = render_template(self.template, messages, True, self.names)
+        special_ends = [match.end() for match in self.special.finditer(head)]
+        after = "token" if len(head) in special_ends else "text"
         for answer in answers:
-            text = self._write([*messages, answer], add_generation_prompt=False)
+            text = render_template(self.template, [*messages, answer], False, self.names)
             if not text.startswith(head):
                 raise UnusableError("the chat template does not write the answer after its prompt")
             ids = self._encode(text[len(head) :], self.special, mark, after)
-            stops = [i for i, id in enumerate(ids) if id in self.stop_ids]
-            closing = [i for i, id in enumerate(ids) if id in self.reserved.values()]
-            end = stops[0] if stops else closing[-1] if closing else len(ids)
-            answer_ids.append(ids[: end + 1] if end < len(ids) else [*ids, self.end_id])
+            ends = [i for i, id in enumerate(ids) if id in self.stop_ids]
+            ends = ends or [i for i, id in enumerate(ids) if id in self.reserved.values()][-1:]
+            answer_ids.append(ids[: ends[0] + 1] if ends else [*ids, self.end_id])
         return self._encode(head, self.special, mark), answer_ids
 
     def _break_up(self, messages: list[dict]) -> tuple[list[dict], str]:
         """Messages in which a character, the mark, interrupts the text of special tokens until they
         are encoded, and the mark, which no message contains: "" if none has such text."""
+        if self.template is None:
+            remedy = "put a chat_template.jinja into its folder"
+            raise ValueError(f"messages need a chat template, and there is none; {remedy}")
         text = "".join(message["content"] for message in messages)
         found = [token for token in self.reserved if token in text]
         unused = (char for char in map(chr, range(0xFDD0, 0xFDF0)) if char not in text)
@@ -230,12 +227,6 @@ class Tokenizer:
             messages = [m | {"content": m["content"].replace(token, broken)} for m in messages]
         return messages, mark
 
-    def _write(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        if self.template is None:
-            message = "messages need a chat template: put a chat_template.jinja into its folder"
-            raise ValueError(message)
-        return render_template(self.template, messages, add_generation_prompt, self.names)
-
     def save(self, folder) -> None:
         """Writes the files that `load_tokenizer` and transformers' AutoTokenizer read."""
         for name, content in self.files.items():
@@ -243,17 +234,15 @@ class Tokenizer:
 
 
 def load_tokenizer(path) -> Tokenizer:
-    """Reads a folder, a `tokenizer.json` or a tiktoken rank file such as Llama 3's
-    `tokenizer.model`, and the JSON files beside it, which say for example what ends an answer.
-    Raises OSError, or ValueError that names the file and the remedy."""
+    """Reads a folder, a `tokenizer.json` or a tiktoken rank file (Llama 3's `tokenizer.model`), and
+    the files beside it. Raises OSError, or ValueError that names the file and the remedy."""
     path = Path(path)
     if path.is_dir():
         found = [name for name in TOKENIZER_FILES[:2] if (path / name).is_file()]
         path = path / (found or TOKENIZER_FILES)[0]
     files = {TOKENIZER_FILES[path.suffix != ".json"]: path.read_bytes()}
-    for file in (path.parent / name for name in (*TOKENIZER_FILES[2:], "config.json")):
-        if file.is_file():
-            files[file.name] = file.read_bytes()
+    beside = [path.parent / name for name in (*TOKENIZER_FILES[2:], "config.json")]
+    files |= {file.name: file.read_bytes() for file in beside if file.is_file()}
     try:
         return _read(files)
     except ValueError as error:
@@ -270,8 +259,7 @@ def byte_tokenizer() -> Tokenizer:
 def _read(files: dict[str, bytes]) -> Tokenizer:
     """Builds a tokenizer from the contents of its files, config.json among them."""
     settings = {name: parse_json(files[name], name) for name in files if name.endswith(".json")}
-    config = settings.get("special_tokens_map.json", {})
-    config = config | settings.get("tokenizer_config.json", {})
+    config = settings.get("special_tokens_map.json", {}) | settings.get("tokenizer_config.json", {})
     names = {key: value for key, value in config.items() if key.endswith("_token") and value}
     names = {key: v["content"] if isinstance(v, dict) else v for key, v in names.items()}
     if "tokenizer.json" in files:
@@ -314,8 +302,7 @@ def _any_of(added_tokens: list[dict]) -> regex.Pattern:
 
 
 def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
-    """Reads Llama 3's kind of tokenizer.model: a token in base64 and its rank a line, in order.
-    Returns fields of Tokenizer, the added tokens and the BOS."""
+    """Reads lines of a token in base64 and its rank, in order. Returns as `_read_spec` does."""
     ranks, lines = {}, content.splitlines()
     for number, line in enumerate(lines, start=1):
         try:
@@ -323,7 +310,7 @@ def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             remedy = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-            what = f"line {number} is not a tiktoken rank; convert a SentencePiece model by {remedy}"
+            what = f"line {number} is not a tiktoken rank; to convert SentencePiece, use {remedy}"
             raise ValueError(what) from None
     _require(list(ranks.values()) == list(range(len(lines))), "a rank other than 0, 1, 2, ...")
     _require(ranks.keys() >= {bytes([byte]) for byte in range(256)}, "a byte without a rank")
@@ -337,8 +324,7 @@ def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
 
 
 def _read_spec(settings: dict) -> tuple[dict, list[dict], str | None]:
-    """Reads a tokenizer.json among the JSON files by name. Returns fields of Tokenizer, the added
-    tokens, and the BOS that it puts before every text."""
+    """Returns fields of Tokenizer, the added tokens, and the BOS before every text or None."""
     spec = settings["tokenizer.json"]
     model, added_tokens = spec["model"], spec.get("added_tokens") or []
     _require(model.get("type", "BPE") == "BPE", f"a model of type {model.get('type')}")
@@ -355,6 +341,7 @@ def _read_spec(settings: dict) -> tuple[dict, list[dict], str | None]:
     normalizer = _steps(spec.get("normalizer"), "normalizers")
     steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
     byte_level = any(step["type"] == "ByteLevel" for step in steps)
+    token_bytes = {id: _to_bytes(token, byte_level) for token, id in vocab.items()}
     if byte_level:
         fields = _read_byte_level(normalizer, steps)
     else:
@@ -362,11 +349,10 @@ def _read_spec(settings: dict) -> tuple[dict, list[dict], str | None]:
         fields = _read_sentencepiece([*normalizer, *steps], settings)
         decoders = {step["type"] for step in _steps(spec.get("decoder"), "decoders")}
         fields["strip"] = fields["space"] != "never" and bool(decoders & {"Strip", "Metaspace"})
+        token_bytes |= {vocab[token]: bytes([i]) for i, token in enumerate(FALLBACK_TOKENS)}
     tokens, ids = byte_pairs(vocab, merges, ignore_merges, byte_level)
     fields["encode_piece"] = piece_encoder(tokens, ids, cached=bool(fields["splits"]))
-    fields["token_bytes"] = {id: _to_bytes(token, byte_level) for token, id in vocab.items()}
-    if not byte_level:
-        fields["token_bytes"] |= {vocab[t]: bytes([i]) for i, t in enumerate(FALLBACK_TOKENS)}
+    fields["token_bytes"] = token_bytes
     for step in _steps(spec.get("post_processor"), "processors"):
         if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
             return fields, added_tokens, step["single"][0]["SpecialToken"]["id"]
@@ -402,7 +388,7 @@ def _read_byte_level(normalizer: list[dict], steps: list[dict]) -> dict:
         splits.append(regex.compile(f"({pattern})"))
     if last.get("use_regex", True):
         splits.append(regex.compile(f"({GPT2_PATTERN})"))
-    return {"form": "NFC" if normalizer else None, "splits": splits}
+    return {"form": "NFC" if kinds else None, "splits": splits}
 
 
 def _read_sentencepiece(steps: list[dict], settings: dict) -> dict:
@@ -412,19 +398,15 @@ def _read_sentencepiece(steps: list[dict], settings: dict) -> dict:
     llama = settings.get("config.json", {}).get("model_type", "llama") == "llama"
     if llama and config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
         scheme = "always" if config.get("legacy") else "first"  # as transformers 5 does
-        if config.get("add_prefix_space") is False:
-            scheme = "never"
-        steps = [{"type": "Metaspace", "replacement": SPACE, "split": False}]
-        steps[0]["prepend_scheme"] = scheme
+        scheme = "never" if config.get("add_prefix_space") is False else scheme
+        return {"space": scheme, "splits": []}
     kinds = [step["type"] for step in steps]
     _require(kinds in (["Prepend", "Replace"], ["Replace"], ["Metaspace"]), f"a sequence {kinds}")
     for step in steps:
         written = step.get("prepend") or step.get("content") or step.get("replacement")
         exact = written == SPACE and step.get("pattern", {"String": " "}) == {"String": " "}
         _require(exact, f"byte_fallback with a {step['type']} other than of a space by {SPACE}")
-    fields = {"space": "legacy" if len(kinds) == 2 else "never", "splits": []}
-    if kinds == ["Metaspace"]:
-        fields["space"] = steps[0].get("prepend_scheme", "always")
-        if steps[0].get("split", True):
-            fields["splits"] = [regex.compile(f"({SPACE}[^{SPACE}]*)")]
-    return fields
+    if kinds != ["Metaspace"]:
+        return {"space": "legacy" if len(kinds) == 2 else "never", "splits": []}
+    splits = [regex.compile(f"({SPACE}[^{SPACE}]*)")] if steps[0].get("split", True) else []
+    return {"space": steps[0].get("prepend_scheme", "always"), "splits": splits}
