@@ -51,28 +51,22 @@ class RunOptions:
     init: str | None = option(None, "checkpoint folder, the start and the reference of training")
     data: str | None = option(None, "JSONL file of preference pairs to train on")
     eval_data: str | None = option(None, "JSONL file of held-out preference pairs")
-    eval_fraction: float = option(0.1, "share of pairs held out if there is no --eval_data",
-                                  least=0, most=0.9)
+    eval_fraction: float = option(0.1, "share of pairs to hold out otherwise", least=0, most=0.9)
     out: str | None = option(None, "run folder")
     epochs: int | None = option(None, "passes over the pairs", least=1)
     max_steps: int | None = option(None, "stop after this step of the schedule", least=0)
     batch_size: int | None = option(None, "pairs in an optimizer step", least=1)
-    on_policy: bool = option(False, "draw pairs from the policy at every step; --data then holds "
-                             "questions to grade the answers by")
+    on_policy: bool = option(False, "draw pairs from the policy; --data then holds questions")
     samples: int = option(8, "answers drawn to each prompt", least=2, most=1024)
     max_new_tokens: int | None = option(None, "largest length of a drawn answer", least=1)
     max_length: int | None = option(None, "largest length of a prompt and an answer", least=2)
     row_tokens: int = option(evaluation.ROW_TOKENS, "tokens up to which pairs share a row", least=1)
     micro_tokens: int = option(evaluation.MICRO_TOKENS, "tokens in a forward pass", least=1)
-    lora_rank: int | None = option(None, "train adapters of this rank; base weights are frozen and "
-                                   "stored in --dtype", least=1)
-    lora_alpha: float | None = option(None, "numerator of the adapters' scale (default: twice the "
-                                      "rank)", above=0, most=1e6)
-    lora_targets: str | None = option(None, "modules with adapters: all, attention, or names such "
-                                      "as q_proj,v_proj (default: all)")
+    lora_rank: int | None = option(None, "train adapters of this rank on frozen weights", least=1)
+    lora_alpha: float | None = option(None, "numerator of the adapters' scale", above=0, most=1e6)
+    lora_targets: str | None = option(None, "all, attention, or names such as q_proj,v_proj")
     lora_rslora: bool = option(False, "scale adapters by alpha / sqrt(rank), not alpha / rank")
-    init_adapter: str | None = option(None, "folder of an adapter to train on; the reference is "
-                                      "--init with this adapter")
+    init_adapter: str | None = option(None, "adapter folder to train on; part of the reference")
     lr: float | None = option(None, "peak learning rate, ten times as high for adapters", above=0)
     warmup: float = option(0.1, "share of the steps with a rising learning rate", least=0, most=1)
     schedule: str = option("cosine", "learning rate after the warmup",
@@ -80,25 +74,22 @@ class RunOptions:
     weight_decay: float = option(0.0, "decay of matrices by AdamW", least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", least=0)
     seed: int = option(0, "seed of order, held-out split and demonstration", least=0)
-    dtype: str = option("float32", "precision of matrix products; weights are float32",
-                        choices=("float32", "bfloat16"))
-    compile: str = option("auto", "compile the blocks; auto: on a GPU",
-                          choices=("auto", "on", "off"))
+    dtype: str = option("float32", "precision of matrix products", choices=("float32", "bfloat16"))
+    compile: str = option("auto", "compile blocks (auto: on a GPU)", choices=("auto", "on", "off"))
     checkpointing: str = option("off", "recompute blocks to save memory", choices=("off", "on"))
-    eval_every: int | None = option(None, "steps between evaluations (default: a tenth)", least=1)
+    eval_every: int | None = option(None, "steps between evaluations", least=1)
     log_every: int = option(1, "steps between rows of metrics.jsonl", least=1)
-    save_every: int | None = option(None, "steps between checkpoints (default: none)", least=1)
+    save_every: int | None = option(None, "steps between checkpoints", least=1)
     keep: int = option(2, "number of checkpoints to keep", least=1)
     resume: bool = option(False, "continue from the newest checkpoint in --out; these flags may "
                           f"change: --{', --'.join(MAY_CHANGE)}")
     overwrite: bool = option(False, "replace the run in --out")
     tensorboard: bool = option(False, "write TensorBoard event files, too")
     device: str = option("auto", "cpu, cuda or cuda:N")
-    plan: str | None = option(None, "print what a run needs and stop: for --init's config.json or "
-                              "a model by name", const="init", choices=("init", *PRESETS))
-    gpu: str | None = option(None, "GPU of --plan (default: h100)", choices=tuple(GPUS))
-    mfu: float | None = option(None, "share of the GPU's peak speed that --plan assumes (default: "
-                               "0.4)", above=0, most=1)
+    plan: str | None = option(None, "print what a run of --init or of a named model needs",
+                              const="init", choices=("init", *PRESETS))
+    gpu: str | None = option(None, "GPU of --plan", choices=tuple(GPUS))
+    mfu: float | None = option(None, "share of peak speed that --plan assumes", above=0, most=1)
     config: str | None = option(None, "JSON file of options, such as a train_config.json")
 
 

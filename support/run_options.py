@@ -12,6 +12,11 @@ from support import builtin_task, checkpoints, cli, files, on_policy, plan, run_
 CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6, "max_new_tokens": 256}
 DEMONSTRATION = {"epochs": 3, "batch_size": 64, "max_length": 96, "lr": 1e-4,
                  "max_new_tokens": builtin_task.ANSWER_TOKENS}  # fmt: skip
+PLAN = {"gpu": "h100", "mfu": 0.4}
+# What --help says of defaults that depend on other options.
+SHOWN = {name: f"{CHECKPOINT[name]}, demonstration: {DEMONSTRATION[name]}" for name in CHECKPOINT}
+SHOWN |= PLAN | {"beta": "the loss's own", "out": "out/LOSS", "lora_alpha": "twice the rank",
+                 "lora_targets": "all", "eval_every": "a tenth of the steps"}  # fmt: skip
 LORA_FLAGS = {"lora_rank", "lora_alpha", "lora_targets", "lora_rslora"}
 LOSS_OPTIONS = {name for loss in LOSSES.values() for name in loss.options}
 
@@ -21,8 +26,7 @@ def parse_options(argv: list[str] | None, cls: type, description: str, world):
     the file of --config. Bad input ends the program with one line."""
     parser = cli.Parser("train.py", description)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    shown = {n: f"{CHECKPOINT[n]}, demonstration: {DEMONSTRATION[n]}" for n in CHECKPOINT}
-    cli.add_options(parser, cls, shown | {"beta": "the loss's own", "out": "out/LOSS"})
+    cli.add_options(parser, cls, SHOWN)
     flags = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     if flags.get("loss") == "help":
         print(loss_table())
@@ -56,8 +60,7 @@ def resolve(options, world):
     is_scaled = loss.needs_reference and loss.uses != "means" and not options.init
     defaults["beta"] = loss.beta * (5 if is_scaled else 1)
     defaults["lr"] *= 10 if options.lora_rank or options.init_adapter else 1
-    if options.plan:
-        defaults |= {"gpu": "h100", "mfu": 0.4}
+    defaults |= PLAN if options.plan else {}
     if options.lora_rank:
         defaults |= {"lora_alpha": 2.0 * options.lora_rank, "lora_targets": "all"}
     defaults = {name: x for name, x in defaults.items() if getattr(options, name) is None}

@@ -19,6 +19,7 @@ import tiktoken
 from conftest import SHARED, needs_shared
 
 from support.tokenizers import (
+    BYTE_CHARS,
     BYTE_OF_CHAR,
     LLAMA3_PATTERN,
     byte_pairs,
@@ -313,12 +314,13 @@ def test_tiktoken_joins_only_pairs_that_the_file_lists():
     assert encode("abc") == (301,)
     # ignore_merges: "abc" becomes a token as a whole piece, though no merge makes it.
     del vocab["bc"]
-    vocab |= {"文字x": 302}  # no text is written with these characters
-    encode = piece_encoder(*byte_pairs(vocab, [], True, True), cached=True)
-    assert encode("文字x") == tuple("文字x".encode())
+    start = BYTE_CHARS[0xE6], BYTE_CHARS[0x96]  # of the three bytes of 文
+    vocab |= {"".join(start): 302, "文字x": 303}  # the latter is written by no text
+    encode = piece_encoder(*byte_pairs(vocab, [start], True, True), cached=True)
+    assert encode("文字x") == (302, *"文字x".encode()[2:])
     assert encode("abc") == (301,) and encode("abcd") == tuple(vocab[char] for char in "abcd")
     with pytest.raises(ValueError, match="a missing merge of 'bc'"):
-        byte_pairs(vocab | {"bc": 300}, [], True, True)
+        byte_pairs(vocab | {"bc": 300}, [start], True, True)
 
 
 # --- The built-in tokenizer and Llama 3's rank file -----------------------------------------------
