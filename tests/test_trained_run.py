@@ -59,7 +59,7 @@ def test_a_file_of_held_out_pairs_comes_before_a_share_and_rows_are_truncated(
 def test_files_replace_the_data_of_training_and_have_different_titles(
     make_run, checkpoint, pairs_file, tmp_path
 ):
-    folder = make_run(data=str(pairs_file), eval_fraction=0.3)
+    folder = make_run(data=str(pairs_file), eval_fraction=0.3, eval_data=str(pairs_file))
     write_json(checkpoint / "base.json", {})
     questions = write_rows(tmp_path / "gsm.jsonl", [QUESTION])
     same_name = write_rows(tmp_path / "run" / "pairs.jsonl", PAIR_ROWS[:2])
@@ -68,6 +68,7 @@ def test_files_replace_the_data_of_training_and_have_different_titles(
     assert list(run.data) == [str(pairs_file), "gsm.jsonl", str(same_name)]
     assert run.data["gsm.jsonl"] == (str(questions), read_items(questions))
     assert len(run.data[str(same_name)][1]) == 2 and not run.is_demonstration
+    assert list(read_run(folder, {str(questions): read_items(questions)}).data) == ["gsm.jsonl"]
 
 
 def test_a_run_of_the_demonstration_has_its_problems_and_its_pairs(
