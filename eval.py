@@ -289,8 +289,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     names = {Path(run).name: run for run in runs}
     names = names if len(names) == len(runs) else {run: run for run in runs}
     try:
-        if options.plot:
-            plot({name: Path(run) for name, run in names.items()}, Path(options.plot))
         files = {path: read_items(path) for path in data}
         shots = {
             p: examples(options.shots, options.k, items) for p, items in files.items() if items
@@ -298,6 +296,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         if options.shots and not any(shots.values()):
             raise ValueError(f"--shots {options.shots}: no file of --data has rows of its form")
         parsed = {name: read_run(Path(run), files) for name, run in names.items()}
+        if options.plot:
+            plot({name: Path(run) for name, run in names.items()}, Path(options.plot))
         results = {name: evaluate(run, shots, options) for name, run in parsed.items()}
     except (OSError, ValueError) as error:
         parser.error(error)

@@ -71,7 +71,7 @@ def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1
     block, trains_head = list(layers.parameters()), head.requires_grad
     trained = sum(p.numel() for p in root + L * block if p.requires_grad)
     weights = sum(p.nbytes for p in root + L * block) / gpus
-    if sharded:  # A GPU gathers the root, two blocks, a block's gradient before and after its sum.
+    if sharded:  # a GPU gathers the root, two blocks (one on its way), two gradients of a block
         blocks = 2 * sum(p.nbytes for p in block) / (2 if half and trains_head else 1)
         block_gradients = 8 * sum(p.numel() for p in block if p.requires_grad)
         weights += sum(p.nbytes for p in root) + blocks + block_gradients

@@ -219,6 +219,8 @@ def test_a_config_file_with_bad_options_is_refused(tmp_path):
     file.write_text(json.dumps({"epochs": None, "lr": 1, "versions": {}, "processes": 4}))
     options = parse("--config", file)
     assert (options.epochs, options.lr) == (3, 1.0)
+    file.write_text(json.dumps({"loss": "sft", "beta": 0.1}))  # as the run of sft records it
+    assert parse("--config", file).beta == 0.1
 
 
 # --- A loss of one's own --------------------------------------------------------------------------
