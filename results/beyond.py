@@ -1,8 +1,8 @@
 """Makes results/beyond.md and .png: python results/beyond.py [--small]
 
-pass@k of base and trained models up to k = 64: does what is won at k = 1 last? And what answers
-drawn from the policy cost beside pairs drawn once from the base. --small is one seed, few steps, k
-up to 8, in another folder and without writing results: it keeps this script alive in CI.
+Measures pass@k of base and trained models up to k = 64, and what answers drawn from the policy cost
+compared with pairs drawn once from the base. With --small, as in .ci/run, the script only makes two
+runs of two steps, samples 8 answers to each problem, and writes no page.
 """
 
 import concurrent.futures

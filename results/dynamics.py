@@ -26,8 +26,8 @@ but only once T_w = beta log-ratio is below zero by about one.
 
 `python results/dynamics.py`: {provenance}.
 Each run of seeds {seeds} trains on {pairs:,} pairs for {epochs} epochs, with 32 pairs a step. The
-table shows the change of the summed log-prob of 200 held-out answers in nats: the mean of seeds
-(lowest, highest).
+table shows the change of an answer's summed log-prob, in nats, averaged over 200 held-out pairs:
+the mean of seeds (lowest, highest).
 
 ![Curves](dynamics.png)
 

@@ -31,8 +31,8 @@ def run(command: list[str]) -> str:
 
 
 def train_all(jobs: dict[str, list[str]], script: str = "train.py", grade: bool = False) -> dict:
-    """Folder -> flags of train.py, or of a script that adds to it; returns folder -> its
-    summary.json and train_config.json, as `summary` and `train_config`."""
+    """Makes the missing runs of `jobs`: folder -> flags of `script`, which is or extends train.py.
+    Returns folder -> {"summary": ..., "train_config": ...}, the contents of its JSON files."""
 
     def make(out: str) -> None:
         if not (ROOT / out / "summary.json").exists():

@@ -1,6 +1,6 @@
 """Makes results/real_text.md and .png: python results/real_text.py CHECKPOINT PAIRS.jsonl
 
-dpo against mio on real text: a checkpoint and pairs of one's own, three held-out splits and orders.
+Compares dpo with mio on real text. Each of three seeds has its own held-out split and order.
 """
 
 import hashlib

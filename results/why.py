@@ -73,8 +73,8 @@ margin grows, or MIO, whose pull ends at T_w = log 2?
 nothing stops it, and accuracy rises with it. The rejected-only marginal pushes the rejected answer
 twice as hard, so it falls further and drags the chosen answer down. Means, at a beta that gives
 the same reward on average, change little where answers have similar lengths. (2) MIO raises rare
-chosen answers more than likely ones, which have little to gain. Under DPO the rare ones fall most.
-In tables of free probabilities, however, MIO raises rare answers less than DPO does.
+chosen answers more than likely ones, which have little to gain. Under DPO rare chosen answers fall
+furthest. In tables of free probabilities, however, MIO raises rare answers less than DPO does.
 
 `python results/why.py`: {provenance}. Each run trains
 on {pairs:,} pairs for {epochs} epochs at learning rate {rate:g}. Beta is 1, {half:g} for dpo, and
@@ -174,8 +174,8 @@ def verdict(gains: dict, moves: dict, sides: dict) -> str:
                           for name in list(VARIANTS)[:3])  # fmt: skip
     parts.append(f"Without ½ sp(T_w) the chosen log-prob ends higher than under mio on "
                  f"{(free > plain)[0].sum()} of {len(SEEDS)} seeds. With the rejected answers "
-                 f"alone as the marginal the rejected log-prob ends lower on "
-                 f"{(other < plain)[1].sum()}.")  # fmt: skip
+                 f"alone as the marginal, the rejected log-prob ends lower than under mio on "
+                 f"{(other < plain)[1].sum()} of {len(SEEDS)} seeds.")  # fmt: skip
     for loss in ("dpo", "mio"):
         rare, likely = (np.mean([s[half] for s in sides[loss, "all"]]) for half in HALVES)
         parts.append(f"Trained on all pairs, {loss} changes the log-prob of rare chosen answers by "

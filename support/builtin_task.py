@@ -115,9 +115,9 @@ def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[
     with tqdm(desc="supervised", unit="step", leave=False) as bar:
         while not BASE["target"] <= accuracy <= BASE["upper_limit"]:
             if step >= BASE["max_steps"]:
-                found = f"{accuracy:.0%} in {step} steps, not {BASE['target']:.0%}"
-                raise ValueError(f"--seed {options.seed}: the base model solves {found} of the "
-                                 "validation problems; choose another --seed")  # fmt: skip
+                found = f"{accuracy:.0%} of the validation problems, not {BASE['target']:.0%}"
+                raise ValueError(f"--seed {options.seed}: after {step} steps the base model solves "
+                                 f"{found}; choose another --seed")  # fmt: skip
             for _ in range(BASE["check_every"]):
                 texts = problems("train", BASE["batch_size"], seed=[options.seed, step])
                 examples = [Example("solution", text, solution(text), None) for text in texts]
@@ -139,8 +139,8 @@ def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[
 
 
 def make_pairs(folder: Path, seed: int, device: str) -> None:
-    """Samples answers of the base model and writes pairs of a right and a wrong answer, unless they
-    exist: pairs.jsonl to the training problems in problems.jsonl, and heldout_pairs.jsonl."""
+    """Samples answers of the base model and pairs right answers with wrong ones, unless the files
+    exist: pairs.jsonl for the problems in problems.jsonl, heldout_pairs.jsonl for test problems."""
     key = digest(*weight_files(folder), PAIRS, seed)
     files = [folder / name for name in ("pairs.jsonl", "heldout_pairs.jsonl", "problems.jsonl")]
     if _up_to_date(folder / "pairs.json", key, *files):

@@ -28,7 +28,7 @@ RECORD_KEYS = {"step", "num_tokens", "inputs", "metrics", "options"}  # of train
 
 
 class Progress(NamedTuple):
-    """The state of a run beside its weights. The order of the pairs follows from seed and step."""
+    """The state of a run besides its weights. The order of the pairs follows from seed and step."""
 
     step: int
     num_tokens: int

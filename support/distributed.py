@@ -89,7 +89,7 @@ class Processes(World):
         return get_total_norm(gradients).full_tensor()
 
     def place(self, moment: Tensor, parameter: Tensor) -> Tensor:
-        """Moves a gathered moment of AdamW to where its parameter is, sharded as that is."""
+        """Gives a gathered moment of AdamW the device and the sharding of its parameter."""
         from torch.distributed.tensor import distribute_tensor
 
         moment = moment.to(parameter.device)

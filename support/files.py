@@ -64,8 +64,8 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: Path):
-    """Yields a temporary path to write a file or a folder under. Then flushes it to the disk and
-    renames it to `path`, which a crash leaves complete or unchanged. An OSError names `path`."""
+    """Yields a temporary path for a file or folder to write, then flushes it to disk and renames it
+    to `path`, which a crash leaves complete or unchanged. An OSError names `path`."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial

@@ -83,7 +83,7 @@ def read_math(text: str) -> Fraction | str | None:
 
 
 def read_letter(text: str) -> str | None:
-    """The letter that a text chooses, by the first of LETTERS that occurs; of several the last."""
+    """The letter a text chooses: the last match of the first pattern in LETTERS that matches."""
     return next((found[-1] for form in LETTERS if (found := re.findall(form, text))), None)
 
 
@@ -97,8 +97,8 @@ GRADERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
 
 
 def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
-    """The unbiased estimate 1 - C(n - c, k) / C(n, k) of arXiv 2107.03374, (questions,): `correct`
-    (questions,) counts the right ones of n answers each. Raises ValueError if k is above n."""
+    """Unbiased estimates of pass@k (questions,), 1 - C(n - c, k) / C(n, k) of arXiv 2107.03374.
+    `correct` (questions,) holds c, how many of n answers are right. Raises ValueError if k > n."""
     if k > n:
         raise ValueError(f"pass@{k} needs {k} answers to each question, there are {n}")
     return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in correct])

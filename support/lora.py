@@ -23,7 +23,7 @@ IMPLEMENTED = {"peft_type": ("LORA",), "bias": ("none",), "use_rslora": (True,),
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """The rank, scale and place of a model's adapters, under PEFT's names."""
+    """The rank, scale and target modules of a model's adapters, under PEFT's names."""
 
     r: int
     lora_alpha: float

@@ -64,7 +64,7 @@ def read_item(line: int, row: dict) -> Item:
         raise ValueError(f"there is no grade {grade!r:.40}; choose from {', '.join(GRADERS)}")
     read_key, _ = GRADERS[grade]
     if not key.strip() or read_key(key) is None:
-        raise ValueError(f"in the answer {key!r:.40} there is nothing to grade {grade} by")
+        raise ValueError(f"grade {grade} finds no result in the answer {key!r:.40}")
     return Item(line, prompt, key, grade, _texts_of(row, "stop"))
 
 
@@ -110,7 +110,7 @@ def examples(path: str | None, k: int, items: list[Item]) -> str:
     prompts = {item.prompt for item in items}
     for shot in shots:
         if shot.prompt in prompts:
-            raise ValueError(f"{path}:{shot.line}: shows the answer to a question that is asked; "
+            raise ValueError(f"{path}:{shot.line}: this shot answers a question of --data; "
                              "take --shots from a training split")  # fmt: skip
     return "".join(f"{shot.prompt}{shot.joined(shot.key)}\n\n" for shot in shots)
 

@@ -37,7 +37,7 @@ def check_out(options, sources: list) -> None:
 
 
 def check_free(options) -> None:
-    """Raises ValueError if --out holds a run, without --resume and --overwrite."""
+    """Raises ValueError if --out holds a run, unless --resume or --overwrite is given."""
     folder = Path(options.out)
     if (folder / "train_config.json").is_file() and not (options.resume or options.overwrite):
         finished = (folder / "summary.json").is_file()
@@ -65,7 +65,7 @@ def begin(options, record: dict, processes: int) -> None:
 
 
 def provenance(processes: int) -> dict:
-    """What the results of a run depend on beside its options. The commit is None without git."""
+    """What the results of a run depend on besides its options. The commit is None without git."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True).stdout if shutil.which("git") else b""
     versions = {"python": platform.python_version(), "torch": torch.__version__}

@@ -116,9 +116,9 @@ def draw(
     """Continues lists of ids by `model.generate(**how)` and returns the new ids of each.
 
     Sorts the prompts by length and splits them into parts of GENERATION_ROWS. The seed of a part is
-    `seed` plus its first position. rows: how many prompts of a part are generated at a time, as
-    many as GENERATION_TOKENS allow if None. is_over(number of the prompt, ids so far) ends an
-    answer. A long draw shows a progress bar with tokens per second."""
+    `seed` plus the number of prompts in earlier parts. rows: how many prompts of a part are
+    generated at a time, as many as GENERATION_TOKENS allow if None. is_over(number of the prompt,
+    ids so far) ends an answer. A long draw shows a progress bar with tokens per second."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
     started, tokens = time.perf_counter(), 0

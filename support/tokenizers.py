@@ -79,9 +79,9 @@ def merge(token: str, ranks: dict[tuple[str, str], int]) -> tuple[list[str], int
 def byte_pairs(
     vocab: dict[str, int], merges: list, ignore_merges: bool, byte_level: bool
 ) -> tuple[list[bytes], list[tuple[int, ...]]]:
-    """The tokens and ids with which `piece_encoder` gives the ids of a tokenizer.json. Symbols are
+    """The tokens and ids that make `piece_encoder` encode as a tokenizer.json says. Symbols are
     bytes, written as in BYTE_CHARS, if `byte_level`, else characters, with bytes for characters
-    outside the vocabulary. `ignore_merges` makes a piece that is a token that token.
+    outside the vocabulary. With `ignore_merges`, a piece that is a token is encoded as that token.
 
     tiktoken joins any two neighbors whose concatenation is a token, while a tokenizer.json lists
     the pairs that may be joined. Both agree if tiktoken is given only the tokens that `merge` forms

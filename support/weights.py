@@ -1,4 +1,4 @@
-"""Reads and writes the weights of a model: safetensors files, laid out as transformers does."""
+"""Reads and writes the weights of a model as safetensors files in the layout of transformers."""
 
 import contextlib
 from collections.abc import Iterator

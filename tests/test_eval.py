@@ -319,11 +319,16 @@ def test_command_compares_a_run_with_the_model_that_it_started_from(
     assert found[str(checkpoint)] == pytest.approx(dict(zip(SIDES, logps.mean(axis=0))), rel=1e-5)
 
 
-def test_command_truncates_pairs_as_training_did(checkpoint, pairs_file, tmp_path):
+def test_command_truncates_pairs_as_training_did_and_writes_only_the_file_of_out(
+    checkpoint, pairs_file, tmp_path
+):
     flags = ["--eval_data", str(pairs_file), "--max_length", "50"]
-    run = trained(checkpoint, pairs_file, tmp_path / "short", *flags)
-    found = evaluation.main([run, "--data", str(pairs_file), "--kl_samples", "0"])[run]
+    run, out = trained(checkpoint, pairs_file, tmp_path / "short", *flags), tmp_path / "all.json"
+    flags = ["--data", str(pairs_file), "--kl_samples", "0", "--out", str(out)]
+    found = evaluation.main([run, *flags])[run]
     assert found["Δ chosen"] == pytest.approx(summary_of(run)["Δ chosen"]["mean"], abs=1e-4)
+    assert json.loads(out.read_text()).keys() == {run}
+    assert not (Path(run) / "eval.json").exists()
 
 
 def test_without_data_a_run_is_evaluated_on_the_pairs_that_its_training_held_out(
@@ -398,7 +403,7 @@ def test_input_that_cannot_be_evaluated_is_refused_in_one_line(
         ([str(checkpoint), f"{checkpoint}/", *pairs], "is named twice"),
         ([str(checkpoint), "--data", file, "-k", "2"], "-k needs --shots"),
         ([str(checkpoint), "--data", file, "--shots", file, "-k", "4"], "-k 4, but the file has 3"),
-        ([str(checkpoint), "--data", file, "--shots", file, "-k", "2"], ":1: shows the answer to"),
+        ([str(checkpoint), "--data", file, "--shots", file, "-k", "2"], "take --shots from a training"),
         ([str(checkpoint), "--data", file, "--shots", choices, "-k", "1"], "has rows of its form"),
         ([str(checkpoint), "--data", file, "--n", "4", "--temperature", "0"], "--n 4: all greedy"),
         ([str(checkpoint), "--data", file, "--n", "0"], "--n 0: must be at least 1 and at most"),

@@ -73,9 +73,9 @@ BAD = {
     "one choice": (CHOICES[1] | {"choices": ["b"], "gold": 0}, "must be two or more texts"),
     "blank choice": (CHOICES[1] | {"choices": ["b", " "]}, "texts that are not blank"),
     "choices": (CHOICES[1] | {"choices": "ab"}, "'choices' must be a list of texts"),
-    "no number": ({"question": "a", "answer": "many"}, "in the answer 'many' there is nothing to"),
-    "no letter": (EXACT | {"answer": "third", "grade": "letter"}, "nothing to grade letter by"),
-    "blank key": (EXACT | {"answer": " "}, "in the answer ' ' there is nothing to grade exact by"),
+    "no number": ({"question": "a", "answer": "many"}, "no result in the answer 'many'"),
+    "no letter": (EXACT | {"answer": "third", "grade": "letter"}, "grade letter finds no result"),
+    "blank key": (EXACT | {"answer": " "}, "grade exact finds no result in the answer ' '"),
     "key": (EXACT | {"answer": 4}, "'answer' must be a string, not int"),
     "stop": (EXACT | {"stop": "Q"}, "'stop' must be a list of texts that are not empty"),
     "empty stop": (EXACT | {"stop": [""]}, "'stop' must be a list of texts that are not empty"),
@@ -129,7 +129,7 @@ def test_shots_that_cannot_be_shown_are_refused(file):
         ([EXACT | {"prompt": "a"}] * 2, 3, "-k 3, but the file has 2 rows to show"),
         ([pair] * 9, 3, "-k 3, but the file has 0 rows to show"),
         ([EXACT | {"prompt": MESSAGES}], 1, "--shots stand before prompts of plain text"),
-        ([EXACT | {"prompt": "a"}, EXACT], 2, "shows the answer to a question that is asked"),
+        ([EXACT | {"prompt": "a"}, EXACT], 2, "this shot answers a question of --data"),
     ]:
         shots = file(rows, "shots.jsonl")
         line = ":2" if "answer" in fault else ""
