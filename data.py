@@ -1,12 +1,12 @@
-"""From the rows of a file to packed batches.
+"""Turns the rows of a data file into packed batches.
 
     row of the file -> Example (support/rows.py) -> Pair of token ids -> Batch -> hidden states
 
-Each rule has one home: where the end token goes (`encode_example`), what a pair that is too long
-loses (`truncate`), which tokens attend to which (`attention_rule`), which hidden state predicts
+Each rule has one function: where the end token goes (`encode_example`), how a pair that is too long
+is cut (`truncate`), which tokens attend to which (`attention_rule`), which hidden state predicts
 which token (`pack_batch`), and the order of an epoch (`epoch_order`).
 
-    python data.py FILE.jsonl --tokenizer FOLDER    shows what training would make of a file
+    python data.py FILE.jsonl --tokenizer FOLDER    reports how training would use a file
 """
 
 import sys
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 
 class Pairs(Sequence):
-    """A list of pairs in compact arrays, with four bytes a token; pairs[i] builds the lists."""
+    """A list of pairs in compact arrays, four bytes per token; pairs[i] builds a Pair of lists."""
 
     def __init__(self, pairs: Iterable[Pair] = ()):
         self.ids = array("i")  # prompt, chosen, rejected of each pair, end to end
@@ -73,8 +73,8 @@ class Pairs(Sequence):
 
 
 def encode_example(example: Example, tokenizer: Tokenizer) -> Pair:
-    """Encodes the prompt and each answer by itself, so that training and generation split a text
-    at the same token, and appends one end token to an answer. In a conversation the chat template
+    """Encodes the prompt and each answer by itself, so that training and generation tokenize
+    a text alike, and appends one end token to an answer. In a conversation the chat template
     decides how an answer ends."""
     answers = example.chosen, example.rejected
     if isinstance(example.prompt, list):
@@ -171,10 +171,10 @@ class Batch(NamedTuple):
     tokens: Tensor  # (1, T) ids
     positions: Tensor  # (1, T); the rejected answer continues from the end of the prompt
     pair: Tensor  # (T,) number of the pair within the batch, -1 for padding
-    segment: Tensor  # (T,) 0 prompt, 1 chosen, 2 rejected
+    segment: Tensor  # (T,) 0 prompt, k the k-th answer: 1 chosen, 2 rejected
     source: Tensor  # (N,) which of the T hidden states predicts each target
     targets: Tensor  # (N,) the ids of the answers end to end: chosen_0, rejected_0, chosen_1, ...
-    lengths: Tensor  # (2B,) tokens of each answer; stays on the CPU
+    lengths: Tensor  # (2B,) tokens of each answer (2B: all answers); stays on the CPU
     row_tokens: list[int]  # tokens of each row
     index: list[int]  # (B,) the pairs' numbers in the list they came from
 
@@ -186,15 +186,15 @@ class Batch(NamedTuple):
 
 
 class StepData(NamedTuple):
-    """What an optimizer step trains on. The tensors are indexed by the batches' index."""
+    """What an optimizer step trains on. Batch.index selects the rows of the tensors."""
 
     batches: list[Batch]
     ref_logps: Tensor | None = None  # (pairs, 2) nats
     advantages: Tensor | None = None  # (pairs, 2), for rlhf
     mismatched: tuple[list[Batch], Tensor] | None = None  # for kto: batches and their ref_logps
     pairs: Pairs = ()
-    index: Sequence[int] = ()  # the batches' index, of all processes
-    metrics: dict[str, float] = {}  # of drawn answers
+    index: Sequence[int] = ()  # Batch.index of all batches of all processes
+    metrics: dict[str, float] = {}  # of answers that the policy draws
 
 
 def attention_rule(batch: Batch, window: int | None = None) -> Callable:
@@ -228,8 +228,8 @@ def row_length(pair: Sequence) -> int:
 
 
 def pack(sizes: list[int], row_tokens: int) -> list[list[int]]:
-    """Assigns items to rows of `row_tokens`, first fit with the longest item first. Returns the
-    items of each row; an item longer than a row gets a row of its own."""
+    """Packs items into rows of `row_tokens` tokens by first-fit decreasing. Returns the items of
+    each row; an item longer than a row gets a row of its own."""
     rows, room = [], []
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         row = next((r for r, free in enumerate(room) if free >= sizes[item]), len(rows))
@@ -318,11 +318,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from support.report import describe_file  # stands on top of this file
+    from support.report import describe_file  # imports this file
 
     parser = Parser("data.py", __doc__)
-    parser.add_argument("file", metavar="FILE.jsonl", help="rows to look at, plain or .gz")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="folder or file")
+    parser.add_argument("file", metavar="FILE.jsonl", help="data file, plain or .gz")
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="its folder or file")
     parser.add_argument("--max_length", type=int, default=1024, metavar="N", help="as in train.py")
     options = parser.parse_args(argv)
     if options.max_length < 2:

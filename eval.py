@@ -3,8 +3,8 @@
     python eval.py out/base out/mio out/dpo               the demonstration's runs, side by side
     python eval.py out/mio BASE --data gsm8k-test.jsonl   questions, choices or preference pairs
 
-Rows become items, items become values, values become figures, and figures become a table. Every
-value is kept for each item and run, so that runs are compared item by item.
+A table shows the mean of each column over the items of a file, with its standard error. The value
+of every item is kept, so that two runs are compared on the same items.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ def answer_logps(
     """Summed log-probabilities of the answers of each row, (answers,) in nats, on the CPU.
 
     rows: the ids of a prompt and of any number of answers. Packing, head and precision are those of
-    training. `batches` may leave out rows for another process; their log-probs are 0 here.
+    training. `batches` may leave rows to other processes; their log-probs are 0 here.
     """
     device = model.head_weight.device
     logps = [torch.zeros(len(row) - 1) for row in rows]
@@ -105,7 +105,7 @@ def information(rewards: Tensor) -> dict[str, Column]:
     """Three estimates of mutual information, in nats, with the rewards (pairs, 2) as critic.
 
     `dv` and `nwj` are minus the losses of these names: lower bounds, at most log 2. `js` is log 4
-    minus mio, twice the Jensen-Shannon bound, at most 0.4315. All are 0 at the reference.
+    minus mio, twice the Jensen-Shannon bound, at most 0.4315. All three are 0 for the reference.
     """
 
     def bound(name: str, rewards: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def pair_blocks(model, tokenizer, reference, path, title, pairs: Pairs, options,
     layout = ROW_TOKENS, MICRO_TOKENS, getattr(torch, training["dtype"])
     if reference and reference.config.vocab_size != (size := model.config.vocab_size):
         sizes = f"has {reference.config.vocab_size} ids, the model to compare has {size}"
-        raise ValueError(f"{training['init']}: {sizes}; name runs that started from one model")
+        raise ValueError(f"{training['init']}: {sizes}; name runs that started from the same model")
     logps = pair_logps(model, pairs, *layout)
     ref_logps = pair_logps(reference, pairs, *layout) if reference else None
     columns, critic = preference_columns(logps, ref_logps, pairs, training["beta"]), {}
@@ -177,14 +177,16 @@ def pair_blocks(model, tokenizer, reference, path, title, pairs: Pairs, options,
         for name, limit in (("dv", "0.693"), ("nwj", "0.693"), ("js", "0.4315")):
             critic[f"{name} ≤{limit}"] = estimates[name]._replace(**same_items)
     if reference and options.kl_samples:
-        first = {tuple(pairs[i].prompt): i for i in reversed(range(len(pairs)))}
-        prompts = list(map(list, sorted(first, key=first.get)))[: options.kl_samples]
+        first: dict[tuple, int] = {}  # a prompt -> its first pair
+        for i, pair in enumerate(pairs):
+            first.setdefault(tuple(pair.prompt), i)
+        prompts = list(map(list, first))[: options.kl_samples]
         room = model.config.max_position_embeddings - max(map(len, prompts))
         how = {"stop_ids": tokenizer.stop_ids, "seed": options.seed, "rows": options.batch_size}
         drawn = draw(model, prompts, max(1, min(options.max_new_tokens, room)), **how)
         rows = list(zip(prompts, drawn))
         logps, ref = (torch.cat(answer_logps(m, rows, *layout)) for m in (model, reference))
-        names = names[sorted(first.values())[: len(prompts)]]
+        names = names[list(first.values())[: len(prompts)]]
         critic["KL"] = Column((logps - ref).double().numpy(), names=names)
     blocks = {title: columns, f"{title}: critic": critic}
     return {title: block for title, block in blocks.items() if block}
@@ -225,20 +227,20 @@ def evaluate(run: Run, shots: dict[str, str], options: "Options") -> tuple[dict,
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Options:
-    shots: str | None = option(None, "JSONL file whose first rows, solved, precede each prompt")
-    k: int | None = option(None, "how many of these rows (default: 5)", least=1)
+    shots: str | None = option(None, "JSONL file of solved examples to put before each prompt")
+    k: int | None = option(None, "number of rows to take from --shots (default: 5)", least=1)
     n: int = option(1, "answers to each question, for pass@k and maj@n", least=1, most=1024)
     temperature: float | None = option(None, "0 is greedy (default: 0, or 1 with --n > 1)", least=0)
-    top_p: float = option(1.0, "sample from the most probable tokens", least=1e-6, most=1)
-    max_new_tokens: int = option(256, "largest length of an answer", least=1)
+    top_p: float = option(1.0, "total probability of the tokens to sample from", least=1e-6, most=1)
+    max_new_tokens: int = option(256, "most tokens of an answer", least=1)
     kl_samples: int = option(64, "answers sampled to estimate KL; 0 for no KL", least=0)
-    batch_size: int | None = option(None, "answers generated at a time (default: by length)",
+    batch_size: int | None = option(None, "answers generated at a time (default: by their length)",
                                     least=1)
     seed: int = option(0, "seed of the sampled answers", least=0)
     dtype: str | None = option(None, "precision of generation (default: bfloat16 on a GPU)",
                                choices=("float32", "bfloat16"))
     device: str = option("auto", "cpu, cuda or cuda:N")
-    plot: str | None = option(None, "file .png, .pdf or .svg for the curves of the runs")
+    plot: str | None = option(None, "file (.png, .pdf or .svg) for the curves of training")
     out: str | None = option(None, "JSON file for all results (default: eval.json in each run)")
 # fmt: on
 
@@ -246,9 +248,9 @@ class Options:
 def parse_options(argv: list[str] | None) -> tuple[Parser, list[str], list[str], Options]:
     """Returns the parser, the runs, the files of --data, and the options."""
     parser = Parser("eval.py", __doc__)
-    help = "folders; the others are compared with the first"
+    help = "run or checkpoint folders; all are compared with the first"
     parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=help)
-    help = "questions, questions with choices, or pairs"
+    help = "files of questions, of questions with choices, or of pairs"
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE.jsonl", help=help)
     add_options(parser, Options)
     flags = vars(parser.parse_args(argv))
@@ -294,7 +296,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             p: examples(options.shots, options.k, items) for p, items in files.items() if items
         }
         if options.shots and not any(shots.values()):
-            raise ValueError(f"--shots {options.shots}: no file of --data has rows of its form")
+            raise ValueError(f"--shots {options.shots}: no file of --data has its row form")
         parsed = {name: read_run(Path(run), files) for name, run in names.items()}
         if options.plot:
             plot({name: Path(run) for name, run in names.items()}, Path(options.plot))

@@ -1,6 +1,6 @@
 """The objective: losses on pairs of answers, and the fused head that computes them.
 
-From the paper (MIO, arXiv 2506.22578) to the code; all log-probabilities are in nats:
+The symbols of the paper (MIO, arXiv 2506.22578) and their names in the code, in nats:
 
   s_w, s_l       log pi(y|x), summed over an answer's tokens   chosen_logps, ...
   ref_w, ref_l   the same under the frozen reference model     ref_chosen_logps
@@ -21,7 +21,7 @@ chosen and rejected answers. For one pair the bounds are
   Jensen-Shannon     -sp(-T_w) - sp(T_w) / 2 - sp(T_l) / 2  =  -mio
 
 so DPO maximizes the first bound and MIO maximizes the second. As a function of T_w and T_l, `mio`
-equals the pairwise NCA loss (arXiv 2402.05369); the paper adds the mutual-information reading.
+equals the pairwise NCA loss (arXiv 2402.05369); the paper adds the interpretation.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# --- Losses: each takes the two sides of B pairs and returns (B,); its docstring is its formula ---
+# --- Losses: functions that map both sides of B pairs to (B,); each docstring is the formula ------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Answers:
 
     logps: Tensor
     ref_logps: Tensor | None  # None for losses without a reference
-    lengths: Tensor | None  # 0 for a missing answer; None where no loss needs lengths
+    lengths: Tensor | None  # 0 for a missing answer; None if the loss uses no lengths
     beta: float
     advantages: Tensor | None = None  # only for rlhf
 
@@ -101,8 +101,8 @@ def log_mean_exp(chosen: Answers, rejected: Answers) -> Tensor:
 
 def dv(chosen: Answers, rejected: Answers, shared: Tensor) -> Tensor:
     """-mean T_w + log mean e^T, over the batch"""
-    # -mean T_w + c is the minimum over c of mean nwj(T - c), and log_mean_exp is the minimizer.
-    # With c held fixed, nwj(T - c) therefore has the value and the gradient of dv.
+    # Over c, the mean of nwj(T - c) is smallest at c = log_mean_exp, where it equals dv. With c
+    # held fixed there, nwj(T - c) therefore has the value and the gradient of dv.
     mixture = ((chosen.rewards - shared).exp() + (rejected.rewards - shared).exp()) / 2
     return mixture - 1 - (chosen.rewards - shared)
 
@@ -241,17 +241,17 @@ def rlhf(chosen: Answers, rejected: Answers) -> Tensor:
 class Loss:
     """What the trainer must know about a loss."""
 
-    function: Callable[..., Tensor]  # of chosen, rejected and options with defaults
+    function: Callable[..., Tensor]  # takes chosen, rejected and options with defaults
     uses: str  # "sums" or "means" over the tokens of an answer, or "sums and means"
-    beta: float  # the default of --beta, and the scale of the logged rewards
-    # The value while the policy equals the reference; None if it depends on the answers.
+    beta: float  # the default of --beta, which also scales the logged rewards
+    # The loss while the policy equals the reference; None if it depends on the answers.
     start: float | Callable[[float], float] | None
     source: str
     needs_reference: bool = True
     uses_beta: bool = True
-    answers: str = "both"  # which a row must have: "both", "chosen", "any"; "drawn": sampled anew
-    # A loss of the whole batch couples its pairs through one scalar, which the trainer computes
-    # first and without gradient; for kto, on prompts paired with the answers of other rows.
+    answers: str = "both"  # "both", "chosen" or "any" must be in a row; "drawn": sampled
+    # Computes the scalar that couples the pairs of a step. The trainer calls it first, without
+    # gradient, and for kto on mismatched pairs: prompts with the answers of other rows.
     shared: Callable[[Answers, Answers], Tensor] | None = None
     shared_of_mismatched: bool = False
 
@@ -265,7 +265,7 @@ class Loss:
 
     @property
     def options(self) -> dict[str, float]:
-        """The loss's own options with their defaults; each is a flag of the same name."""
+        """The defaults of the loss's own options, each of which is a flag of the same name."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -299,18 +299,18 @@ LOSSES: dict[str, Loss] = {
     "slic": Loss(slic, "sums and means", 0.1, None, "arXiv 2305.10425", needs_reference=False),
     "kto": Loss(kto, "sums", 0.1, 0.5, "arXiv 2402.01306", answers="any",
                 shared=mean_reward, shared_of_mismatched=True),
-    # The advantages of rlhf hold beta times the log-ratio to the reference.
+    # The advantages of rlhf contain the KL penalty, which beta scales.
     "rlhf": Loss(rlhf, "sums", 0.01, None, "RLOO, arXiv 2402.14740", answers="drawn"),
     "sft": Loss(sft, "means", 0.1, None, "maximum likelihood of the chosen", answers="chosen",
                 needs_reference=False, uses_beta=False),
 }
 # fmt: on
-# Bounds of options that need any: least and most.
+# The smallest and the largest value of options that have bounds.
 OPTION_BOUNDS = {"label_smoothing": (0.0, 0.49), "epsilon": (1e-12, 0.49)}
 
 
 def loss_table() -> str:
-    """The symbols as above, then two lines of at most 80 columns for each row of LOSSES."""
+    """The glossary above, then two lines of at most 80 columns for each row of LOSSES."""
     lines = [__doc__.split("\n\n")[2], ""]
     for name, loss in LOSSES.items():
         facts = [loss.uses, "reference" if loss.needs_reference else "no reference"]
@@ -326,15 +326,15 @@ def pair_loss(
     rejected_lengths: Tensor | None = None,
     advantages: tuple[Tensor | None, Tensor | None] = (None, None), **options,
 ) -> Tensor:  # fmt: skip
-    """The loss of each pair, for a name in LOSSES.
+    """The loss of each pair; `name` is a key of LOSSES.
 
-    Log-probs are sums in nats, (B,). Lengths are tokens, (B,); losses that use means need them.
+    Log-probs are sums in nats, (B,). Lengths count tokens, (B,); losses that use means need them.
     Reference log-probs may be None for losses without a reference; only rlhf needs advantages, one
-    tensor (B,) a side. `options` go to the function of the loss. For dv and kto, `shared` is the
-    scalar that couples the pairs; without it these pairs are the whole batch (and kto takes K from
-    their own answers, while training takes it from mismatched ones).
+    tensor (B,) for each side. `options` are passed to the loss function. For dv and kto, `shared`
+    is the scalar that couples the pairs. By default it is computed from the given pairs, whereas
+    training computes the scalar of kto from mismatched pairs.
     Returns (B,), whose mean is the loss of the batch.
-    Raises KeyError for an unknown name, TypeError for an option that the loss does not have.
+    Raises KeyError for an unknown name and TypeError for an option that the loss does not have.
     """
     loss = LOSSES[name]
     assert not loss.needs_reference or ref_chosen_logps is not None, f"{name} needs a reference"
@@ -348,14 +348,14 @@ def pair_loss(
 
 # --- The head: from the hidden states of the answers' tokens to losses ----------------------------
 # The answers lie end to end in the order chosen_0, rejected_0, chosen_1, rejected_1, ...:
-# hidden (N, D) holds the state that predicts each token, targets (N,) the tokens, and lengths (2B,)
-# how many tokens each answer has.
+# hidden (N, D) holds the states that predict the tokens, targets (N,) holds the token ids, and
+# lengths (2B,) holds the number of tokens of each answer.
 
 CHUNK_TOKENS = 1024  # rows of logits in memory at a time
 
 
 def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
-    """The oracle, with all logits at once. hidden (N, D), head_weight (V, D), targets (N,), lengths
+    """All logits at once, for tests. hidden (N, D), head_weight (V, D), targets (N,), lengths
     (S,) -> summed log-probability of each answer (S,), in nats, differentiable."""
     logits = hidden @ head_weight.T  # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -365,7 +365,7 @@ def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: T
 
 @torch.no_grad()
 def chunked_logps(hidden, head_weight, targets, lengths, chunk_tokens=CHUNK_TOKENS, compiled=False):
-    """naive_logps without a gradient and with at most `chunk_tokens` rows of logits at a time."""
+    """Equals naive_logps, without gradient and with at most `chunk_tokens` rows of logits."""
     head = _ChunkedHead(head_weight, hidden, min(chunk_tokens, len(hidden)), compiled)
     parts = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
     token_logps = torch.cat([head.residual(h, y)[1] for h, y in parts])  # (N,)
@@ -377,12 +377,11 @@ def fused_pair_loss(
     ref_logps: Tensor | None, name: str, *, beta: float, advantages: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS, compiled: bool = False, **options,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss of each pair (B,) and the log-prob of each answer (2B,), without keeping logits.
+    """The loss of each pair (B,) and the log-prob of each answer (2B,). Keeps no logits.
 
     hidden (N, D), head_weight (V, D), targets (N,), lengths (2B,), ref_logps and advantages (2B,)
-    or None. Differentiable in hidden and head_weight through losses.mean() or losses.sum(): all
-    losses must have the same upstream gradient, otherwise the gradients are NaN. The returned
-    log-probs are detached.
+    or None. The losses are differentiable in hidden and head_weight through mean() or sum(): if
+    their upstream gradients differ, the gradients are NaN. The returned log-probs are detached.
     """
     assert LOSSES[name].pairwise or "shared" in options, f"{name} needs the batch's shared term"
     assert len(lengths) % 2 == 0, "answers come in pairs"
@@ -394,9 +393,9 @@ def fused_pair_loss(
         def sides(x: Tensor | None) -> tuple:
             return (None, None) if x is None else (x[answers][0::2], x[answers][1::2])
 
-        lengths = dict(zip(("chosen_lengths", "rejected_lengths"), sides(on_device)))
+        n = dict(zip(("chosen_lengths", "rejected_lengths"), sides(on_device)))
         sums = logps[0::2], logps[1::2], *sides(ref_logps)
-        return pair_loss(name, *sums, beta=beta, advantages=sides(advantages), **lengths, **options)
+        return pair_loss(name, *sums, beta=beta, advantages=sides(advantages), **n, **options)
 
     return FusedHead.apply(hidden, head_weight, targets, lengths, losses_of, chunk_tokens, compiled)
 
@@ -404,15 +403,15 @@ def fused_pair_loss(
 class FusedHead(torch.autograd.Function):
     """Computes the head's forward and backward pass in one pass over the tokens.
 
-    Let z = W h be the logits of a token y, p = softmax(z), s the sum of log p_y over an answer, and
-    w = dL/ds the weight that the loss gives the answer. For each token of the answer
-        ds/dz = onehot(y) - p
-        dL/dz = -w (p - onehot(y))
-        dL/dh = -w W^T (p - onehot(y))
-        dL/dW = sum over tokens of -(p - onehot(y)) (w h)^T.
-    The loss of a pair depends on the two sums of the pair alone (given the shared scalar), so w is
+    Let u = W h be the logits of a token y, p = softmax(u), s the sum of log p_y over an answer, and
+    g = dL/ds the gradient with respect to this sum. For each token of the answer
+        ds/du = onehot(y) - p
+        dL/du = -g (p - onehot(y))
+        dL/dh = -g W^T (p - onehot(y))
+        dL/dW = sum over tokens of -(p - onehot(y)) (g h)^T.
+    The loss of a pair depends only on the two sums of the pair (given the shared scalar), so g is
     known as soon as a chunk of complete pairs has been projected. The logits of the chunk then turn
-    into p - onehot(y) in place, w multiplies the smaller factor of both products, and the next
+    into p - onehot(y) in place, g multiplies matrices of width D rather than V, and the next
     chunk reuses the buffer. This costs three matrix products per token; a head that recomputes its
     logits in the backward pass needs four.
     """
@@ -435,15 +434,15 @@ class FusedHead(torch.autograd.Function):
             with torch.enable_grad():
                 sums.requires_grad_(True)
                 loss = losses_of(sums, answers)  # (b,)
-                (w,) = torch.autograd.grad(loss.sum(), sums)  # (2b,)
+                (g,) = torch.autograd.grad(loss.sum(), sums)  # (2b,)
             losses.append(loss.detach())
             logps.append(sums.detach())
-            minus_w = -w[answer, None]  # (n, 1)
+            minus_g = -g[answer, None]  # (n, 1)
             if need_hidden:
-                grad_hidden[tokens] = minus_w * (residual @ head.weight)
+                grad_hidden[tokens] = minus_g * (residual @ head.weight)
             if need_head:
                 first = tokens.start == 0
-                _add_product(grad_head, residual, minus_w * hidden[tokens], overwrite=first)
+                _add_product(grad_head, residual, minus_g * hidden[tokens], overwrite=first)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head_weight.dtype
         losses, logps = torch.cat(losses), torch.cat(logps)
@@ -453,7 +452,7 @@ class FusedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_losses, _):
         gradients = ctx.saved_tensors  # of hidden and head_weight; None if not needed
-        # The chunks are summed already, so all pairs must share one upstream gradient.
+        # forward() has summed over the chunks, so all pairs must share one upstream gradient.
         first = grad_losses[:1].sum()  # 0 if there are no pairs
         factor = torch.where((grad_losses == first).all(), first, torch.nan)
         if factor.is_cuda or factor != 1:  # losses.sum() on a CPU needs no copy of (V, D)
@@ -464,7 +463,7 @@ class FusedHead(torch.autograd.Function):
 
 
 class _ChunkedHead:
-    """The head's weight in the precision of its products, and one buffer for logits."""
+    """The head's weight in the precision of matrix products, and one buffer for logits."""
 
     def __init__(self, weight: Tensor, hidden: Tensor, max_tokens: int, compiled: bool):
         device = hidden.device.type
@@ -478,7 +477,7 @@ class _ChunkedHead:
         next call, and token log-probs (n,)."""
         dtype = self.weight.dtype
         logits = torch.mm(hidden.to(dtype), self.weight.T, out=self.logits[: len(hidden)])
-        # A CPU takes a few rows at a time, so that they stay in its cache.
+        # A CPU processes a few rows at a time, so that these rows stay in its cache.
         rows = len(logits) if logits.is_cuda else 1 + 2**20 // logits.shape[1]
         parts = zip(logits.split(rows), targets.split(rows))
         return logits, torch.cat([self.to_residual(z, y) for z, y in parts])
@@ -486,7 +485,7 @@ class _ChunkedHead:
 
 def _to_residual(logits: Tensor, targets: Tensor) -> Tensor:
     """Turns logits (n, V) into softmax minus one-hot in place; returns token log-probs (n,)."""
-    # In bfloat16 a log-softmax errs by nats over a long answer, so this makes a copy in float32.
+    # Over a long answer, the errors of a bfloat16 log-softmax add up to nats, so p is float32.
     p = logits.to(torch.promote_types(logits.dtype, torch.float32))
     torch.log_softmax(p, dim=-1, out=p)
     token_logps = p.gather(1, targets[:, None])[:, 0]
@@ -499,8 +498,8 @@ _compiled_to_residual = torch.compile(_to_residual, dynamic=True)
 
 
 def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, overwrite: bool) -> None:
-    """total (V, D) += residual (n, V) transposed times weighted (n, D), or = with `overwrite`. Adds
-    in the precision of `total`, a slice of the vocabulary at a time if the product's is lower."""
+    """Adds residual (n, V) transposed times weighted (n, D) to total (V, D); `overwrite` replaces
+    total. A product of lower precision is added in slices of the vocabulary, to save memory."""
     weighted = weighted.to(residual.dtype)
     if total.dtype == residual.dtype:
         total.addmm_(residual.T, weighted, beta=0 if overwrite else 1)
@@ -511,7 +510,7 @@ def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, overwrite: b
 
 
 def _answer_of_token(lengths: Tensor, device: torch.device) -> Tensor:
-    """lengths (S,) -> the number of the answer to which each token belongs (N,)."""
+    """lengths (S,) -> the index of the answer to which each token belongs (N,)."""
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths.cpu()).to(device)
 
 
@@ -522,7 +521,7 @@ def _sum_by_answer(values: Tensor, answer_of_token: Tensor, count: int) -> Tenso
 
 
 def chunks_of_pairs(lengths: list[int], chunk_tokens: int) -> Iterator[tuple[slice, slice]]:
-    """Yields (slice of answers, slice of tokens): complete pairs of about `chunk_tokens` tokens."""
+    """Yields (slice of answers, slice of tokens): complete pairs of up to `chunk_tokens` tokens."""
     first = start = end = 0
     for answer in range(0, len(lengths), 2):
         size = lengths[answer] + lengths[answer + 1]

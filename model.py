@@ -1,9 +1,9 @@
 """A transformer of the Llama family with Hugging Face's parameter names.
 
-The file goes from the leaves to the root: configuration, rotary embedding, attention, block, model.
-It knows nothing of losses, adapters or several processes. Sizes in comments: B rows,
-T tokens, S tokens attended to, D width, H query heads, K key-value heads, E head width, V
-vocabulary.
+The file goes bottom up: configuration, rotary embedding, attention, block, model. Losses, adapters
+and distributed training are elsewhere. Shapes in comments use these letters: B rows, T tokens,
+S tokens that can be attended to, D hidden size, H query heads, K key-value heads, E head size,
+V vocabulary size.
 """
 
 import dataclasses
@@ -41,11 +41,11 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
     model_type: str = "llama"
-    attention_bias: bool = False  # on all four projections of attention
+    attention_bias: bool = False  # biases of all four attention projections
     mlp_bias: bool = False
-    qkv_bias: bool = False  # on the query, key and value projections only (Qwen2)
+    qkv_bias: bool = False  # biases of the query, key and value projections (Qwen2)
     qk_norm: bool = False  # RMSNorm over each query and key head (Qwen3)
-    sliding_window: int | None = None  # tokens that a token attends to, itself included (Mistral)
+    sliding_window: int | None = None  # a token attends to at most this many, itself included
 
     @classmethod
     def from_hf(cls, hf: dict) -> "ModelConfig":
@@ -103,17 +103,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, grouped: bool) -> Tensor
     """q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E).
 
     mask: None for plain causal attention; (B, 1, T, S) bool, True where a query attends to a key; a
-    list of such masks for rows that lie end to end and do not see each other; or a BlockMask.
+    list of such masks for concatenated rows, each of which attends to itself only; or a BlockMask.
     """
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
     if isinstance(mask, list):
         return _attend_row_by_row(q, k, v, mask, grouped)
     if grouped and q.shape[2] == 1:
-        # One new token: the H / K heads that share keys take the place of tokens, so keys are read
-        # once.
+        # With one new token, the H / K query heads that share keys become the token dimension, so
+        # that the keys are read once.
         heads_as_tokens = q.view(len(q), k.shape[1], -1, q.shape[3])  # (B, K, H / K, E)
-        return F.scaled_dot_product_attention(heads_as_tokens, k, v, attn_mask=mask).view(q.shape)
+        return F.scaled_dot_product_attention(heads_as_tokens, k, v, attn_mask=mask).view(
+            q.shape
+        )  # (B, H, 1, E)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
@@ -145,8 +147,8 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary, mask: Mask, cache: Tensor | None, positions: Tensor):
-        """x (B, T, D) -> (B, T, D). A cache (2, B, K, capacity, E) receives keys and values at
-        `positions` (B, T); a single token with a mask (B, 1, 1, S) attends to its first S."""
+        """x (B, T, D) -> (B, T, D). Writes keys and values to a cache (2, B, K, capacity, E) at
+        `positions` (B, T). One token with a mask (B, 1, 1, S) attends to S entries of the cache."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
@@ -159,7 +161,7 @@ class Attention(nn.Module):
             if T == 1 and mask is not None:
                 k, v = cache[:, :, :, : mask.shape[-1]]  # (B, K, S, E) each
         y = attend(q, k, v, mask, self.grouped)  # (B, H, T, E)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * E) -> (B, T, D)
 
 
 class MLP(nn.Module):
@@ -207,7 +209,7 @@ class Llama(nn.Module):
         )
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # As transformers does: matrices from normal(0, initializer_range), norms 1, biases 0.
+        # As in transformers, matrices are normal(0, initializer_range), norms 1 and biases 0.
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=config.initializer_range)
@@ -221,7 +223,7 @@ class Llama(nn.Module):
         return self.model["embed_tokens"].weight if tied else self.lm_head.weight
 
     def compile_blocks(self) -> None:
-        """Compiles each block; all blocks share the code, and the state_dict keeps its names."""
+        """Compiles each block. All blocks share compiled code; the state_dict keeps its names."""
         self.compiled = True
         for block in self.model["layers"]:
             block.compile()
@@ -256,14 +258,14 @@ class Llama(nn.Module):
         self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
         top_p: float = 1.0, stop_ids=(), seed: int = 0, **how,
     ) -> list[list[int]]:  # fmt: skip
-        """Samples an answer to each prompt, as sampling.generate explains."""
+        """Samples an answer to each prompt; support.sampling.generate describes the arguments."""
         how |= {"temperature": temperature, "top_p": top_p, "stop_ids": stop_ids, "seed": seed}
         return generate(self, prompts, max_new_tokens, **how)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Llama":
-        """Loads a checkpoint folder. Every tensor must be present with its shape, and no other may
-        be. Raises OSError or ValueError that names the file and what is wrong."""
+        """Loads a checkpoint folder, which must hold exactly the model's tensors in their shapes.
+        Raises OSError or ValueError that names the file and what is wrong."""
         folder = Path(folder)
         config = ModelConfig.from_hf(read_json(folder / "config.json"))
         with torch.device("meta"):  # shapes without memory
@@ -274,7 +276,7 @@ class Llama(nn.Module):
         return model
 
     def save_pretrained(self, folder) -> None:
-        """Writes config.json and safetensors that transformers loads, sharded above 5 GB."""
+        """Writes config.json and safetensors files for transformers, sharded above 5 GB."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(folder, self.state_dict())

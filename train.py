@@ -6,8 +6,8 @@
 
 rows -> pairs -> packed batch -> hidden states (N, D) -> log-probs (2B,) -> losses (B,) -> AdamW
 
-A run has five stages: base model, pairs, reference log-probs, training, evaluation. The
-demonstration makes the first two itself, and then runs like any other run.
+A run has five stages: base model, pairs, reference log-probs, training, evaluation. Only the
+demonstration creates its base model and its pairs; other runs read them from --init and --data.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import eval as evaluation
-from data import StepData, answer_states, autocast, epoch_order, row_length
+from data import Batch, StepData, answer_states, autocast, epoch_order, row_length
 from mio import LOSSES, OPTION_BOUNDS, Answers, fused_pair_loss, pair_loss
 from model import Llama
 from support import builtin_task, checkpoints, lora, run_folder
@@ -44,24 +44,24 @@ from support.run_options import parse_options
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Each field is a flag of its name. A default of None depends on other options."""
+    """Each field is a flag. None: not set, or a default that support/run_options.py fills in."""
 
     loss: str = option("mio", "objective; --loss help lists all", choices=tuple(LOSSES))
     beta: float | None = option(None, "scale of the implicit reward", above=0, most=1e6)
-    init: str | None = option(None, "checkpoint folder, the start and the reference of training")
+    init: str | None = option(None, "checkpoint folder: the initial policy and the reference")
     data: str | None = option(None, "JSONL file of preference pairs to train on")
     eval_data: str | None = option(None, "JSONL file of held-out preference pairs")
-    eval_fraction: float = option(0.1, "share of pairs to hold out otherwise", least=0, most=0.9)
+    eval_fraction: float = option(0.1, "share held out without --eval_data", least=0, most=0.9)
     out: str | None = option(None, "run folder")
     epochs: int | None = option(None, "passes over the pairs", least=1)
     max_steps: int | None = option(None, "stop after this step of the schedule", least=0)
     batch_size: int | None = option(None, "pairs in an optimizer step", least=1)
     on_policy: bool = option(False, "draw pairs from the policy; --data then holds questions")
     samples: int = option(8, "answers drawn to each prompt", least=2, most=1024)
-    max_new_tokens: int | None = option(None, "largest length of a drawn answer", least=1)
+    max_new_tokens: int | None = option(None, "most tokens of a drawn answer", least=1)
     max_length: int | None = option(None, "most tokens of a prompt plus its longer answer", least=2)
-    row_tokens: int = option(evaluation.ROW_TOKENS, "tokens up to which pairs share a row", least=1)
-    micro_tokens: int = option(evaluation.MICRO_TOKENS, "tokens in a forward pass", least=1)
+    row_tokens: int = option(evaluation.ROW_TOKENS, "most tokens of a row of pairs", least=1)
+    micro_tokens: int = option(evaluation.MICRO_TOKENS, "most tokens in a forward pass", least=1)
     lora_rank: int | None = option(None, "train adapters of this rank on frozen weights", least=1)
     lora_alpha: float | None = option(None, "numerator of the adapters' scale", above=0, most=1e6)
     lora_targets: str | None = option(None, "all, attention, or names such as q_proj,v_proj")
@@ -69,13 +69,14 @@ class RunOptions:
     init_adapter: str | None = option(None, "adapter folder to start from; part of the reference")
     lr: float | None = option(None, "peak learning rate, ten times as high for adapters", above=0)
     warmup: float = option(0.1, "share of the steps with a rising learning rate", least=0, most=1)
-    schedule: str = option("cosine", "learning rate after the warmup",
+    schedule: str = option("cosine", "learning-rate schedule after the warmup",
                            choices=("cosine", "linear", "constant"))
     weight_decay: float = option(0.0, "decay of matrices by AdamW", least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", least=0)
     seed: int = option(0, "seed of order, held-out split and demonstration", least=0)
     dtype: str = option("float32", "precision of matrix products", choices=("float32", "bfloat16"))
-    compile: str = option("auto", "compile blocks (auto: on a GPU)", choices=("auto", "on", "off"))
+    compile: str = option("auto", "compile blocks; auto: if on a GPU",
+                          choices=("auto", "on", "off"))
     checkpointing: str = option("off", "recompute blocks to save memory", choices=("off", "on"))
     eval_every: int | None = option(None, "steps between evaluations", least=1)
     log_every: int = option(1, "steps between rows of metrics.jsonl", least=1)
@@ -84,16 +85,16 @@ class RunOptions:
     resume: bool = option(False, "continue from the newest checkpoint in --out; these flags may "
                           f"change: --{', --'.join(MAY_CHANGE)}")
     overwrite: bool = option(False, "replace the run in --out")
-    tensorboard: bool = option(False, "write TensorBoard event files, too")
+    tensorboard: bool = option(False, "also write TensorBoard event files")
     device: str = option("auto", "cpu, cuda or cuda:N")
-    plan: str | None = option(None, "print what a run of --init or of a named model needs",
+    plan: str | None = option(None, "print memory and time of a run of --init or a preset",
                               const="init", choices=("init", *PRESETS))
     gpu: str | None = option(None, "GPU of --plan", choices=tuple(GPUS))
     mfu: float | None = option(None, "share of peak speed that --plan assumes", above=0, most=1)
     config: str | None = option(None, "JSON file of options, such as a train_config.json")
 
 
-# The options of the losses themselves, such as gamma of simpo, are flags, too.
+# The options of individual losses, such as gamma of simpo, are also flags.
 LOSS_OPTIONS = {name: [loss for loss in LOSSES if name in LOSSES[loss].options]
                 for loss in LOSSES.values() for name in loss.options}
 Options = dataclasses.make_dataclass("Options", [
@@ -105,7 +106,7 @@ Options = dataclasses.make_dataclass("Options", [
 
 
 def loss_options(options: Options) -> dict[str, float]:
-    """Beta and the options that were set for the loss itself, for pair_loss and fused_pair_loss."""
+    """Arguments of pair_loss and fused_pair_loss: beta and the loss's own options that are set."""
     own = {name: getattr(options, name) for name in LOSSES[options.loss].options}
     return {"beta": options.beta} | {name: own[name] for name in own if own[name] is not None}
 
@@ -120,33 +121,31 @@ def train_step(
     """Makes one optimizer step on the pairs of `data`. check(losses, logps) runs before the update.
 
     Returns the loss of each pair (B,), log-probs (B, 2) and the norm of the gradient before
-    clipping, on the model's device. A loss or gradient that is not finite changes no weight.
+    clipping, on the model's device. If a loss or the gradient is not finite, no weight changes.
     """
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     losses, logps, own = [], [], loss_options(options)
     if not LOSSES[options.loss].pairwise:
         own["shared"] = shared_term(model, data, options, world)
     for batch in data.batches:
-        ref_logps, advantages = (
-            None if x is None else x[batch.index].flatten().to(device)  # (2B,)
-            for x in (data.ref_logps, data.advantages)
-        )
+        ref_logps = of_answers(data.ref_logps, batch, device)  # (2B,)
+        advantages = of_answers(data.advantages, batch, device)  # (2B,)
         batch = batch.to(device)
         with autocast(device, dtype):
             hidden = answer_states(model, batch)  # (N, D)
             loss, logp = fused_pair_loss(
-                *(hidden, model.head_weight, batch.targets, batch.lengths, ref_logps, options.loss),
-                **{"advantages": advantages, "compiled": model.compiled, **own},
-            )  # (B,), (2B,)
+                hidden, model.head_weight, batch.targets, batch.lengths, ref_logps, options.loss,
+                advantages=advantages, compiled=model.compiled, **own,
+            )  # (B,), (2B,)  # fmt: skip
         loss.sum().backward()
         losses.append(loss.detach())
-        logps.append(logp.view(-1, 2))
+        logps.append(logp.view(-1, 2))  # (B, 2)
     losses, logps = world.cat(losses), world.cat(logps).float()
     if check:
         check(losses, logps)
     B = len(losses)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    grad_norm = world.total_norm(gradients) / B  # of the mean loss, however the step was split
+    grad_norm = world.total_norm(gradients) / B  # gradient of the mean loss over all pairs
     # Fused AdamW divides gradients by grad_scale and skips the update where found_inf is 1.
     excess = (grad_norm.float() + 1e-6) / (options.grad_clip or torch.inf)
     optimizer.grad_scale = B * excess.clamp(min=1)
@@ -156,12 +155,17 @@ def train_step(
     return losses, logps, grad_norm
 
 
+def of_answers(values: Tensor | None, batch: Batch, device: torch.device) -> Tensor | None:
+    """The values (pairs, 2) of a batch's answers, in the order of batch.lengths: (2B,)."""
+    return None if values is None else values[batch.index].flatten().to(device)
+
+
 def shared_term(model: Llama, data: StepData, options: Options, world: World) -> Tensor:
-    """The scalar () that couples the pairs of a step in dv and kto; computed without gradient."""
+    """The scalar () that couples the pairs of a step in dv and kto, computed without gradient."""
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     batches, ref_logps = data.mismatched or (data.batches, data.ref_logps)
     logps = [evaluation.batch_logps(model, batch.to(device), dtype) for batch in batches]
-    ref = [ref_logps[batch.index].flatten().to(device) for batch in batches]  # (2B,) each
+    ref = [of_answers(ref_logps, batch, device) for batch in batches]  # (2B,) each
     lengths = [batch.lengths.to(device) for batch in batches]
     terms = [world.cat(parts) for parts in (logps, ref, lengths)]
     sides = (Answers(*(x[side::2] for x in terms), options.beta) for side in (0, 1))
@@ -176,7 +180,7 @@ def make_optimizer(model: Llama, options: Options) -> torch.optim.AdamW:
 
 
 def learning_rate(options: Options, step: int, steps: int) -> float:
-    """The rate of step 1, 2, ..., steps: rises linearly, then falls by the schedule, never to 0."""
+    """The learning rate of step 1, 2, ...: it rises linearly, then follows the schedule above 0."""
     warmup = math.ceil(options.warmup * steps)
     if step <= warmup:
         return options.lr * step / warmup
@@ -244,7 +248,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
                 now = progress._replace(step=step, num_tokens=tokens)
                 checkpoints.save_checkpoint(job, optimizer, now)
             if stopped:
-                signals[:] = world.cat([received]).tolist()  # waits until the first process saved
+                signals[:] = world.cat([received]).tolist()  # waits for the first process to save
                 break
             clock, clock_step, clock_tokens, unchecked = time.perf_counter(), step, tokens, []
     check_weights(job, row["step"])
@@ -252,7 +256,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
 
 
 def step_data(job: Job, progress: Progress, step: int) -> StepData:
-    """The data of step 1, 2, ..., a function of seed and step (and of the weights, if drawn)."""
+    """The data of step 1, 2, ..., which depends on seed, step and, if drawn, the weights."""
     epoch, place = divmod(step - 1, job.per_epoch)
     size, layout = prompts_per_step(job.options), job.layout
     rows = epoch_order(len(job.questions or job.pairs), job.options.seed, epoch).tolist()
@@ -274,7 +278,7 @@ def step_data(job: Job, progress: Progress, step: int) -> StepData:
 
 def check_start(options: Options, data: StepData, losses: Tensor, logps: Tensor) -> None:
     """Raises TrainingError unless the first step, before its update, has rewards of 0 and the known
-    loss. This catches a reference of other weights, another precision or another packing."""
+    loss. This catches reference log-probs of other weights, precision or packing."""
     if data.ref_logps is None or data.advantages is not None or not losses.isfinite().all():
         return  # check_finite reports losses that are not finite
     ref = data.ref_logps[data.index]
@@ -284,8 +288,8 @@ def check_start(options: Options, data: StepData, losses: Tensor, logps: Tensor)
     start, loss = LOSSES[options.loss].start, mean(losses)
     start = start(options.beta) if callable(start) else start
     if start is None or loss_options(options).keys() != {"beta"}:
-        start = loss  # it depends on the answers, or on an option that was set
-    # A loss changes with a log-ratio by beta or, if its target is 1 / (2 beta), by 1 / beta.
+        start = loss  # the value depends on the answers, or on an option that is set
+    # The slope of a loss in a log-ratio is of order beta or, for ipo and sppo, 1 / beta.
     slope = 10 * max(options.beta, 1 / options.beta)
     if not (drift <= allowed and abs(loss - start) <= 1e-5 * (1 + abs(start)) + slope * drift):
         raise TrainingError(
@@ -317,8 +321,8 @@ def mean(values: Tensor) -> float:
 
 
 def training_metrics(job: Job, data: StepData, logps: Tensor) -> dict[str, float]:
-    """Means over the pairs of a step. Missing answers have no value, and the answers of rlhf are no
-    pairs of a chosen and a rejected one."""
+    """Means over the pairs of a step, without missing answers. The result is empty for rlhf, whose
+    answers are not chosen and rejected ones."""
     if data.advantages is not None:
         return {}
     present = torch.from_numpy(data.pairs.lengths()[data.index, 1:] > 0)  # (B, 2)
@@ -393,8 +397,11 @@ def main(argv: list[str] | None = None) -> Path:
             sources = options.init or builtin_task.base_folder(options), options.init_adapter
             run_folder.check_out(options, (*sources, options.data, options.eval_data))
             if not options.init:
-                tools = make_optimizer, train_step
-                options = builtin_task.prepare(options, draws(options), *tools)
+                if options.lora_rank:  # finds a wrong rank or target before the base is trained
+                    with torch.device("meta"):
+                        lora.add_lora(Llama(builtin_task.BASE_MODEL), lora.config_of(options))
+                draw = draws(options)
+                options = builtin_task.prepare(options, draw, make_optimizer, train_step)
             job = load_job(options, world)
             if world.first:
                 stack.enter_context(locked(folder))

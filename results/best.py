@@ -1,7 +1,7 @@
 """Makes results/best.md and .png: python results/best.py
 
-Every loss at its best of the same small grid, chosen on validation problems of one seed, then
-compared on test problems of the other seeds: the same bases, pairs and order for all.
+Tunes every loss on the same small grid, on validation problems of one seed, and compares the tuned
+losses on test problems of the other seeds. All losses share the bases, the pairs and their order.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from support.distributed import World
 from support.figures import Column
 
 LOSSES = ("dpo", "mio", "bce", "nwj", "dv", "ipo", "kto", "simpo", "orpo", "rpo", "apo_zero", "sft")
-RATES, SCALES = (1e-4, 3e-4), (0.25, 1.0)  # learning rates; times the demonstration's beta
+RATES, SCALES = (1e-4, 3e-4), (0.25, 1.0)  # learning rates; factors of the demonstration's beta
 TUNED_ON, TESTED_ON, PAIRS, EPOCHS = 0, (1, 2, 3, 4), 2000, 2
 
 TEXT = """# Best against best
@@ -28,13 +28,12 @@ TEXT = """# Best against best
 ([demonstration.md](demonstration.md)). Tuning, with a smaller beta for mio, should close the gap,
 and most losses should end within two points of each other.
 
-`python results/best.py`: {provenance}.
-Each run trains on {pairs:,} pairs for {epochs} epochs. The grid has the learning rates {rates}
-and {scales} times the demonstration's beta. The setting with the highest greedy accuracy on 1,000
-validation problems of seed {tuned_on} is the best one, and it is run again on seeds {seeds}, on
-which nothing was tuned. The gain is the greedy accuracy on 1,000 test problems minus that of the
-base ({base}), in points; Δ is the change of held-out log-probs,
-in nats. Cells are means of seeds (lowest, highest).
+`python results/best.py`: {provenance}. Each run trains on {pairs:,} pairs for {epochs} epochs. The
+grid combines the learning rates {rates} with {scales} times the demonstration's beta. For each
+loss, the setting with the highest greedy accuracy on 1,000 validation problems of seed {tuned_on}
+is run again on seeds {seeds}, on which nothing was tuned. The gain is the greedy accuracy on 1,000
+test problems minus that of the base ({base}), in points; Δ is the change of held-out log-probs, in
+nats. Cells are means of seeds (lowest, highest).
 
 ![Gains by loss](best.png)
 
@@ -42,18 +41,18 @@ in nats. Cells are means of seeds (lowest, highest).
 |---|---|---|---|---|---|---|
 {table}
 
-The difference from mio on the same problems of these seeds, in points, with its 95 % bootstrap
-interval, paired by problem:
+The next table shows the difference of each loss from mio on the same problems of these seeds, in
+points, with a 95 % bootstrap interval that is paired by problem:
 
 | | points |
 |---|---|
 {differences}
 
 **What it does not show.** There are {count} seeds, and the intervals are over problems, not over
-base models. Each loss has four settings, or two if it has no beta. {edge} of {losses} losses chose
-the lowest learning rate of the grid and {small} its smallest beta, so a wider grid could help
-them, above all those that end below the base. This is one small task of one kind, with short
-training.
+base models. Each loss has four settings, or two if it has no beta. The best setting has the lowest
+learning rate of the grid for {edge} of {losses} losses and the smallest beta for {small}. A wider
+grid could therefore help, above all for the losses that end below the base. This is one small task
+of one kind, with short training.
 """
 
 
@@ -125,9 +124,9 @@ def main() -> None:
         verdict=f"By mean gain {order[0]} is first of {len(order)} losses, mio is number "
         f"{order.index('mio') + 1}, and dpo is number {order.index('dpo') + 1}.",
         provenance=provenance(made), rates=" and ".join(f"{r:g}" for r in RATES),
-        scales=", ".join(f"{s:g}" for s in SCALES), tuned_on=TUNED_ON, pairs=PAIRS, epochs=EPOCHS,
-        seeds=", ".join(map(str, TESTED_ON)), table="\n".join(rows), count=len(TESTED_ON),
-        differences="\n".join(differences), losses=len(LOSSES),
+        scales=" and ".join(f"{s:g}" for s in SCALES), tuned_on=TUNED_ON, pairs=PAIRS,
+        epochs=EPOCHS, seeds=", ".join(map(str, TESTED_ON)), table="\n".join(rows),
+        count=len(TESTED_ON), differences="\n".join(differences), losses=len(LOSSES),
         edge=sum(rate == min(RATES) for _, rate, _ in best.values()),
         small=sum(scale == min(SCALES) for _, _, scale in best.values()),
         base=", ".join(f"{100 * start[s].mean():.1f} %" for s in TESTED_ON),

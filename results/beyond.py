@@ -1,8 +1,8 @@
 """Makes results/beyond.md and .png: python results/beyond.py [--small]
 
-Measures pass@k of base and trained models up to k = 64, and what answers drawn from the policy cost
-compared with pairs drawn once from the base. With --small, as in .ci/run, the script only makes two
-runs of two steps, samples 8 answers to each problem, and writes no page.
+Measures pass@k of base and trained models up to k = 64, and compares the cost of answers drawn from
+the policy with that of pairs drawn once from the base. With --small, as in .ci/run,
+the script only makes two runs of two steps, samples 8 answers to each problem, and writes no page.
 """
 
 import concurrent.futures
@@ -29,15 +29,15 @@ SEEDS, SAMPLES = (0, 1, 2), 64
 TEXT = """# Beyond the base?
 
 **Question.** Does the gain at k = 1 last up to k = 64, or do the trained models only find more
-reliably what the base finds anyway, as the paper's abstract says of RLHF? And what do answers that
-are drawn from the policy at every step gain, and what do they cost?
+reliably what the base finds anyway, as the paper's abstract says of RLHF? How much do answers that
+are drawn from the policy at every step gain, and how much do they cost?
 
 **Expected before the run.** All losses gain at k = 1. The curves meet or cross before k = 64. The
 on-policy runs gain more and cost several times as much.
 
-`python results/beyond.py`: {provenance}. There are
-{seeds} seeds and {samples} answers at temperature 1 to each of 1,000 held-out problems. pass@k is
-the unbiased estimate. Cells are means of seeds (lowest, highest).
+`python results/beyond.py`: {provenance}. There are {seeds} seeds and {samples} answers at
+temperature 1 to each of 1,000 held-out problems. pass@k is computed with the unbiased estimator.
+Cells are means of seeds (lowest, highest).
 
 ![pass@k](beyond.png)
 
@@ -47,8 +47,9 @@ the unbiased estimate. Cells are means of seeds (lowest, highest).
 |---|---|---|---|
 {costs}
 
-**What it shows.** At k = {samples} the order is: {order}. On every seed {above} of
-{models} trained models are above the base there, and {below} are below it.
+**What it shows.** From the highest pass@{samples} to the lowest, the order is: {order}. At this k,
+{above} of {models} trained models are above the base on every seed, and {below} are below the base
+on every seed.
 
 **What it does not show.** The base solves {reach:.0f} % of this task at k = {samples}, so little is
 left to be found. Each loss has one setting, which was not tuned for it. Seconds are those of
@@ -63,7 +64,7 @@ def folders(loss: str, seed: int) -> str:
 
 
 def solved(folder: str, samples: int) -> dict[int, float]:
-    """k -> share solved, from eval.py's own record."""
+    """Maps k to the share of problems solved, as eval.py measures it."""
     file = ROOT / folder / f"pass-{samples}.json"
     if not file.exists():
         run(["eval.py", folder, "--n", str(samples), "--kl_samples", "0", "--out", str(file)])

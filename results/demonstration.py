@@ -1,7 +1,7 @@
 """Makes results/demonstration.md from nothing: python results/demonstration.py
 
 Within a seed every loss starts from the same base and sees the same pairs in the same order, with
-the same learning rate, mio's beta twice dpo's. Runs that are finished already are not made again.
+the same learning rate. The beta of mio is twice that of dpo. Finished runs are not repeated.
 """
 
 import statistics
@@ -23,7 +23,7 @@ gradient, and which model answers better afterwards?
 
 **Expected before the run.** Chosen log-probs fall under DPO and rise under MIO. In accuracy sft is
 ahead of both, and dpo is behind mio. A prototype of the task, with other base models, had shown
-this. After three of the five seeds it was known that dpo is ahead here.
+this. That dpo is ahead of mio here was known after three of the five seeds.
 
 `python results/demonstration.py`: {seeds} seeds of `python train.py --loss LOSS --seed SEED`,
 {provenance}. mio has beta {mio_beta:g} and dpo has beta {dpo_beta:g}; all three train at learning
@@ -32,8 +32,8 @@ dpo, on validation problems of an earlier base model; sft was not tuned.
 
 ![Curves](demonstration.png)
 
-The curves are those of held-out pairs: the mean of {seeds} seeds in a band from the lowest to the
-highest. They are drawn by `{plot}`.
+The curves show held-out pairs: each is the mean of {seeds} seeds in a band from the lowest seed to
+the highest. They are drawn by `{plot}`.
 
 {table}
 
@@ -46,12 +46,13 @@ the change of an answer's summed log-prob.
 
 **What it shows.** {verdict}
 
-## Run against run, on the same problems
+## Comparison of runs on the same problems
 
 {compared}
 
-**What it does not show.** This is one small task, with test problems of one kind and one learning
-rate. The betas are matched and not tuned for each loss. The page says nothing about large models.
+**What it does not show.** This is one small task with one kind of test problem. All losses use one
+learning rate, and the betas are matched, not tuned for each loss. The page says nothing about large
+models.
 """
 
 
@@ -63,7 +64,7 @@ def cell(figure: dict | None, percent: bool) -> str:
 
 
 def verdict(found: dict) -> str:
-    """Sentences whose every word is computed."""
+    """The outcome in sentences that are computed from the results."""
     parts = []
     for loss in LOSSES:
         moves = [found[loss, seed]["table"][loss]["Δ chosen"]["mean"] for seed in SEEDS]

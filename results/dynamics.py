@@ -1,7 +1,8 @@
 """Makes results/dynamics.md and .png: python results/dynamics.py
 
-How far held-out chosen and rejected log-probs move over four epochs, under mio and dpo, on a grid
-of learning rates and betas, dpo's beta half of mio's so that both start with the same gradient.
+Measures how far held-out chosen and rejected log-probs move over four epochs under mio and dpo, on
+a grid of learning rates and betas. The beta of dpo is half that of mio, so that both losses start
+with the same gradient.
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pool import COLORS, SEEDS, bases, first, moved, on_pairs, provenance, spread, train_all
 
-LOSSES = {"mio": 1.0, "dpo": 0.5}  # and the beta that a scale multiplies
+LOSSES = {"mio": 1.0, "dpo": 0.5}  # loss -> the beta that SCALES multiply
 SCALES, RATES, PAIRS, EPOCHS = (0.25, 1.0, 4.0), (1e-4, 3e-4), 1000, 4
 CELLS = [(rate, scale) for rate in RATES for scale in SCALES]
 SIDES = ("chosen", "rejected")
@@ -20,9 +21,9 @@ TEXT = """# Where do chosen log-probs fall?
 MIO. At which learning rates and betas does this happen on this task?
 
 **Expected before the run.** Under DPO the chosen log-prob falls more at smaller betas and larger
-steps, and rises at large betas. Under MIO it rises at the demonstration's beta and above, and
-falls a little at a quarter of it: MIO pulls a chosen answer up more strongly as the answer falls,
-but only once T_w = beta log-ratio is below zero by about one.
+learning rates, and rises at large betas. Under MIO it rises at the demonstration's beta and above,
+and falls a little at a quarter of it: MIO pulls a chosen answer up more strongly as the answer
+falls, but only once T_w, which is beta times the log-ratio, is below about -1.
 
 `python results/dynamics.py`: {provenance}.
 Each run of seeds {seeds} trains on {pairs:,} pairs for {epochs} epochs, with 32 pairs a step. The
@@ -35,12 +36,12 @@ the mean of seeds (lowest, highest).
 |---|---|---|---|---|---|
 {table}
 
-**What it shows.** In the mean of seeds the chosen log-prob ends below its start in {fell_dpo} of
-{cells} settings under dpo and in {fell_mio} under mio. With equal gradients at the start it ends
-lower under dpo than under mio in {lower} of {cells} settings and in {lower_runs} of {runs} pairs of
-runs. In {late_dpo} of the {fell_dpo} settings in which it ends below its start under dpo, its mean
-over seeds is lowest in the last quarter of training. The rejected log-prob falls further under dpo
-in {further} of {cells} settings.
+**What it shows.** Averaged over seeds, the chosen log-prob ends below its start in {fell_dpo} of
+{cells} settings under dpo and in {fell_mio} under mio. At equal initial gradients the chosen
+log-prob ends lower under dpo than under mio in {lower} of {cells} settings and in {lower_runs} of
+{runs} pairs of runs. In {late_dpo} of the {fell_dpo} settings in which dpo lowers the chosen
+log-prob, the mean over seeds is lowest in the last quarter of training. The rejected log-prob falls
+further under dpo in {further} of {cells} settings.
 
 **What it does not show.** This is one small task and one small model. The page says nothing about
 how many problems are solved; [best.md](best.md) does.

@@ -1,6 +1,7 @@
-"""What the scripts beside it share: runs of train.py, two at a time with a thread each.
+"""Functions that the scripts in this folder share: they run train.py, two runs at a time with one
+thread each, and read the results.
 
-Finished runs are not made again. `python results/pool.py FOLDER` grades a checkpoint's greedy
+Finished runs are not repeated. `python results/pool.py FOLDER` grades a checkpoint's greedy
 answers to 1,000 validation and 1,000 test problems and writes graded.json into the folder.
 """
 
@@ -17,11 +18,12 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for the scripts: the project has no package to install
 WORKERS, SEEDS = 2, (0, 1, 2, 3, 4)
-COLORS = {"dpo": "#D55E00", "mio": "#0072B2"}  # of Okabe and Ito
+COLORS = {"dpo": "#D55E00", "mio": "#0072B2"}  # from the palette of Okabe and Ito
 
 
 def run(command: list[str]) -> str:
-    """One command from the project's folder; what it prints. Raises RuntimeError where it fails."""
+    """Runs a Python command in the project's folder and returns its standard output. Raises
+    RuntimeError if the command fails."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "COLUMNS": "80"}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment,
                           capture_output=True, text=True)  # fmt: skip
@@ -31,8 +33,9 @@ def run(command: list[str]) -> str:
 
 
 def train_all(jobs: dict[str, list[str]], script: str = "train.py", grade: bool = False) -> dict:
-    """Makes the missing runs of `jobs`: folder -> flags of `script`, which is or extends train.py.
-    Returns folder -> {"summary": ..., "train_config": ...}, the contents of its JSON files."""
+    """Makes the missing runs of `jobs`, which maps run folders to flags of `script` (train.py or a
+    script that extends train.py). Maps each folder to {"summary": ..., "train_config": ...}, the
+    contents of these two JSON files."""
 
     def make(out: str) -> None:
         if not (ROOT / out / "summary.json").exists():
@@ -57,14 +60,15 @@ def train_all(jobs: dict[str, list[str]], script: str = "train.py", grade: bool 
 
 
 def bases() -> dict[int, str]:
-    """Seed -> folder of the demonstration's base model and pairs, made where it is missing."""
+    """Maps each seed to the folder of the demonstration's base model and pairs. Missing folders are
+    made first."""
     train_all({f"out/demonstration/seed{s}/mio": ["--loss", "mio", "--seed", str(s)]
                for s in SEEDS})  # fmt: skip
     return {s: f"out/demonstration/seed{s}/base" + (f"-seed{s}" if s else "") for s in SEEDS}
 
 
 def first(file: str, count: int) -> str:
-    """A file of the first lines of a file, written beside it."""
+    """Writes the first `count` lines of a file to a file beside it and returns the new path."""
     path = ROOT / file
     few = path.with_name(f"{path.stem}-{count}.jsonl")
     if not few.exists():
@@ -74,8 +78,9 @@ def first(file: str, count: int) -> str:
 
 
 def on_pairs(base: str, count: int, seed: int, **flags) -> list[str]:
-    """Flags of a run on the first `count` pairs of a base. It starts from start/, the base without
-    the mark by which train.py knows a demonstration and asks it all its problems."""
+    """Flags of a run that trains on the first `count` pairs of a base. The run starts from a copy
+    of the base in start/. The copy lacks base.json, because train.py would otherwise evaluate the
+    run on all problems of the demonstration."""
     start = ROOT / base / "start"
     if not start.exists():
         start.mkdir()
@@ -88,7 +93,8 @@ def on_pairs(base: str, count: int, seed: int, **flags) -> list[str]:
 
 
 def graded(folder: str) -> dict[str, np.ndarray]:
-    """Of each `validation` and `test` problem whether the greedy answer is right, 0 or 1."""
+    """Returns, for the splits `validation` and `test`, an array with 1 for each problem that the
+    checkpoint's greedy answer solves and 0 for each other problem. Grades the folder if needed."""
     file = ROOT / folder / "graded.json"
     if not file.exists():
         run(["results/pool.py", folder])
@@ -96,26 +102,26 @@ def graded(folder: str) -> dict[str, np.ndarray]:
 
 
 def metric(folder: str, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a column of metrics.jsonl."""
+    """The steps at which metrics.jsonl has the metric `name`, and its values."""
     rows = [json.loads(line) for line in (ROOT / folder / "metrics.jsonl").read_text().splitlines()]
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def moved(folder: str, side: str) -> tuple[list[int], list[float]]:
-    """Steps and the change of the held-out log-prob of a side since step 0, nats."""
+    """The steps, and the change since step 0 of the held-out log-prob of a side, in nats."""
     steps, values = metric(folder, f"eval_logps/{side}")
     return steps, [value - values[0] for value in values]
 
 
 def spread(values: list[float], digits: int = 2, sign: str = "+") -> str:
-    """Mean of seeds, and the lowest and the highest."""
+    """The mean over seeds with the lowest and the highest value, as text."""
     one = f"{{:{sign}.{digits}f}}".format
     return f"{one(np.mean(values))} ({one(min(values))}, {one(max(values))})"
 
 
 def provenance(found: dict[str, dict]) -> str:
-    """Commit, torch and machine of runs, and how long they took."""
+    """The commits, the torch version, the machine and the total minutes of runs, as text."""
     configs = [one["train_config"] for one in found.values()]
     commits = sorted({(config["commit"] or "unknown")[:12] for config in configs})
     seconds = sum(one["summary"]["seconds"] for one in found.values())

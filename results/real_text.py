@@ -1,6 +1,7 @@
 """Makes results/real_text.md and .png: python results/real_text.py CHECKPOINT PAIRS.jsonl
 
-Compares dpo with mio on real text. Each of three seeds has its own held-out split and order.
+Compares dpo with mio on real text. Each of three seeds has its own held-out split and its own order
+of the training pairs.
 """
 
 import hashlib
@@ -17,23 +18,22 @@ BETAS = {"dpo": 0.1, "mio": 0.2}
 TEXT = """# dpo and mio on real text
 
 **Question.** The small task shows how dpo and mio change chosen and rejected log-probs. Does the
-same hold on a Llama checkpoint of {parameters} parameters and {rows} pairs of real text, and which
-loss tells held-out pairs apart better?
+same hold for a Llama checkpoint of {parameters} parameters on {rows} pairs of real text, and under
+which loss is the reward accuracy on held-out pairs higher?
 
-**Data.** GSM8K's example model solutions (`example_model_solutions.jsonl` of
-openai/grade-school-math): a right and a wrong solution to each of {rows} test problems. Models of
-GPT-3's size wrote them, so the pairs are off-policy. The checkpoint was trained on GSM8K's training
-text.
+**Data.** The pairs come from GSM8K's example model solutions (`example_model_solutions.jsonl` of
+openai/grade-school-math) and hold a right and a wrong solution to each of {rows} test problems.
+Models of GPT-3's size wrote the solutions, so the pairs are off-policy. The checkpoint was trained
+on GSM8K's training text.
 
 **Expected before the run.** At these small betas both losses may lower the chosen log-prob, dpo
-more than mio. Their accuracies agree within the standard error, which is about {error:.0f} points
-at {held_out} pairs.
+more than mio. The reward accuracies of both losses agree within the standard error, which is about
+{error:.0f} points at {held_out} pairs.
 
-`python results/real_text.py CHECKPOINT PAIRS.jsonl` (sha256 {hashes}):
-{provenance}.
-Each run trains for {epochs} epoch with {batch} pairs a step, learning rate {rate:g}, and beta 0.1
-for dpo and 0.2 for mio. A tenth of the pairs, split by prompts, is held out, and each of the seeds
-{seeds} holds out another tenth. Cells are means of seeds (lowest, highest).
+`python results/real_text.py CHECKPOINT PAIRS.jsonl` (sha256 {hashes}): {provenance}. Each run
+trains for {epochs} epoch with {batch} pairs a step, learning rate {rate:g}, and beta 0.1 for dpo
+and 0.2 for mio. A tenth of the pairs, split by prompts, is held out, and each of the seeds {seeds}
+holds out a different tenth. Cells are means of seeds (lowest, highest).
 
 ![Curves](real_text.png)
 
@@ -43,12 +43,12 @@ for dpo and 0.2 for mio. A tenth of the pairs, split by prompts, is held out, an
 
 The reward accuracies of dpo and mio by seed, on the same held-out pairs, are {by_seed}.
 
-**What it shows.** The chosen log-prob ends below its start on {fell_dpo} of {count} seeds under
-dpo and on {fell_mio} under mio. It ends lower under dpo than under mio on {lower} of {count}
-seeds. The difference in reward accuracy, mio minus dpo, is {difference} points.
+**What it shows.** The chosen log-prob ends below its start on {fell_dpo} of {count} seeds under dpo
+and on {fell_mio} under mio. The chosen log-prob ends lower under dpo than under mio on {lower} of
+{count} seeds. The difference in reward accuracy, mio minus dpo, is {difference} points.
 
-**What it does not show.** The page does not say how well the models answer. It has one small
-checkpoint, one learning rate, one pair of betas, and {held_out} held-out pairs a seed.
+**What it does not show.** The page does not say how well the models answer. The experiment has one
+small checkpoint, one learning rate, one pair of betas, and {held_out} held-out pairs a seed.
 """
 
 

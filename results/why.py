@@ -1,8 +1,9 @@
 """Makes results/why.md and .png: python results/why.py
 
-Which part of mio does what: without its ½ sp(T_w), with the rejected alone as the marginal, with
-means for sums; and what becomes of rare and of likely chosen answers. `python results/why.py --loss
-mio_free ...` is train.py with the losses declared here.
+Measures the effect of each part of mio by training without its ½ sp(T_w), with the rejected answers
+alone as the marginal, and with means instead of sums. Also measures how the log-probs of rare and
+likely chosen answers change. `python results/why.py --loss mio_free ...` runs train.py with the
+losses declared here.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from mio import LOSSES, Answers, mio
 
 
 def mio_free(chosen: Answers, rejected: Answers) -> Tensor:
-    """sp(-T_w) + sp(T_l)/2"""  # nothing holds the chosen answer down
+    """sp(-T_w) + sp(T_l)/2"""  # without the term that limits T_w
     return F.softplus(-chosen.rewards) + F.softplus(rejected.rewards) / 2
 
 
@@ -65,30 +66,32 @@ HALVES = ("rare", "likely")
 
 TEXT = """# Which part of mio does what?
 
-**Question.** (1) What do the term ½ sp(T_w), the mixture marginal and the sums of mio do? (2) Which
-loss starves chosen answers that the base model finds unlikely: DPO, whose weight vanishes as the
-margin grows, or MIO, whose pull ends at T_w = log 2?
+**Question.** (1) What is the effect of three parts of mio: the term ½ sp(T_w), the mixture
+marginal, and sums over tokens instead of means? (2) Which loss starves chosen answers that the base
+model finds unlikely: DPO, whose weight vanishes as the margin grows, or MIO, whose pull ends at T_w
+= log 2?
 
 **Expected before the run.** (1) Without ½ sp(T_w) the chosen log-prob rises further, because
 nothing stops it, and accuracy rises with it. The rejected-only marginal pushes the rejected answer
-twice as hard, so it falls further and drags the chosen answer down. Means, at a beta that gives
-the same reward on average, change little where answers have similar lengths. (2) MIO raises rare
-chosen answers more than likely ones, which have little to gain. Under DPO rare chosen answers fall
-furthest. In tables of free probabilities, however, MIO raises rare answers less than DPO does.
+twice as hard, so it falls further and drags the chosen answer down. Means over tokens, at a beta
+that gives the same reward on average, change little where answers have similar lengths. (2) MIO
+raises rare chosen answers more than likely ones, which have little to gain. Under DPO rare chosen
+answers fall furthest. However, where the probability of each answer is a free parameter, MIO raises
+rare answers less than DPO does.
 
-`python results/why.py`: {provenance}. Each run trains
-on {pairs:,} pairs for {epochs} epochs at learning rate {rate:g}. Beta is 1, {half:g} for dpo, and
-{means:.0f} for means (the mean length of an answer in tokens). Cells are means of seeds {seeds}
-(lowest, highest). The gain is in greedy accuracy over the base on 1,000 test problems, in points; Δ
-is the change of held-out summed log-probs, in nats.
+`python results/why.py`: {provenance}. Each run trains on {pairs:,} pairs for {epochs} epochs at
+learning rate {rate:g}. Beta is {half:g} for dpo, {means:.0f} for means (the mean length of an
+answer in tokens) and 1 otherwise. Cells are means of seeds {seeds} (lowest, highest). The gain is
+the increase in greedy accuracy over the base on 1,000 test problems, in points; Δ is the change of
+held-out summed log-probs, in nats.
 
 | | gain | Δ chosen | Δ rejected |
 |---|---|---|---|
 {variants}
 
-"Rare" and "likely" are the halves of the pairs whose chosen answer has a log-prob per token under
-the base below and above the median. Training pairs and held-out pairs are both split in this way.
-The medians of the summed log-probs in the two halves of the training pairs are {rare:.1f} and
+"Rare" pairs are the half whose chosen answer has a log-prob per token below the median under the
+base; "likely" pairs are the other half. Training pairs and held-out pairs are both split in this
+way. The medians of the summed log-probs in the two halves of the training pairs are {rare:.1f} and
 {likely:.1f} nats.
 
 ![Rare and likely chosen answers](why.png)
@@ -99,15 +102,15 @@ The medians of the summed log-probs in the two halves of the training pairs are 
 
 **What it shows.** {shows}
 
-**What it does not show.** All chosen answers are right answers that the base drew. Even the rarest
-of them are answers that the base gives, so the page says nothing about chosen answers that it
-would never give. Betas and learning rate are matched, not tuned for each variant. The halves
-differ in more than likelihood: rare answers belong to harder problems.
+**What it does not show.** All chosen answers are right answers that the base drew. The base gives
+even the rarest of these answers, so the page says nothing about chosen answers that the base would
+never give. Betas and learning rate are matched, not tuned for each variant. The halves differ in
+more than likelihood: rare answers belong to harder problems.
 """
 
 
 def likelihood(base: str, file: str) -> tuple[Tensor, Tensor, list]:
-    """Log-prob of a base's chosen answers to a file's pairs, (pairs,) summed and a token."""
+    """Log-probs of the chosen answers of a file: (pairs,) sums, (pairs,) means, and the pairs."""
     model, tokenizer = load_checkpoint(ROOT / base, "cpu", torch.float32)
     pairs = load_pairs(ROOT / file, tokenizer, 96)
     sums = pair_logps(model, pairs, ROW_TOKENS, MICRO_TOKENS, torch.float32)[:, 0]
@@ -115,7 +118,8 @@ def likelihood(base: str, file: str) -> tuple[Tensor, Tensor, list]:
 
 
 def halves(base: str) -> dict[str, float]:
-    """Writes the rare and the likely half of a base's pairs; the median sum of each, nats."""
+    """Writes the rare and the likely half of a base's pairs. Returns the median of the summed
+    log-probs in each half, in nats."""
     few = first(f"{base}/pairs.jsonl", PAIRS)
     sums, means, pairs = likelihood(base, few)
     lines = (ROOT / few).read_text(encoding="utf-8").splitlines(True)
@@ -129,7 +133,7 @@ def halves(base: str) -> dict[str, float]:
 
 
 def by_half(base: str, folder: str) -> dict[str, float]:
-    """The change of held-out chosen log-probs by half."""
+    """The mean change of held-out chosen log-probs in each half, in nats."""
     file = ROOT / folder / "halves.json"
     if not file.exists():
         held_out = f"{base}/heldout_pairs.jsonl"
@@ -167,9 +171,9 @@ def draw(moves: dict) -> None:
 
 
 def verdict(gains: dict, moves: dict, sides: dict) -> str:
-    """Sentences whose every number is computed."""
+    """The outcome in sentences whose numbers are computed from the results."""
     whole = ", ".join(f"{name} {np.mean(values):+.1f}" for name, values in gains.items())
-    parts = [f"Mean gains: {whole} points."]
+    parts = [f"The mean gains, in points, are: {whole}."]
     plain, free, other = (np.array([moves[name, side] for side in ("chosen", "rejected")])
                           for name in list(VARIANTS)[:3])  # fmt: skip
     parts.append(f"Without ½ sp(T_w) the chosen log-prob ends higher than under mio on "

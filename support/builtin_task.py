@@ -1,5 +1,5 @@
 """The built-in task, on top of model.py and data.py: short sums, a base model that learns to solve
-about half of them, and pairs of its own right and wrong answers."""
+about half of them, and preference pairs of the base model's right and wrong answers."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ OPERATIONS = 3  # in a problem
 ANSWER_TOKENS = 48  # that a model may generate; a solution has at most 35
 PAIR_TOKENS = 2 * OPERATIONS + 3 + ANSWER_TOKENS  # the BOS, a problem with its newline, an answer
 TEST_PROBLEMS, SAMPLES = 1000, 8  # SAMPLES answers to each test problem give pass@1 and pass@8
-# A model this narrow learns slowly from the usual initializer_range of 0.02.
+# With the usual initializer_range of 0.02, a model this narrow learns slowly.
 BASE_MODEL = ModelConfig(vocab_size=258, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=4, head_dim=24,
                          max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=256,
@@ -37,7 +37,7 @@ PAIRS = {"prompts": 6000, "held_out": 500, "samples": 8, "per_prompt": 2}
 
 
 def split_of(problem: str) -> str:
-    """A hash of the problem's text decides on its split, so no seed can make two splits overlap."""
+    """A hash of the problem's text determines the split, so splits never overlap."""
     return {0: "test", 1: "validation"}.get(zlib.crc32(problem.encode()) % 16, "train")
 
 
@@ -74,8 +74,8 @@ def base_folder(options) -> Path:
 
 
 def prepare(options, draws: bool, make_optimizer, train_step):
-    """Makes the base model and its pairs, unless they exist. Returns the options with their paths:
-    `data` is the pairs, or the problems where the policy draws the answers (`draws`)."""
+    """Makes the base model and its pairs unless they exist. Returns options with the paths set:
+    `data` is the file of pairs or, if the policy draws the answers (`draws`), of problems."""
     folder = base_folder(options)
     sft = type(options)(loss="sft", lr=BASE["lr"], seed=options.seed, device=options.device)
     with locked(folder, "waiting for the run that makes it"):
@@ -87,20 +87,20 @@ def prepare(options, draws: bool, make_optimizer, train_step):
 
 
 def make_base(folder: Path, options, make_optimizer, train_step) -> None:
-    """Trains the base model by `options` and saves it in the folder, unless it exists. Raises
+    """Trains the base model with `options` and saves it in the folder, unless it exists. Raises
     ValueError if the folder holds other files, or if the model does not learn."""
     record, key = folder / "base.json", digest(dataclasses.asdict(BASE_MODEL), BASE, options.seed)
     if _up_to_date(record, key, folder / "model.safetensors"):
         print(f"base model: found in {folder}")
         return
     if any(folder.iterdir()) and not record.exists():
-        raise ValueError(f"{folder}: no base model, but holds other files; choose another --out")
+        raise ValueError(f"{folder}: has no base model but holds other files; choose another --out")
     title = f"base model: supervised training until {BASE['target']:.0%} of validation is right"
     with stage(title) as notes:
         torch.manual_seed(options.seed)
         model, tokenizer = Llama(BASE_MODEL).to(options.device), byte_tokenizer()
         steps, accuracy = _train_base(model, tokenizer, options, make_optimizer, train_step)
-        write_json(record, {})  # marks the folder as ours, should the next lines be interrupted
+        write_json(record, {})  # marks the folder as a base model's, in case of a crash
         model.save_pretrained(folder)
         tokenizer.save(folder)
         write_json(record, {"key": key, "steps": steps, "validation_accuracy": accuracy})
@@ -131,7 +131,7 @@ def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[
             greedy = sample_answers(model, tokenizer, prompts, temperature=0)
             accuracy = sum(is_correct(q, a) for q, (a,) in zip(prompts, greedy)) / len(prompts)
             bar.set_postfix(accuracy=f"{accuracy:.1%}")
-            if accuracy > BASE["upper_limit"]:  # returns to the last check at half the rate
+            if accuracy > BASE["upper_limit"]:  # back to the last check; halves the rate
                 model.load_state_dict(last_weights)
                 lr /= 2
             last_weights = copy.deepcopy(model.state_dict())
@@ -140,7 +140,7 @@ def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[
 
 def make_pairs(folder: Path, seed: int, device: str) -> None:
     """Samples answers of the base model and pairs right answers with wrong ones, unless the files
-    exist: pairs.jsonl for the problems in problems.jsonl, heldout_pairs.jsonl for test problems."""
+    exist: pairs.jsonl on the problems in problems.jsonl, heldout_pairs.jsonl on test problems."""
     key = digest(*weight_files(folder), PAIRS, seed)
     files = [folder / name for name in ("pairs.jsonl", "heldout_pairs.jsonl", "problems.jsonl")]
     if _up_to_date(folder / "pairs.json", key, *files):
@@ -167,8 +167,8 @@ def make_pairs(folder: Path, seed: int, device: str) -> None:
 
 
 def task_values(model, tokenizer, count: int = TEST_PROBLEMS, samples: int = SAMPLES) -> dict:
-    """The greedy accuracy and pass@k as lists with one number for each test problem. k is 1 and 8;
-    for another number of samples k is that number and the powers of two below it."""
+    """The greedy accuracy and pass@k as lists with one number for each test problem. With 8
+    samples k is 1 and 8; otherwise k is the number of samples and all powers of two below."""
     questions = problems("test", count, seed=0)
     greedy = sample_answers(model, tokenizer, questions, temperature=0)
     sampled = sample_answers(model, tokenizer, questions, samples=samples)
@@ -191,5 +191,5 @@ def base_values(folder: Path, device: str) -> dict:
 
 
 def _up_to_date(record: Path, key: str, *files: Path) -> bool:
-    """Whether all files exist and the record says that they were made from the same things."""
+    """Whether all files exist and the record holds `key`, the hash of their inputs."""
     return all(file.is_file() for file in (record, *files)) and read_json(record).get("key") == key

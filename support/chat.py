@@ -1,4 +1,4 @@
-"""Chat templates: jinja2 programs that come with a tokenizer and write messages as one text."""
+"""Chat templates: Jinja programs of a tokenizer that format messages as one text."""
 
 import datetime
 import functools
@@ -10,7 +10,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from support.rows import UnusableError
 
 
-class Generation(Extension):  # {% generation %} marks what a model writes; rendering ignores it
+class Generation(Extension):  # {% generation %} marks the model's turns; it is ignored
     tags = {"generation"}
 
     def parse(self, parser):
@@ -33,7 +33,7 @@ compile_template = functools.lru_cache(maxsize=8)(ENVIRONMENT.from_string)
 
 def render_template(source: str, messages: list[dict], add_generation_prompt: bool, names) -> str:
     """Renders a chat template as transformers does; `names` holds bos_token, eos_token and so on.
-    Raises UnusableError if the template refuses the messages and ValueError if it fails."""
+    Raises UnusableError if the template refuses the messages and ValueError if it crashes."""
     values = {"messages": messages, "tools": None, "documents": None, **names}
     try:
         return compile_template(source).render(values, add_generation_prompt=add_generation_prompt)

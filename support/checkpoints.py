@@ -1,5 +1,5 @@
-"""Checkpoints, from which a run resumes exactly. checkpoints/step-NNNNNN/ is a model folder, or an
-adapter's without the frozen weights, with training.safetensors, training.json and SHA256SUMS."""
+"""Checkpoints, from which a run resumes exactly. checkpoints/step-NNNNNN/ is a folder of a
+model, or only of its adapter, with training.safetensors, training.json and SHA256SUMS."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from support.files import digest_file, flush_to_disk, read_json, write_json, wri
 from support.lora import lora_of, save_adapter
 from support.weights import save_tensors
 
-FILES = ("init", "init_adapter", "data", "eval_data")  # may be moved, but not changed
+FILES = ("init", "init_adapter", "data", "eval_data")  # files may move between runs, but not change
 # Options that a resumed run may change.
 MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out",
               "tensorboard")  # fmt: skip
@@ -63,8 +63,8 @@ def put_moments(model, optimizer, moments: dict[str, Tensor], world) -> None:
 
 
 def save_checkpoint(job, optimizer, progress: Progress) -> None:
-    """Writes a checkpoint of job.model and the optimizer, then removes those beyond --keep. A crash
-    leaves the checkpoint complete or absent, and an older one goes only after it is complete."""
+    """Writes a checkpoint of job.model and the optimizer, then removes the oldest beyond --keep.
+    A crash leaves it complete or absent; older checkpoints are removed once it is complete."""
     folder, options = Path(job.options.out), job.options
     states = {name: optimizer.state.get(p, {}) for name, p in job.model.named_parameters()}
     moments = {f"moments.{key}.{n}": x for n, state in states.items() for key, x in state.items()}
@@ -101,14 +101,14 @@ def save_checkpoint(job, optimizer, progress: Progress) -> None:
 
 
 def checksums(checkpoint: Path) -> list[str]:
-    """A line for each file, in the format of the program sha256sum."""
+    """One line per file, in the format of sha256sum."""
     files = sorted(file for file in checkpoint.iterdir() if file.name != "SHA256SUMS")
     return [f"{digest_file(file)}  {file.name}\n" for file in files]
 
 
 def read_record(checkpoint: Path) -> dict:
-    """Reads training.json. Raises ValueError that names the file if one of the checkpoint's files,
-    or a row of metrics.jsonl up to its step, is not what the run wrote."""
+    """Reads training.json. Raises ValueError that names the file if a file of the checkpoint, or
+    a row of metrics.jsonl up to its step, has changed since the run wrote it."""
     remedy = f"remove {checkpoint} to resume from the checkpoint before it"
     sums, found = checkpoint / "SHA256SUMS", set(checksums(checkpoint))
     stored = set(sums.read_text(errors="replace").splitlines(True)) if sums.is_file() else set()
@@ -128,7 +128,7 @@ def read_record(checkpoint: Path) -> dict:
 
 
 def load_progress(job) -> Progress:
-    """Reads the state of the run at job.checkpoint, and restores the random state."""
+    """Reads the state of the run from job.checkpoint and restores the random-number generators."""
     tensors = load_file(job.checkpoint / "training.safetensors")
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors:
@@ -143,7 +143,7 @@ def check_resumed(job) -> None:
     options, record = job.options, job.record
     for name, value in job.inputs.items():
         if value != record["inputs"].get(name):
-            flag = name if getattr(options, name) else "data"  # which may hold the held-out pairs
+            flag = name if getattr(options, name) else "data"  # held-out pairs may come from --data
             kind = "folder" if name.startswith("init") else "file"
             raise ValueError(f"--{flag} {getattr(options, flag)}: the {kind} has changed since the "
                              f"run in {options.out} started; restore it, or start again with "

@@ -12,7 +12,7 @@ import torch
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses abbreviated flags. Bad input is one line on standard error and exit status 2."""
+    """Refuses abbreviated flags. Bad input prints one line to standard error and exits with 2."""
 
     def __init__(self, prog: str, description: str):
         form = argparse.RawDescriptionHelpFormatter
@@ -28,17 +28,17 @@ class Parser(argparse.ArgumentParser):
 
 def option(default, help: str, **checks):
     """A field of a dataclass of options. checks: choices=(...), above=x (exclusive), least=x,
-    most=x; const=x is the value of the flag without an argument."""
+    most=x; const=x is the value if the flag has no argument."""
     return dataclasses.field(default=default, metadata={"help": help, **checks})
 
 
 def add_options(parser: Parser, options: type, shown_defaults: dict[str, str] | None = None):
-    """Adds a flag for each field of a dataclass. A flag that is not given is absent or None.
+    """Adds a flag for each field of a dataclass. A flag that is not given has the value None.
     shown_defaults: what --help says about defaults that depend on other options."""
     for field in dataclasses.fields(options):
         name, checks = field.name, field.metadata
         default = (shown_defaults or {}).get(name, field.default)
-        default = "" if default in (None, False) else f" (default: {default})"
+        default = "" if default is None or default is False else f" (default: {default})"
         metavar = "|".join(checks.get("choices", ())) or kind_of(field).__name__.upper()
         how = {"metavar": metavar if len(metavar) < 60 else "NAME"}
         if field.type is bool:
@@ -79,7 +79,7 @@ def check_value(field: dataclasses.Field, value):
 
 @contextlib.contextmanager
 def stage(title: str) -> Iterator[list[str]]:
-    """Prints the title of a stage, and afterwards its seconds and the notes added to the list."""
+    """Prints the title of a stage, and at its end the seconds and the notes in the yielded list."""
     print(f"{title} ...", flush=True)
     start, notes = time.perf_counter(), []
     yield notes

@@ -20,15 +20,15 @@ PANELS = {  # title -> metrics; a panel whose title begins with Δ shows their c
 # The palette of Okabe and Ito, which color-blind readers can tell apart, and line styles for print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
-# Keys of train_config.json that do not tell two experiments apart.
+# Keys of train_config.json that may differ between runs of one experiment.
 IGNORED = ("out", "commit", "versions", "machine", "config", "resume", "eval_every", "log_every",
            "save_every", "keep", "tensorboard", "overwrite")  # fmt: skip
 
 
 def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray]]]:
-    """Maps labels to runs, and each run maps metrics to arrays (2, points) of steps and values.
-    Runs that differ only in their seed share a label. The metrics are those of held-out pairs, or
-    of training if there are none. Skips folders without a run. Raises ValueError for bad rows."""
+    """Maps labels to lists of runs; a run maps metrics to arrays (2, points) of steps and values.
+    Runs that differ only in their seed share a label. The metrics are of held-out pairs, or of
+    training pairs without them. Skips folders without a run. Raises ValueError for bad rows."""
     groups: dict[str, tuple[str, list]] = {}
     for name, folder in folders.items():
         file, config_file = folder / "metrics.jsonl", folder / "train_config.json"
@@ -53,15 +53,15 @@ def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray
 
 
 def plot(folders: dict[str, Path], file: Path):
-    """Plots the curves of runs over steps, saves and returns the figure. Of several seeds it shows
-    the mean, and a band from the lowest to the highest, up to the last step of the shortest run.
+    """Plots the curves of runs over steps, saves and returns the figure. Several seeds are shown as
+    their mean and a band from minimum to maximum, up to the last step of the shortest run.
     Raises ValueError if matplotlib is not installed or no run has a curve."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install -r requirements-dev.txt") from None
     if not (curves_of := read_curves(folders)):
-        raise ValueError(f"--plot {file}: no run has a metrics.jsonl with figures")
+        raise ValueError(f"--plot {file}: no run has a metrics.jsonl with values to plot")
     figure, lines = Figure(figsize=(11, 6), layout="constrained"), {}  # label -> one of its lines
     axes = figure.subplots(2, 3)
     for axis, (title, metrics) in zip(axes.flat, PANELS.items()):

@@ -1,4 +1,4 @@
-"""One process, or several under torchrun with a model sharded by FSDP2 (stands on the core)."""
+"""Runs in one process, or in several under torchrun with a model that FSDP2 shards."""
 
 import contextlib
 import datetime
@@ -16,7 +16,7 @@ from support.lora import add_lora, lora_of
 
 
 class World:
-    """A single process, for which the methods of `Processes` do the obvious thing."""
+    """A single process: gathers return their argument; checks and sharding do nothing."""
 
     rank, count, first = 0, 1, True
     cat = staticmethod(torch.cat)
@@ -28,20 +28,20 @@ class World:
 
 
 class Processes(World):
-    """The processes that torchrun started. A method returns once all processes have called it."""
+    """The processes that torchrun started. Collective methods must be called by all processes."""
 
     def __init__(self):
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.first = self.rank == 0  # the first process prints and writes files
 
     def check(self, init: str | None, batch_size: int, draws: bool) -> None:
-        """Raises ValueError for options that need a single process, or fewer processes."""
+        """Raises ValueError for options that need a single process or fewer processes."""
         if draws or not init:
             raise ValueError("torchrun: the demonstration, --on_policy and --loss rlhf run in one "
                              "process; start this run without torchrun")  # fmt: skip
         if batch_size < self.count:
             raise ValueError(f"--batch_size {batch_size}: {self.count} processes need a pair each; "
-                             "raise it, or start fewer processes")  # fmt: skip
+                             "raise --batch_size, or start fewer processes")  # fmt: skip
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds the tensors of all processes, in place."""
@@ -59,16 +59,16 @@ class Processes(World):
 
     def batches(self, pairs: Pairs, index: list[int], *layout) -> list[Batch]:
         """`make_batches` for this process's share of pairs[i], i in index."""
-        index = sorted(index, key=lambda i: row_length(pairs[i]))  # deal out short and long pairs
+        index = sorted(index, key=lambda i: row_length(pairs[i]))  # balances the lengths
         batches = make_batches(pairs, index[self.rank :: self.count], *layout)
-        # Every pass involves all processes, so those with fewer batches run some without answers.
+        # Every pass involves all processes, so processes with fewer batches run empty ones.
         most = int(self.cat([torch.tensor([len(batches)])]).max())
         (batch,), none = make_batches(pairs, index[:1], *layout), torch.zeros(0, dtype=torch.long)
         empty = batch._replace(source=none, targets=none, lengths=none, index=[])
         return batches + [empty] * (most - len(batches))
 
     def shard(self, model: Llama, dtype: torch.dtype, device: str) -> None:
-        """Leaves a part of every parameter in each process, on `device`."""
+        """Shards every parameter over the processes, on `device`."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = dist.init_device_mesh(torch.device(device).type, (self.count,))
@@ -96,7 +96,7 @@ class Processes(World):
         if moment.dim() == 0:
             return moment  # the count of steps
         where = parameter.device_mesh, parameter.placements
-        return distribute_tensor(moment, *where, src_data_rank=None)  # each process has all of it
+        return distribute_tensor(moment, *where, src_data_rank=None)  # all processes have it
 
     def gather_state(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The unsharded tensors on the CPU of the first process; the others get {}."""
@@ -104,7 +104,7 @@ class Processes(World):
         return {name: tensor.cpu() for name, tensor in gathered if self.first}
 
     def gather_model(self, model: Llama) -> Llama:
-        """The unsharded model on the CPU of the first process; the others get an empty one."""
+        """The unsharded model on the CPU of the first process; the others get no weights."""
         with torch.device("meta"):
             gathered = Llama(model.config)
             if lora := lora_of(model):
@@ -116,8 +116,8 @@ class Processes(World):
 
 @contextlib.contextmanager
 def join():
-    """Yields the World of this process. Under torchrun all processes but the first are silent, and
-    one that fails ends without waiting, so that torchrun notices and ends the others."""
+    """Yields the World of this process. Under torchrun, only the first process prints. A process
+    that fails exits without waiting, so that torchrun notices and stops the others."""
     if not dist.is_torchelastic_launched():
         yield World()
         return

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 RESAMPLES = 2000  # of the bootstrap
-# Columns whose names begin with RATES are in percent, those of SMALL have three decimals.
+# Columns whose names begin with a prefix in RATES are in percent; SMALL have three decimals.
 RATES = ("greedy", "pass@", "cut", "acc", "reward", "strict", "flexible", "math", "exact", "letter")
 SMALL = ("Δ/token", "dv", "nwj", "js")
-# Explanations of columns, under a column's name, the first word of its name, or "maj@".
+# Explains columns. A key is a column's name, the first word of the name, or "maj@".
 LEGEND = {
     "greedy": "greedy: the greedy answer is correct; pass@k: at least one of k samples is",
     "strict": "strict: graded by the number after ####; flexible: by the last number",
@@ -29,7 +29,7 @@ LEGEND = {
 
 
 class Figure(NamedTuple):
-    """The statistic of n items and its standard error, which is None if all share one prompt."""
+    """The statistic of n items and its standard error, None if all items have the same prompt."""
 
     mean: float
     error: float | None
@@ -37,7 +37,7 @@ class Figure(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A run minus another one, over the n items of both, with its 95 % bootstrap interval."""
+    """A run minus another run, on the n items of both, with the 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -51,11 +51,11 @@ Row = dict[str, Figure | Difference]  # name of a column -> its cell in one row 
 class Column(NamedTuple):
     """The values of all items in a run, and the statistic that summarizes them.
 
-    values: (items,), or (items, parts) if the statistic needs several numbers of an item. NaN marks
+    values: (items,), or (items, parts) if the statistic needs several numbers per item. NaN marks
         an item without a value.
     statistic: maps values to a number. Only `np.mean` has an error in closed form.
-    prompts: (items,) the prompt of each item; None: each item has its own. Items of one prompt are
-        not independent, so all errors are those of sampling prompts.
+    prompts: (items,) the prompt of each item; None if all prompts differ. Items of one prompt are
+        not independent, so standard errors and intervals are over prompts.
     names: (items,) identifies the same item in two runs. None identifies it by its position.
     """
 
@@ -114,8 +114,8 @@ def task_row(values: dict[str, list[float]]) -> Row:
 
 
 def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np.ndarray:
-    """Bootstrap over prompts: (RESAMPLES,) values of the statistic. A resample draws prompts with
-    replacement, as many as there are, and takes all items of each. prompts: (items,) 0, 1, ..."""
+    """Bootstrap over prompts: (RESAMPLES,) values of the statistic. A resample draws G of the G
+    prompts with replacement and takes all items of each. prompts: (items,) 0, 1, ..."""
     random, G, found = np.random.default_rng(0), prompts.max() + 1, []
     for _ in range(RESAMPLES):
         times_drawn = np.bincount(random.integers(0, G, G), minlength=G)  # (G,)
@@ -138,7 +138,7 @@ def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
 
 def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
     """The text of a table with a line for each row, a line for the numbers of items, and a legend.
-    Columns of plain text that do not fit in `width` characters start another table below."""
+    Without `markdown`, columns beyond `width` characters go to another table below."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     grid = [["", *(f"{column} %" if column.startswith(RATES) else column for column in columns)]]
     grid += [[name, *(_cell(c, row.get(c)) for c in columns)] for name, row in rows.items()]

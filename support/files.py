@@ -1,4 +1,4 @@
-"""Files: strict JSON, rows of JSONL, whole writes, hashes, and a lock on a folder."""
+"""Files: strict JSON, rows of JSONL, atomic writes, hashes, and a lock on a folder."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 
 def parse_json(content: bytes | str, where) -> dict:
-    """Parses a JSON object without NaN and repeated keys. A ValueError begins with `where`."""
+    """Parses a JSON object; refuses NaN and repeated keys. A ValueError begins with `where`."""
 
     def refuse(what):
         raise ValueError(f"{what} is not allowed")
@@ -44,7 +44,7 @@ def write_json(path: Path, value: dict) -> None:
 
 def read_rows(path):
     """Yields (line number, row as a dict) of a JSONL file, gzipped or not, and skips blank lines.
-    Raises OSError, or ValueError "path:line: ..."."""
+    Raises OSError, or ValueError that begins with "path:line:"."""
     bar = {"desc": f"reading {path}", "unit": "B", "unit_scale": True, "leave": False, "delay": 1}
     with open(path, "rb") as raw, tqdm(total=os.path.getsize(path), **bar) as progress:
         lines = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
@@ -65,7 +65,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 @contextlib.contextmanager
 def written_whole(path: Path):
     """Yields a temporary path for a file or folder to write, then flushes it to disk and renames it
-    to `path`, which a crash leaves complete or unchanged. An OSError names `path`."""
+    to `path`, so that a crash leaves `path` complete or unchanged. An OSError names `path`."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -104,8 +104,8 @@ def digest_file(path) -> str:
 
 @contextlib.contextmanager
 def locked(folder, wait: str = ""):
-    """Locks a folder for this process, and makes it if necessary; the lock of a dead process does
-    not count. If it is taken, prints `wait` and waits, or raises ValueError without a `wait`."""
+    """Locks a folder for this process and creates the folder if necessary. A lock ends with its
+    process. If the folder is locked, prints `wait` and waits, or raises ValueError if it is ""."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         handle = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Graders: what an answer says, whether that is right, pass@k and majority votes."""
+"""Graders: read the result of an answer, compare it with the key, compute pass@k and maj@n."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
-# Plain decimal notation alone: the exact value of an exponent such as 1e9999999 takes minutes.
+# Only plain decimal notation, because the exact value of 1e9999999 takes minutes to compute.
 DECIMAL = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 # A minus sign after a digit, a letter or a parenthesis is a subtraction.
 NUMBER_IN_TEXT = r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
@@ -48,7 +48,7 @@ def read_flexible(text: str) -> Fraction | None:
 
 
 def find_formula(text: str) -> str | None:
-    """What stands in the last \\boxed{...} or \\fbox{...}; else after "final answer is"."""
+    """The content of the last \\boxed{...} or \\fbox{...}, or the text after "final answer is"."""
     start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     if start < 0:
         found = re.findall(r"(?im)final answer is:?\s*(.+?)(?:\.?\s*I hope|\.?\s*$|\.\s)", text)
@@ -83,11 +83,11 @@ def read_math(text: str) -> Fraction | str | None:
 
 
 def read_letter(text: str) -> str | None:
-    """The letter a text chooses: the last match of the first pattern in LETTERS that matches."""
+    """The letter that a text chooses, by the last match of the first matching form in LETTERS."""
     return next((found[-1] for form in LETTERS if (found := re.findall(form, text))), None)
 
 
-# grade -> how its key is read, and ways to read an answer by name, None if it says nothing
+# grade -> function that reads the key, and named functions that read an answer (None: no result)
 GRADERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
     "gsm8k": (read_gsm8k_key, {"strict": read_strict, "flexible": read_flexible}),
     "math": (lambda key: normalize_formula(find_formula(key) or key), {"math": read_math}),
@@ -110,9 +110,9 @@ def powers_of_two(n: int) -> list[int]:
 
 
 def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
-    """The figures of one question for each way to read its n answers: 1 if a single one is right;
-    of several, pass@k for k = 1, 2, 4, ..., n, and maj@n, 1 if the most frequent result (the first
-    of equals) is right."""
+    """The values of one question, for each reader of the grade. One answer has the value 1 if it is
+    right. Several have pass@k for k = 1, 2, 4, ..., n, and maj@n, which is 1 if the most frequent
+    result (the first if tied) is right."""
     read_key, readings = GRADERS[grade]
     gold, n, values = read_key(key), len(texts), {}
     for name, read in readings.items():
@@ -128,7 +128,7 @@ def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
 
 
 def grade_drawn(item, tokenizer, answer: list[int]) -> float:
-    """The reward of an answer's ids to a `questions.Item`: 1 if it is right by the grade's first
-    reading and ends with a stop id, so that max_new_tokens did not cut it off; else 0."""
+    """The reward of an answer (ids) to a `questions.Item`: 1 if the first reader of the grade finds
+    the right result and the answer ends with a stop id (it was not cut off); otherwise 0."""
     right, *_ = grade_values(item.grade, item.key, [tokenizer.decode(answer[:-1])]).values()
     return right if answer[-1] in tokenizer.stop_ids else 0.0

@@ -1,5 +1,5 @@
-"""Reads and writes config.json, the description of a model in a Hugging Face checkpoint. A key that
-is not known here is an error, because the model might be computed wrongly without it."""
+"""Reads and writes config.json, the description of a model in a Hugging Face checkpoint. An
+unknown key is an error, because the forward pass might depend on it."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ FAMILIES = {
     "qwen3": ("Qwen3ForCausalLM", {"mlp_bias": False, "sliding_window": None, "qk_norm": True},
               QWEN | {"head_dim": 128}),
 }  # fmt: skip
-# Keys that do not change the forward pass (max_window_layers only does with use_sliding_window).
+# Keys that do not change the forward pass. (max_window_layers needs use_sliding_window.)
 INERT_KEYS = {"_name_or_path", "architectures", "auto_map", "dtype", "is_llama_config",
               "max_window_layers", "pad_token_id", "rope_parameters", "torch_dtype",
               "transformers_version", "unk_token_id", "use_cache"}  # fmt: skip

@@ -1,5 +1,5 @@
-"""The job of a run: everything that training reads, loaded and checked before a file is written.
-Stands on the core, without train.py."""
+"""The job of a run: everything that training reads, loaded and checked before any file is written.
+This module does not import train.py."""
 
 import contextlib
 import copy
@@ -33,14 +33,14 @@ class Job(NamedTuple):
     options: object  # train.Options
     model: Llama
     tokenizer: object
-    pairs: Pairs  # to train on; empty if the policy draws them
+    pairs: Pairs  # training pairs; empty if the policy draws the answers
     held_out: Pairs
     inputs: dict[str, str]  # hashes of the files that the run started from
     checkpoint: Path | None  # from which the run resumes
     record: dict  # of the checkpoint; {} for a new run
     world: object  # support.distributed.World
     mismatched: Pairs | None = None  # the prompts of `pairs` with the answers of other rows (kto)
-    questions: list | None = None  # to which the policy draws answers
+    questions: list | None = None  # the policy draws answers to these
     reference: Llama | None = None  # stays in memory if the policy draws answers
 
     @property
@@ -60,13 +60,13 @@ class Job(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """The last step of this run, which --max_steps may bring forward."""
+        """The last step of this run, which --max_steps may lower."""
         limit = self.options.max_steps
         return self.steps if limit is None else min(self.steps, limit)
 
 
 def load_job(options, world) -> Job:
-    """Raises OSError or ValueError that names the file or flag and the remedy."""
+    """Loads and checks a job. Raises OSError or ValueError with the file or flag and a remedy."""
     checkpoint = checkpoints.newest_checkpoint(Path(options.out)) if options.resume else None
     record = read_json(checkpoint / "training.json") if checkpoint else {}
     model, tokenizer, reference = load_models(options, checkpoint, world)
@@ -109,19 +109,13 @@ def load_job(options, world) -> Job:
 
 def load_models(options, checkpoint: Path | None, world):
     """The policy, the tokenizer, and the reference if the policy draws answers, otherwise None."""
-    device = "cpu" if world.count > 1 else options.device  # sharding moves the model by blocks
+    device = "cpu" if world.count > 1 else options.device  # sharding moves one block at a time
     draws, adapter, reference = on_policy.draws(options), options.init_adapter, None
     if options.lora_rank or adapter:
         model, tokenizer = load_checkpoint(options.init, "cpu", torch.float32)
-        if adapter:
-            config = lora.LoraConfig.from_pretrained(adapter)
-        else:
-            targets = lora.LORA_TARGETS.get(options.lora_targets, options.lora_targets.split(","))
-            config = lora.LoraConfig(options.lora_rank, options.lora_alpha, targets,
-                                     options.lora_rslora)  # fmt: skip
         torch.manual_seed(options.seed)
         try:  # converts weights to --dtype, so less has to move to the device
-            lora.add_lora(model, config, getattr(torch, options.dtype))
+            lora.add_lora(model, lora.config_of(options), getattr(torch, options.dtype))
         except ValueError as error:
             raise ValueError(f"{adapter or options.init}: {error}") from None
         if adapter:
@@ -162,7 +156,7 @@ def check_answers(pairs: Pairs, needed: str, path, loss: str) -> None:
 
 
 def describe(job: Job) -> str:
-    """What is about to be trained, so that a wrong flag is seen before it costs anything."""
+    """A summary of the run, printed before training so that a wrong flag is noticed early."""
     options, loss = job.options, LOSSES[job.options.loss]
     own = ({"beta": options.beta} if loss.uses_beta else {}) | loss.options
     own |= {name: x for name in loss.options if (x := getattr(options, name)) is not None}
@@ -186,7 +180,7 @@ def describe(job: Job) -> str:
 
 
 def logps_of(job: Job, pairs: Pairs) -> Tensor:
-    """Log-probs of pairs under job.model (pairs, 2), in nats, by the code path of training."""
+    """Log-probs of pairs under job.model (pairs, 2), in nats, computed as in training."""
     dtype, world = getattr(torch, job.options.dtype), job.world
     logps = world.sum(pair_logps(job.model, pairs, *job.layout[:2], dtype, world.batches))
     world.reshard(job.model)
@@ -205,8 +199,8 @@ def hash_pairs(pairs: Pairs) -> str:
 
 
 def reference_logps(job: Job, pairs: Pairs) -> Tensor:
-    """Log-probs of training pairs under the initial weights (pairs, 2), in nats. The cache's key
-    holds weights, token ids and precision. Nothing else of the reference stays in memory."""
+    """Log-probs of training pairs under the initial weights (pairs, 2), in nats. They are
+    cached in a file, whose name is a hash of weights, token ids and precision."""
     options, cached = job.options, None
     key = digest(job.inputs["init"], job.inputs["init_adapter"], hash_pairs(pairs), options.dtype)
     file = Path(options.out).parent / "cache" / f"reference-{key[:16]}.safetensors"

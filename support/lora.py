@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) in PEFT's format, added to a model from outside:
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in PEFT's format, added to an existing model:
 y = W x + b + s B A x, where A (r, in) and B (out, r) are trained and W and b are frozen."""
 
 import dataclasses
@@ -13,7 +13,7 @@ from support.weights import read_weights, save_tensors
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_TARGETS = {"all": LINEARS, "attention": LINEARS[:4]}
-# Keys of an adapter_config.json that matter only while PEFT makes or trains an adapter.
+# Keys of an adapter_config.json that PEFT uses only to create or train an adapter.
 INERT_KEYS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "qalora_group_size",
               "lora_dropout", "megatron_core", "peft_version", "revision", "task_type"}  # fmt: skip
 # The values that are implemented. Other values of init_lora_weights change the base weights.
@@ -47,6 +47,16 @@ class LoraConfig:
         if not isinstance(targets, list) or {*map(type, targets)} != {str} or "" in targets:
             raise ValueError(f"{file}: target_modules must be a list of names, not {targets!r:.60}")
         return cls(r, alpha, targets, bool(hf.get("use_rslora")))
+
+
+def config_of(options) -> LoraConfig:
+    """The configuration of the adapters that the options ask for."""
+    if options.init_adapter:
+        return LoraConfig.from_pretrained(options.init_adapter)
+    targets = options.lora_targets or "all"
+    targets = LORA_TARGETS.get(targets, targets.split(","))
+    alpha = options.lora_alpha or 2.0 * options.lora_rank
+    return LoraConfig(options.lora_rank, alpha, targets, options.lora_rslora)
 
 
 class LoraLinear(nn.Linear):
@@ -93,7 +103,7 @@ def lora_of(model: nn.Module) -> LoraConfig | None:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Adds each s B A to its W, rounds to the precision of W, then converts all to `dtype`."""
+    """Adds s B A to each W, rounds to the precision of W, then converts the model to `dtype`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear):
             merged = nn.Linear(module.in_features, module.out_features, device="meta")
@@ -117,7 +127,7 @@ def load_adapter(model: nn.Module, folder) -> None:
 
 
 def save_adapter(model: nn.Module, folder, base: str) -> None:
-    """Writes the adapters for PEFT to load. base: the name or path of the model without them."""
+    """Writes the adapters for PEFT to load. base: the name or path of the base model."""
     Path(folder).mkdir(exist_ok=True)
     save_tensors(Path(folder) / ADAPTER_FILES[1], _adapters(model), format="pt")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}

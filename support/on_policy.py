@@ -1,4 +1,4 @@
-"""Answers drawn from the policy at each step, on top of mio.py, data.py and eval.py."""
+"""Draws answers from the policy at each step. Imports mio.py, data.py and eval.py."""
 
 import copy
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from support.sampling import draw
 
 
 class Drawn(NamedTuple):
-    """The pairs of a step: all answers two by two (rlhf), or a right and a wrong one a prompt."""
+    """The pairs of a step: all answers in twos (rlhf), or one right and one wrong per prompt."""
 
     pairs: Pairs
     ref_logps: Tensor  # (n, 2) nats under the reference
@@ -50,7 +50,7 @@ def check_draws(options) -> None:
 
 
 def load_questions(options, model, tokenizer) -> list[Item]:
-    """The questions of --data. Raises ValueError for other rows and for too long prompts."""
+    """The questions of --data. Raises ValueError for other rows and prompts that are too long."""
     questions = read_items(options.data)
     if questions is None or questions[0].choices:
         raise ValueError(f"{options.data}: rows must be questions with an answer to grade by")

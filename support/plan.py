@@ -1,4 +1,4 @@
-"""What a run needs (--plan), computed from config.json alone, on top of model.py and mio.py."""
+"""Predicts the memory and time of a run from config.json alone (--plan)."""
 
 import dataclasses
 from itertools import product
@@ -11,7 +11,7 @@ from torch import nn
 from mio import CHUNK_TOKENS, LOSSES, chunks_of_pairs
 from model import Llama, ModelConfig
 from support.files import read_json
-from support.lora import LORA_TARGETS, LoraConfig, add_lora
+from support.lora import add_lora, config_of
 
 # Vocabulary, width, inner width, layers, heads, key-value heads, width of a head.
 PRESETS = {
@@ -20,7 +20,7 @@ PRESETS = {
     "llama-3.1-8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128),
     "llama-3.1-70b": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128),
 }
-# From the data sheets: GB, dense TFLOP/s in bfloat16 and in float32, GB/s of the memory.
+# Data-sheet values: memory in GB, dense TFLOP/s in bfloat16 and float32, memory GB/s.
 GPUS = {"h100": (80, 989, 67, 3350), "a100": (80, 312, 19.5, 2039), "h200": (141, 989, 67, 4800),
         "rtx4090": (24, 165, 82.6, 1008)}  # fmt: skip
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -29,16 +29,16 @@ GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 def check_plan(options, draws: bool) -> None:
     """Raises ValueError unless the options name one model and a run on pairs."""
     if (options.plan == "init") != bool(options.init):
-        raise ValueError("--plan: name a model, or none and --init FOLDER with a config.json")
+        raise ValueError("--plan: give a preset, or only --plan with --init FOLDER")
     if draws or options.init_adapter:
         raise ValueError("--plan: leave out --on_policy, --loss rlhf and --init_adapter")
 
 
 class Needs(NamedTuple):
-    """Bytes in each GPU by part and at the peak of a step, and the work of each GPU in a step."""
+    """Bytes in each GPU, by kind and at the peak of a step, and each GPU's work in a step."""
 
     parameters: int
-    weights: float  # with several GPUs a share, and what a GPU gathers from the others at a time
+    weights: float  # with several GPUs: the shard, and the weights gathered at a time
     gradients: float
     moments: float
     activations: float  # saved by the forward pass for the backward pass
@@ -49,14 +49,12 @@ class Needs(NamedTuple):
 
 
 def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1) -> Needs:
-    """What each GPU needs for a step of `passes` forward passes. rows, lengths: the tokens of each
-    row and of each answer in a pass. Leaves out what the allocator and CUDA add to tensors."""
-    with torch.device("meta"):  # one block stands for all
+    """The needs of each GPU in a step of `passes` forward passes. rows, lengths: the tokens of each
+    row and of each answer in a pass. Does not count the overhead of the allocator and CUDA."""
+    with torch.device("meta"):  # all blocks are alike, so one is built
         model = Llama(dataclasses.replace(config, num_hidden_layers=1))
         if options.lora_rank:
-            targets = options.lora_targets or "all"
-            lora = LoraConfig(options.lora_rank, 1.0, LORA_TARGETS.get(targets, targets.split(",")))
-            add_lora(model, lora, getattr(torch, options.dtype))
+            add_lora(model, config_of(options), getattr(torch, options.dtype))
     half, recompute = options.dtype == "bfloat16", options.checkpointing == "on"
     on_gpu, sharded, several_passes = options.device != "cpu", gpus > 1, passes > 1
     compiled = on_gpu and options.compile != "off"
@@ -71,17 +69,17 @@ def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1
     block, trains_head = list(layers.parameters()), head.requires_grad
     trained = sum(p.numel() for p in root + L * block if p.requires_grad)
     weights = sum(p.nbytes for p in root + L * block) / gpus
-    if sharded:  # a GPU gathers the root, two blocks (one on its way), two gradients of a block
+    if sharded:  # gathers the root, two blocks (one is prefetched) and two block gradients
         blocks = 2 * sum(p.nbytes for p in block) / (2 if half and trains_head else 1)
         block_gradients = 8 * sum(p.numel() for p in block if p.requires_grad)
         weights += sum(p.nbytes for p in root) + blocks + block_gradients
-    # Eager attention saves a dense mask. Autocast keeps rounded weights to the end of the pass.
+    # Eager attention saves a dense mask. Autocast keeps rounded weights until the pass ends.
     saved = _saved_by_token(config, linears, trains_head, s) * T + (not compiled) * s * squares
     keeps_rounded = half and not sharded and not (compiled and recompute)
     rounded = sum(2 * w.numel() for w in linears.values() if w.dtype == torch.float32)
     activations = L * ((4 * D * T if recompute else saved) + keeps_rounded * rounded)
     activations += T * (8 * config.head_dim + 4 * D * (1 + trains_head))  # rotary table, last norm
-    # The backward pass of an MLP: gradients of its two factors, of the residual and of the norm.
+    # The backward pass of an MLP holds gradients of two factors, the residual and the norm.
     at_work = T * (2 * config.intermediate_size * s + 8 * D) + recompute * saved
     grad_head = 4 * head.numel() * trains_head
     logits = n * len(head) * (s + 4 * (half and on_gpu))  # a GPU also needs them in float32
@@ -89,7 +87,7 @@ def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1
     logits += 8 * D * (N + n)  # the states that the head reads, and their gradients
     gradients, moments = 4 * trained / gpus, 8 * trained / gpus
     start = several_passes * gradients + activations + grad_head + max(logits, at_work)
-    # At the end of a pass a tied matrix still has two gradients, and one of earlier passes.
+    # At the end of a pass, a tied matrix has two gradients and the sum of earlier passes.
     copies = config.tie_word_embeddings + several_passes
     peak = weights + moments + max(start, gradients + max(at_work, grad_head * copies))
     flops = passes * _operations(config, options, linears, head, T, N, squares, compiled)
@@ -119,18 +117,18 @@ def _saved_by_token(config, linears: dict, trains_norms: bool, s: int) -> int:
 
 
 def _operations(config, options, linears, head, T, N, squares, compiled) -> float:
-    """The operations of a pass over T tokens with N targets. squares: the sum of squared rows."""
+    """The FLOPs of a pass over T tokens with N targets. squares: sum of squared row lengths."""
     L, project = config.num_hidden_layers, 2 * N * head.numel()
     products = 2 * T * L * sum(w.numel() for w in linears.values())
     attention = 4 * L * config.num_attention_heads * config.head_dim * squares
     attention /= 2 if compiled else 1  # FlexAttention skips blocks of later tokens
-    # Backward, each product needs one by inputs and, if trained, one by weights; attention has 5.
+    # A product has one backward product for inputs and, if trained, one for weights; attention 5.
     flops = 2 * products + 2 * T * L * sum(w.numel() for w in linears.values() if w.requires_grad)
     flops += 3.5 * attention + project * (2 + head.requires_grad)
     if options.checkpointing == "on":  # eager code stops at the input of the block's last product
         last_product = 2 * T * L * config.hidden_size * config.intermediate_size
         flops += products + attention - (not compiled and head.requires_grad) * last_product
-    if not LOSSES[options.loss].pairwise:  # a pass of its own computes the shared scalar
+    if not LOSSES[options.loss].pairwise:  # an extra forward pass computes the shared scalar
         flops += products + attention + project
     return flops
 
@@ -148,13 +146,13 @@ def needs_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) -
 
 
 def plan(options) -> str:
-    """A text of 80 columns: whether the run fits --gpu, what would fit, and a table of needs."""
+    """Says in 80 columns whether the run fits --gpu, which flags would fit, and what runs need."""
     init, options = Path(options.init or options.plan), dataclasses.replace(options, device="cuda")
     config = PRESETS.get(options.plan) or ModelConfig.from_hf(read_json(init / "config.json"))
     memory, *peak_speeds, bandwidth = GPUS[options.gpu]
     rank = options.lora_rank or min(16, config.num_key_value_heads * config.head_dim)
 
-    def fits(found: Needs) -> bool:  # with a tenth to spare, because these are estimates
+    def fits(found: Needs) -> bool:  # leaves a margin of 10 %, because these are estimates
         return 1.1 * found.peak <= memory * 1e9
 
     lines = [f"{init.name[-32:]}, {options.dtype}, on one {options.gpu} of {memory} GB: fits"]

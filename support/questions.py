@@ -23,7 +23,7 @@ class Item(NamedTuple):
 
     line: int  # in its file
     prompt: str | list[dict]  # text or messages
-    key: str  # the right answer, as a shot shows it
+    key: str  # the right answer, as a few-shot example shows it
     grade: str | None  # a key of GRADERS; None with choices
     stop: tuple[str, ...] = ()  # texts that end an answer
     choices: tuple[str, ...] = ()
@@ -36,14 +36,14 @@ class Item(NamedTuple):
         return tokenizer.prompt_ids(before + self.prompt)
 
     def joined(self, text: str) -> str:
-        """An answer with the space that separates it from the prompt, unless one is there."""
+        """The answer, after a space unless the prompt or the answer already has white space."""
         bare = isinstance(self.prompt, list) or self.prompt[-1:].isspace() or text[:1].isspace()
         return text if bare else " " + text
 
 
 def read_item(line: int, row: dict) -> Item:
     """The item of a row of any form. Raises ValueError if the row is malformed."""
-    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair raises ValueError
+    json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate raises ValueError
     if row.keys() >= {"question", "answer"}:
         row = {"prompt": f"Question: {text_of(row, 'question')}\nAnswer:", "grade": "gsm8k",
                "answer": row["answer"], "stop": ["Question:"]}  # fmt: skip
@@ -57,7 +57,7 @@ def read_item(line: int, row: dict) -> Item:
         if len(choices) < 2 or not all(choice.strip() for choice in choices):
             raise ValueError("'choices' must be two or more texts that are not blank")
         if type(gold) is not int or gold not in range(len(choices)):
-            raise ValueError(f"'gold' is {gold!r:.40}, it must be one of 0 to {len(choices) - 1}")
+            raise ValueError(f"'gold' is {gold!r:.40}, it must be from 0 to {len(choices) - 1}")
         return Item(line, prompt, choices[gold], None, (), choices, gold)
     key, grade = text_of(row, "answer"), row["grade"]
     if not isinstance(grade, str) or grade not in GRADERS:
@@ -76,8 +76,8 @@ def _texts_of(row: dict, column: str) -> tuple[str, ...]:
 
 
 def read_items(path: str | Path) -> list[Item] | None:
-    """The items of a JSONL file; None for a file of pairs, which data.load_pairs reads. Raises
-    ValueError that names file and line."""
+    """The items of a JSONL file, or None for a file of pairs, which data.load_pairs reads. Raises
+    ValueError that names the file and the line."""
     items = []
     for line, row in read_rows(path):
         if not items and row.keys() & (COLUMNS - {"prompt"}):
@@ -106,7 +106,7 @@ def examples(path: str | None, k: int, items: list[Item]) -> str:
     if len({item.grade for item in shots + items}) > 1:
         return ""
     if any(isinstance(item.prompt, list) for item in shots + items):
-        raise ValueError(f"{path}: --shots stand before prompts of plain text, not conversations")
+        raise ValueError(f"{path}: --shots needs prompts of plain text, not conversations")
     prompts = {item.prompt for item in items}
     for shot in shots:
         if shot.prompt in prompts:
@@ -116,8 +116,8 @@ def examples(path: str | None, k: int, items: list[Item]) -> str:
 
 
 def prompt_ids(model, tokenizer, path, items: list[Item], before: str, lengths) -> list[list[int]]:
-    """The ids of each item's prompt after the text `before`. `lengths` (items,) are the tokens that
-    the answers may take. Raises ValueError, by file and line, if the model cannot read as many."""
+    """The ids of each item's prompt after the text `before`. `lengths` (items,) limit the tokens of
+    the answers. Raises ValueError with file and line if the sum exceeds the model's context."""
     limit, ids = model.config.max_position_embeddings, []
     for item, length in zip(items, lengths):
         try:
@@ -134,7 +134,7 @@ def answer_columns(model, tokenizer, path, items: list[Item], before: str, optio
     """Generates options.n answers to each item and grades them.
 
     Returns columns of figures, and the texts of each item's answers. The column "cut" is the share
-    of answers that neither ended nor reached a stop text; they are graded as they are."""
+    of answers that neither ended nor reached a stop text; the text so far is graded."""
     n, new = options.n, options.max_new_tokens
     prompts = prompt_ids(model, tokenizer, path, items, before, [new] * len(items))
     how = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
@@ -156,7 +156,7 @@ def answer_columns(model, tokenizer, path, items: list[Item], before: str, optio
 
 
 def choice_rows(model, tokenizer, path, items: list[Item], before: str) -> list[list[list[int]]]:
-    """The ids of each item's prompt and of its choices, which go on from the prompt's text."""
+    """The ids of each item's prompt and of its choices, which continue the prompt's text."""
     choices = [[tokenizer.continue_ids(item.joined(c)) for c in item.choices] for item in items]
     longest = [max(map(len, ids)) for ids in choices]
     prompts = prompt_ids(model, tokenizer, path, items, before, longest)
@@ -180,6 +180,6 @@ def choice_columns(items: list[Item], logps: list[np.ndarray]) -> dict[str, Colu
 
 
 def columns_of(values: list[dict[str, float]]) -> dict[str, Column]:
-    """One dict of values an item -> one column a name; NaN where an item has no such value."""
+    """Converts one dict per item to one column per name, with NaN for missing values."""
     names = dict.fromkeys(name for one in values for name in one)
     return {n: Column(np.array([one.get(n, np.nan) for one in values])) for n in names}

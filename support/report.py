@@ -1,4 +1,4 @@
-"""The report of `python data.py FILE`, on top of data.py: rows used and lost, lengths, one pair."""
+"""The report of `python data.py FILE`: counts of used and dropped rows, lengths, and one pair."""
 
 import textwrap
 
@@ -7,7 +7,7 @@ import numpy as np
 from data import Pair, Pairs, pack_batch, read_pairs, row_length
 
 QUANTILES = (0, 25, 50, 75, 95, 100)  # percent
-MAX_GRID_LINES = 12  # of a prompt or an answer; the grid leaves out the middle of a longer one
+MAX_GRID_LINES = 12  # of a prompt or an answer; the middle of a longer text is left out
 
 
 def describe_file(path, tokenizer, max_length: int) -> str:

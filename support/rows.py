@@ -9,7 +9,7 @@ ROW_FORMS = (
     "rows are {prompt, chosen, rejected}, {chosen, rejected} of messages or of Human/Assistant "
     "transcripts, {prompt, completion, label}, {prompt, completion} or {messages}"
 )
-# An Anthropic-HH transcript is one text, in which these begin the turns.
+# An Anthropic-HH transcript is one text, whose turns begin with these markers.
 ASSISTANT_TURN, HUMAN_TURN = "\n\nAssistant:", "\n\nHuman:"
 IDENTICAL = "chosen and rejected are identical"
 
@@ -26,7 +26,7 @@ class Example(NamedTuple):
     prompt: str | list[dict]
     chosen: str | dict | None
     rejected: str | dict | None
-    continues: bool = False  # the answers go on within the prompt's own text, as in a transcript
+    continues: bool = False  # the answers continue the prompt's text, as in a transcript
 
 
 def read_row(row: dict) -> Example:
@@ -51,8 +51,8 @@ def read_row(row: dict) -> Example:
 
 
 def text_of(row: dict, column: str) -> str:
-    """The string in a column. Raises ValueError for anything else, also for half of a surrogate
-    pair, which no encoding can write."""
+    """The string in a column. Raises ValueError for other types and for a lone surrogate,
+    which UTF-8 cannot encode."""
     text = row[column]
     if not isinstance(text, str):
         raise ValueError(f"{column!r} must be a string, not {type(text).__name__}")
@@ -74,7 +74,7 @@ def messages_of(row: dict, column: str) -> list[dict]:
 
 
 def _read_texts(row: dict) -> Example:
-    """A row with two texts, chosen and rejected, and a prompt unless they are transcripts."""
+    """Reads a row of two texts, chosen and rejected, with a prompt unless they are transcripts."""
     chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
     if "prompt" in row:
         return Example("prompt, chosen, rejected", text_of(row, "prompt"), chosen, rejected)
@@ -97,8 +97,8 @@ def _split_transcript(transcript: str, column: str) -> tuple[str, str]:
 
 
 def _read_conversations(row: dict) -> Example:
-    """Two conversations. The messages that they share are the prompt, and the first messages that
-    differ are the answers. Later messages are ignored."""
+    """Reads two conversations. Their common first messages are the prompt, and the first messages
+    that differ are the answers. Later messages are ignored."""
     form = "conversations"
     chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
     if "prompt" in row and chosen[0]["role"] == "assistant":
@@ -120,7 +120,7 @@ def _read_conversations(row: dict) -> Example:
 
 
 def _read_completion(row: dict) -> Example:
-    """A row with one answer, which is chosen unless its label is false."""
+    """Reads a row with one answer, which is chosen unless the label is false."""
     form, label = "unpaired" if "label" in row else "supervised", row.get("label", True)
     if not isinstance(label, bool):
         raise ValueError(f"'label' must be true or false, not {label!r:.40}")
@@ -141,7 +141,7 @@ def _read_completion(row: dict) -> Example:
 
 @dataclasses.dataclass
 class Report:
-    """What becomes of the rows of a file. Lists hold line numbers."""
+    """How many rows of a file are used, truncated and dropped. Lists hold line numbers."""
 
     rows: int = 0
     forms: Counter = dataclasses.field(default_factory=Counter)  # of the rows that are used
@@ -150,7 +150,7 @@ class Report:
     dropped: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # by reason
 
     def lines(self) -> list[str]:
-        """One line of text for every kind of loss: columns, rows dropped by reason, rows cut."""
+        """One line for unused columns, for each reason to drop rows, and for truncated rows."""
         losses = {f"dropped, {reason}": lines for reason, lines in self.dropped.items()}
         if self.truncated:
             losses["cut, the prompt lost its oldest tokens to --max_length"] = self.truncated

@@ -17,11 +17,11 @@ from support.tokenizers import TOKENIZER_FILES
 PROVENANCE = ("commit", "versions", "machine", "processes")  # keys of train_config.json
 RESULTS = ("summary.json", "eval.json", "config.json", "model*.safetensors*", "adapter",
            *TOKENIZER_FILES, "*.partial", "checkpoints/*.partial")  # fmt: skip
-PROGRESS = ("metrics.jsonl", "checkpoints", "tensorboard")  # which a resumed run goes on with
+PROGRESS = ("metrics.jsonl", "checkpoints", "tensorboard")  # a resumed run continues these
 
 
 def check_out(options, sources: list) -> None:
-    """Raises ValueError if --out holds files that are no run's, or `sources` that the run reads."""
+    """Raises ValueError if --out holds files of no run, or `sources`, which the run reads."""
     folder = Path(options.out)
     for source in filter(None, sources):
         if Path(source).resolve().is_relative_to(folder.resolve()):
@@ -47,14 +47,14 @@ def check_free(options) -> None:
 
 
 def clear(folder: Path, checkpoints: bool) -> None:
-    """Removes the results of a run; with `checkpoints`, its metrics and checkpoints, too."""
+    """Removes the results of a run and, with `checkpoints`, also its metrics and checkpoints."""
     for pattern in RESULTS + PROGRESS if checkpoints else RESULTS:
         for path in list(folder.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def begin(options, record: dict, processes: int) -> None:
-    """Prepares the folder to go on from the checkpoint of `record`; it is {} for a new run."""
+    """Prepares the folder for a run from the checkpoint of `record`, which is {} for a new run."""
     folder = Path(options.out)
     clear(folder, checkpoints=not record)
     write_json(folder / "train_config.json", recorded(options) | provenance(processes))
@@ -76,7 +76,7 @@ def provenance(processes: int) -> dict:
 @contextlib.contextmanager
 def metrics_log(job):
     """Yields the last row of metrics.jsonl, or {}, and a function that appends a row. --tensorboard
-    writes the same rows to event files; rows after the step of job.record become void there."""
+    writes the same rows to event files; it discards events after the step of job.record."""
     if not job.world.first:
         yield {}, lambda row: None
         return
@@ -99,6 +99,6 @@ def metrics_log(job):
 
 
 def strict_json(row: dict) -> str:
-    """JSON has no infinity and no NaN, so numbers that are not finite become null."""
+    """Returns a row as JSON, with null for infinity and NaN, which JSON does not have."""
     finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
     return json.dumps(finite, allow_nan=False)

@@ -1,5 +1,5 @@
 """The options of train.py: defaults that depend on other options, and flags that exclude each
-other. Stands on mio.py."""
+other."""
 
 import dataclasses
 import importlib.util
@@ -13,7 +13,7 @@ CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6, "ma
 DEMONSTRATION = {"epochs": 3, "batch_size": 64, "max_length": 96, "lr": 1e-4,
                  "max_new_tokens": builtin_task.ANSWER_TOKENS}  # fmt: skip
 PLAN = {"gpu": "h100", "mfu": 0.4}
-# What --help says of defaults that depend on other options.
+# The text in --help for defaults that depend on other options.
 SHOWN = {name: f"{CHECKPOINT[name]}, demonstration: {DEMONSTRATION[name]}" for name in CHECKPOINT}
 SHOWN |= PLAN | {"beta": "the loss's own", "out": "out/LOSS", "lora_alpha": "twice the rank",
                  "lora_targets": "all", "eval_every": "a tenth of the steps"}  # fmt: skip
@@ -23,7 +23,7 @@ LOSS_OPTIONS = {name for loss in LOSSES.values() for name in loss.options}
 
 def parse_options(argv: list[str] | None, cls: type, description: str, world):
     """The parser and the options, an instance of the dataclass `cls`. Flags take precedence over
-    the file of --config. Bad input ends the program with one line."""
+    the file of --config. Bad input exits with a one-line error."""
     parser = cli.Parser("train.py", description)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     cli.add_options(parser, cls, SHOWN)
@@ -52,11 +52,11 @@ def default_out(options) -> str:
 
 
 def resolve(options, world):
-    """Fills in the defaults that depend on other options. Raises ValueError as check_together."""
+    """Fills in the defaults that depend on other options. Raises ValueError like check_together."""
     check_together(options)
     loss, defaults = LOSSES[options.loss], {"out": default_out(options)}
     defaults |= CHECKPOINT if options.init or options.plan else DEMONSTRATION
-    # The tiny model and the short answers of the demonstration have small sums of log-ratios.
+    # The demonstration's summed log-ratios are small, because its model and answers are small.
     is_scaled = loss.needs_reference and loss.uses != "means" and not options.init
     defaults["beta"] = loss.beta * (5 if is_scaled else 1)
     defaults["lr"] *= 10 if options.lora_rank or options.init_adapter else 1
@@ -86,13 +86,13 @@ def check_together(options) -> None:
     if options.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard needs a package: pip install tensorboard")
     for name in given & LORA_FLAGS if options.init_adapter else ():
-        raise ValueError(f"--{name}: the adapter of --init_adapter sets it; leave it out")
+        raise ValueError(f"--{name}: the adapter of --init_adapter sets this; leave out the flag")
     needed = {"gpu": "plan", "mfu": "plan", "eval_data": "data", "init_adapter": "data"}
     for name, other in (needed | dict.fromkeys(LORA_FLAGS, "lora_rank")).items():
         if name in given and other not in given:
             raise ValueError(f"--{name} needs --{other}")
     unused = LOSS_OPTIONS - loss.options.keys()
-    if not loss.uses_beta and options.beta != loss.beta:  # which the run's records hold
+    if not loss.uses_beta and options.beta != loss.beta:  # records of a run hold loss.beta
         unused.add("beta")
     for name in sorted(given & unused):
         raise ValueError(f"--{name}: --loss {options.loss} does not use it; see --loss help")

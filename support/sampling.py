@@ -22,7 +22,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, *, temperatur
 
     prompts: non-empty lists of ids. temperature 0 is greedy; top_p keeps the smallest set of tokens
     whose probability reaches it. rows: how many prompts are continued at a time (default: all).
-    is_over(prompt number, ids so far), asked every few tokens, also ends an answer. progress(ids)
+    is_over(prompt number, ids so far), called every few tokens, also ends an answer. progress(ids)
     is called for each finished answer."""
     assert prompts and all(prompts), "every prompt needs at least one token"
     rows, device = rows or len(prompts), model.head_weight.device
@@ -34,7 +34,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, *, temperatur
     answers: dict[int, list[int]] = {}
 
     def collect(live: list[int], new: Tensor, is_last: bool) -> None:
-        """Adds finished answers. `live` are the prompts of the rows of `new` (R, steps)."""
+        """Stores finished answers. `live` holds the prompt of each row of `new` (R, steps)."""
         # The place of the first stop id in each row, or the number of steps if there is none.
         ends = pad(torch.isin(new, stop).int(), (0, 1), value=1).argmax(dim=1)  # (R,)
         for number, ids, end in zip(live, new, ends.tolist()):
@@ -92,7 +92,7 @@ def _read_prompts(model, prompts: list[list[int]], new_tokens: int) -> tuple[Ten
 
 def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
     """Samples a token per row by inverting the cumulative distribution at `uniform` in [0, 1).
-    logits (B, V) float32, uniform (B,) -> ids (B,). temperature 0 takes the most probable token."""
+    logits (B, V) float32, uniform (B,) -> ids (B,). Temperature 0 takes the likeliest token."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities, order = (logits / temperature).softmax(dim=-1), None  # (B, V)
@@ -104,7 +104,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
-    # Strictly above: a token of probability zero is never sampled, not even at uniform 0.
+    # With a strict >, a token of probability 0 is never sampled, even if uniform is 0.
     above = cumulative > uniform[:, None] * cumulative[:, -1:]
     choice = above.to(torch.uint8).argmax(dim=-1, keepdim=True)  # (B, 1)
     return (choice if order is None else order.gather(1, choice))[:, 0]
@@ -113,11 +113,11 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
 def draw(
     model, prompts: list[list[int]], max_new_tokens: int, *, seed=0, rows=None, is_over=None, **how
 ) -> list[list[int]]:
-    """Continues lists of ids by `model.generate(**how)` and returns the new ids of each.
+    """Continues lists of ids with `model.generate(**how)` and returns the new ids of each.
 
     Sorts the prompts by length and splits them into parts of GENERATION_ROWS. The seed of a part is
     `seed` plus the number of prompts in earlier parts. rows: how many prompts of a part are
-    generated at a time, as many as GENERATION_TOKENS allow if None. is_over(number of the prompt,
+    generated at a time, as many as GENERATION_TOKENS allow if None. is_over(index of the prompt,
     ids so far) ends an answer. A long draw shows a progress bar with tokens per second."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
@@ -145,7 +145,7 @@ def draw(
 def sample_answers(
     model, tokenizer, prompts, *, samples=1, temperature=1.0, max_new_tokens=48, seed=0
 ) -> list[list[str]]:
-    """`samples` texts for each prompt, "" for an answer that max_new_tokens cuts off."""
+    """Samples `samples` texts for each prompt; an answer cut off at max_new_tokens becomes ""."""
     ids = [tokenizer.prompt_ids(prompt) for prompt in prompts for _ in range(samples)]
     stop = tokenizer.stop_ids
     answers = draw(model, ids, max_new_tokens, stop_ids=stop, temperature=temperature, seed=seed)
@@ -156,10 +156,10 @@ def sample_answers(
 def stop_texts(tokenizer, stops: list[tuple[str, ...]]) -> Callable | None:
     """The `is_over` of `draw` that ends answer i when it contains one of the texts stops[i], or
     None without stop texts. It decodes only the end of an answer, and all of it after a match."""
-    looked_at = [0] * len(stops)  # tokens of each answer at the last call
+    looked_at = [0] * len(stops)  # length of each answer at the last call
 
     def is_over(i: int, answer: list[int]) -> bool:
-        # A token holds a byte at least; 4 more bytes complete a character that is cut in two.
+        # A token holds at least a byte; 4 more bytes complete a character that is cut in two.
         span = max((len(stop.encode()) + 4 for stop in stops[i]), default=0)
         tail = tokenizer.decode(answer[max(0, looked_at[i] - span) :])
         looked_at[i] = len(answer)

@@ -1,5 +1,5 @@
-"""Tokenizers: byte-pair encoding on tiktoken that gives the ids of transformers. `load_tokenizer`
-reads `tokenizer.json` or Llama 3's `tokenizer.model` and refuses what it would read differently."""
+"""Tokenizers: byte-pair encoding by tiktoken, with the same ids as transformers. `load_tokenizer`
+reads `tokenizer.json` or Llama 3's `tokenizer.model` and refuses unsupported ones."""
 
 import base64
 import dataclasses
@@ -30,7 +30,7 @@ LLAMA3_SPECIALS = [
     "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(3, 249)),
 ]  # fmt: skip
-SPLIT_SECONDS = 10  # for one text; the regular expressions of known models take far less
+SPLIT_SECONDS = 10  # for one text; known models take far less
 # The parts of a regular expression that tokenizers (by Oniguruma) and `regex` read alike.
 ESCAPE = r"\\[pP]\{\^?\w+\}|\\[sSdDnrt]|\\[^\w]"
 PORTABLE = regex.compile(
@@ -42,7 +42,7 @@ HIDDEN = [byte for byte in range(256) if not chr(byte).isprintable() or chr(byte
 BYTE_CHARS = [chr(256 + HIDDEN.index(b)) if b in HIDDEN else chr(b) for b in range(256)]
 BYTE_OF_CHAR = {char: byte for byte, char in enumerate(BYTE_CHARS)}
 FALLBACK_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's tokens of bytes
-SPACE = "▁"  # SentencePiece's space, which it also writes before a text that follows:
+SPACE = "▁"  # SentencePiece's space, also its prefix of a text that follows:
 PREFIXED = {"nothing": ("first", "always", "legacy"), "token": ("always", "legacy"), "text": ()}
 
 
@@ -64,8 +64,8 @@ def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], cached: bool)
 
 
 def merge(token: str, ranks: dict[tuple[str, str], int]) -> tuple[list[str], int]:
-    """Byte-pair encoding as in the tokenizers library: of adjacent pairs, joins that of lowest rank
-    first, the leftmost of equals. Returns the symbols left and the rank of the last pair, or -1."""
+    """Byte-pair encoding as in the tokenizers library: joins the adjacent pair of lowest rank
+    first, the leftmost if tied. Returns the symbols left and the rank of the last pair, or -1."""
     symbols, last = list(token), -1
     while True:
         pairs = enumerate(zip(symbols, symbols[1:]))
@@ -95,7 +95,7 @@ def byte_pairs(
             symbols, rank = merge(token, ranks)
             if len(symbols) == 1 or ignore_merges:
                 last_rank[token] = rank
-            # A token of two symbols that no merge joins: tiktoken would join them in longer pieces.
+            # In longer pieces, tiktoken would join the two symbols, which no merge joins.
             _require(len(symbols) != 2 or not ignore_merges, f"a missing merge of {token!r}")
     tokens = dict.fromkeys(bytes([byte]) for byte in range(256))
     for char in () if byte_level else alphabet:  # the bytes of a character are joined first
@@ -116,14 +116,14 @@ def _to_bytes(token: str, byte_level: bool) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids and back. `encode` adds no special token and reads none in the text."""
+    """Converts text to ids and back. `encode` adds no special tokens and recognizes none."""
 
     encode_piece: Callable[[str], tuple[int, ...]]  # byte-pair encoding
     token_bytes: dict[int, bytes]  # id -> text, added tokens included
     added: dict[str, int]  # added tokens: text -> id
-    reserved: dict[str, int]  # the special tokens among them
-    special: regex.Pattern  # finds all of them, in what a chat template writes
-    literal: regex.Pattern  # finds those that are not special, in any text
+    reserved: dict[str, int]  # the added tokens that are special
+    special: regex.Pattern  # finds all added tokens, in the output of a chat template
+    literal: regex.Pattern  # finds the added tokens that are not special, in any text
     bos_id: int | None  # None if sequences start without one
     end_id: int  # ends an answer
     stop_ids: frozenset[int]  # any of these ends a generated answer
@@ -131,7 +131,7 @@ class Tokenizer:
     template: str | None  # the chat template
     files: dict[str, bytes]  # the files that `save` writes
     form: str | None = None  # the Unicode normal form of text
-    splits: list[regex.Pattern] = ()  # they cut text into pieces, in turn
+    splits: list[regex.Pattern] = ()  # are applied in turn to cut text into pieces
     space: str = ""  # SentencePiece's prefix: a scheme in PREFIXED, or "never"; "" for byte level
     strip: bool = False  # decoding removes the prefix
 
@@ -171,7 +171,7 @@ class Tokenizer:
                 text = SPACE + text
         pieces = [text]
         try:
-            for split in self.splits:  # its one group makes `split` return the matches as well
+            for split in self.splits:  # the group in a pattern makes `split` keep the matches
                 parts = [split.split(piece, timeout=SPLIT_SECONDS) for piece in pieces]
                 pieces = [piece for part in parts for piece in part if piece]
         except TimeoutError:
@@ -180,7 +180,7 @@ class Tokenizer:
         return [id for piece in pieces for id in self.encode_piece(piece)]
 
     def decode(self, ids) -> str:
-        """The text of ids. Bytes outside UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
+        """The text of ids. Invalid UTF-8 becomes U+FFFD; unknown ids are skipped."""
         text = b"".join(self.token_bytes.get(id, b"") for id in ids).decode(errors="replace")
         text = text.replace(SPACE, " ") if self.space else text
         return text.removeprefix(" ") if self.strip else text
@@ -293,7 +293,7 @@ def _read(files: dict[str, bytes]) -> Tokenizer:
 
 
 def _any_of(added_tokens: list[dict]) -> regex.Pattern:
-    """Finds added tokens in text, the longest at a place. The group is the token itself."""
+    """A pattern that finds added tokens, the longest first; its group is the token's text."""
     parts = []
     for token in sorted(added_tokens, key=lambda token: -len(token["content"])):
         left, right = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
@@ -302,7 +302,7 @@ def _any_of(added_tokens: list[dict]) -> regex.Pattern:
 
 
 def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
-    """Reads lines of a token in base64 and its rank, in order. Returns as `_read_spec` does."""
+    """Reads lines of a base64 token and its rank, in order; returns the same as `_read_spec`."""
     ranks, lines = {}, content.splitlines()
     for number, line in enumerate(lines, start=1):
         try:
@@ -324,7 +324,7 @@ def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
 
 
 def _read_spec(settings: dict) -> tuple[dict, list[dict], str | None]:
-    """Returns fields of Tokenizer, the added tokens, and the BOS before every text or None."""
+    """Returns fields of Tokenizer, the added tokens, and the BOS token of texts or None."""
     spec = settings["tokenizer.json"]
     model, added_tokens = spec["model"], spec.get("added_tokens") or []
     _require(model.get("type", "BPE") == "BPE", f"a model of type {model.get('type')}")

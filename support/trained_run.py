@@ -1,4 +1,4 @@
-"""What evaluation knows of a run's training, on top of model.py and data.py."""
+"""Reads runs for evaluation: their training options, data, model and reference."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Run(NamedTuple):
     folder: Path
     training: dict  # the values of TRAINING
     data: dict[str, tuple[str, list[Item] | Pairs]]  # title -> file and its rows
-    is_demonstration: bool  # then the problems of the built-in task are data, too
+    is_demonstration: bool  # the problems of the built-in task are also data
 
 
 def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
@@ -29,6 +29,10 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
     problems of the task. Raises OSError, or ValueError if there are no data or no reference."""
     config = folder / "train_config.json"
     training = TRAINING | (read_json(config) if config.is_file() else {})
+    for name, default in TRAINING.items():
+        kind = str | None if default is None else type(default)
+        if not isinstance(training[name], kind) or training["dtype"] not in ("float32", "bfloat16"):
+            raise ValueError(f"{config}: {name} or dtype is malformed; restore what train.py wrote")
     init, path, fraction = training["init"], training["data"], training["eval_fraction"]
     how = {"tokenizer": load_tokenizer(folder), "max_length": training["max_length"]}
     is_demonstration = not files and (Path(init or folder) / "base.json").is_file()
@@ -52,8 +56,8 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
 
 
 def load_checkpoint(folder, device: str, dtype) -> tuple:
-    """Loads (model, tokenizer) of a folder. Raises OSError or ValueError that names the file,
-    also if model and tokenizer do not belong together."""
+    """Loads (model, tokenizer) of a folder. Raises OSError or ValueError that names the
+    file, also if the ids of the tokenizer exceed the vocabulary of the model."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: there is no such checkpoint folder")
     tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, dtype, device)

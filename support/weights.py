@@ -40,15 +40,15 @@ def read_weights(
     """Reads the weights of a checkpoint folder, name -> tensor of `dtype` on `device`.
 
     shapes: the shape of each parameter, name -> tuple. files: the files to read, by default those
-    of a model. Every parameter must be in the files, with its shape, finite values and a float
-    type of 16 bits or more, and no other tensor. Raises OSError or ValueError that names the file.
+    of a model. The files must hold exactly these tensors, with their shapes, finite values and a
+    floating-point type of at least 16 bits. Raises OSError or ValueError that names the file.
     """
     missing, state = dict(shapes), {}
     for file in weight_files(folder) if files is None else files:
         with opened(file, device) as tensors:
             for name in sorted(tensors.keys()):
                 if name.endswith("rotary_emb.inv_freq"):
-                    continue  # a constant in older files, which follows from the configuration
+                    continue  # older files store this constant; the configuration determines it
                 if name not in missing:
                     raise ValueError(f"{file}: unexpected tensor {name}")
                 where, needed = f"{file}: {name}", missing.pop(name)
@@ -77,8 +77,8 @@ def opened(file: Path, device: torch.device | str = "cpu") -> Iterator[safe_open
 
 
 def write_weights(folder: Path, state: dict[str, Tensor]) -> None:
-    """Writes one file, or shards of at most MAX_SHARD_BYTES and their index. Removes the weight
-    files of another model that was saved in the folder before."""
+    """Writes one file, or shards of at most MAX_SHARD_BYTES and their index. Removes the
+    weight files of a model that was saved in the folder earlier."""
     shards, room = [{}], MAX_SHARD_BYTES
     for name, tensor in state.items():
         if tensor.nbytes > room and shards[-1]:

@@ -292,7 +292,7 @@ def bench_saving(sizes=("W1", "W2")) -> None:
             optimizer = train.make_optimizer(model, options)
             (folder / "metrics.jsonl").touch()
             step = step_on, model, optimizer, options, pairs, range(BATCH), ref
-            step[0](*step[1:])  # so that the optimizer has moments
+            step[0](*step[1:])  # a first step gives the optimizer its moments
             numbers = itertools.count(1)
 
             def save(job=job, optimizer=optimizer, numbers=numbers, ref=ref):
@@ -395,7 +395,7 @@ def worker(name: str, folder: Path) -> None:
 
 
 class Clock:
-    """Takes the seconds of each step, and memory beyond weights, gradients and moments."""
+    """Measures the seconds of each step, and memory beyond weights, gradients and moments."""
 
     def __init__(self, config: ModelConfig):
         self.steps, self.started, self.imported, self.planned = [], 0.0, 0, 0
@@ -475,8 +475,8 @@ def run_planned(name, folder, pairs, ref, losses, clock) -> None:
 
 
 def run_transformers(name, folder, pairs, ref, losses, clock) -> None:
-    """The step as it is usually written: padded rows, one for each answer with its prompt, and the
-    logits of all tokens ("full") or of the answers' tokens ("lean")."""
+    """A step in the usual form: each answer with its prompt is a padded row, and the model computes
+    the logits of all tokens ("full") or of the answers' tokens ("lean")."""
     import transformers
 
     clock.imports_done()

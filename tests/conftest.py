@@ -14,7 +14,7 @@ from model import Llama, ModelConfig  # noqa: E402
 from support import files  # noqa: E402
 from support.tokenizers import byte_tokenizer  # noqa: E402
 
-# A folder of real data that may lie beside the project; tests that use it are skipped without.
+# A folder of real data that may lie beside the project. Without it, tests on real data are skipped.
 SHARED = Path(__file__).parent.parent.parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real data beside us")
 
@@ -76,7 +76,7 @@ def logp_alone(model, pair, side: int) -> torch.Tensor:
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    """A folder with a tiny model and the byte tokenizer, as a user would bring one."""
+    """A folder with a tiny model and the byte tokenizer, in the form of a user's checkpoint."""
     tiny_model().save_pretrained(tmp_path / "init")
     byte_tokenizer().save(tmp_path / "init")
     return tmp_path / "init"

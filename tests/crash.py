@@ -1,5 +1,5 @@
-"""Kills training at random file operations and resumes it, again and again, until each run is
-finished. Then compares it with a run that nobody killed.
+"""Kills training runs at random file operations and resumes them until each run is finished. Then
+compares each run with an uninterrupted one.
 
     python tests/crash.py [KILLS]      prints a table; exit status 1 if anything differs
 """
@@ -18,7 +18,8 @@ from runs import differences
 import train
 
 FLAGS = "--batch_size 4 --epochs 6 --lr 1e-3 --micro_tokens 400 --save_every 1 --eval_every 7"
-# What changes a folder, by the names of Python's audit events; os.replace is os.rename there.
+# The file operations that change a folder, as Python's audit events name them. The event of
+# os.replace is os.rename.
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 

@@ -1,4 +1,4 @@
-"""What tests of training runs share: how to start one, and what it left behind."""
+"""Helpers that tests of training runs share: they start a run and read the files that it wrote."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ import torch
 
 import train
 
-torch.set_num_threads(1)  # such small models are no faster on several
+torch.set_num_threads(1)  # more threads do not speed up such small models
 
 TIMINGS = ("step_seconds", "tokens_per_second")
 # Files that hold timings, or names of folders.
@@ -37,14 +37,14 @@ def refused(*argv) -> str:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl without what a clock measured."""
+    """The rows of metrics.jsonl without the measured times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """The files that only one of two run folders has, or that differ in a bit; metrics.jsonl if its
-    metrics differ."""
+    """The files that only one of two run folders has or that differ between them. Of metrics.jsonl,
+    only the metrics are compared."""
     names = [
         {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()} for run in (one, other)
     ]

@@ -16,7 +16,7 @@ from model import Llama
 from support.questions import answer_columns, choice_columns, choice_rows, columns_of, read_items
 from support.tokenizers import byte_tokenizer
 
-torch.set_num_threads(1)  # such small models are no faster on several
+torch.set_num_threads(1)  # more threads do not speed up such small models
 
 # --- Choices --------------------------------------------------------------------------------------
 
@@ -64,7 +64,7 @@ def test_a_choice_that_the_model_cannot_read_is_named_by_file_and_line(tmp_path)
 def test_log_probs_and_accuracies_are_those_of_lm_evaluation_harness(
     checkpoint, tmp_path, monkeypatch
 ):
-    """On a real checkpoint where one lies beside the project, otherwise on the tiny model."""
+    """Uses a real checkpoint if one lies beside the project, and otherwise the tiny model."""
     lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     import transformers
     from lm_eval.api.task import ConfigurableTask

@@ -104,7 +104,7 @@ def test_a_run_with_fewer_steps_is_the_beginning_of_a_longer_one(undisturbed, tm
     assert metrics(moved)[6:] == metrics(whole)[3:] and steps(moved) == [9]
     error = refused("--resume", "--out", moved, "--max_steps", "7")
     assert "step-000009: is beyond the 7 steps" in error and "raise --epochs" in error
-    for name in ("summary.json", "model.safetensors"):  # as if it had died before these
+    for name in ("summary.json", "model.safetensors"):  # as if the run had died before both
         (moved / name).unlink()
     train.main(["--resume", "--out", str(moved)])
     one, other = (json.loads((folder / "summary.json").read_text()) for folder in (whole, moved))
@@ -358,7 +358,7 @@ def test_a_lock_that_was_waited_for_keeps_others_out(tmp_path):
         time.sleep(0.1)  # the other process most likely waits now; the test passes in either case
     wait()
     handle = os.open(tmp_path, os.O_RDONLY)
-    with pytest.raises(BlockingIOError):  # the lock is exclusive, though it was waited for
+    with pytest.raises(BlockingIOError):  # the lock that the process waited for is exclusive
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     os.close(handle)
     os.kill(child, signal.SIGKILL)
@@ -405,7 +405,7 @@ def test_a_record_of_another_step_or_format_is_refused(copied):
 
 
 def test_no_pickle_is_read_or_written(undisturbed, copied, monkeypatch):
-    """Unpickling runs code, so that a checkpoint from a stranger would be a program."""
+    """Unpickling runs code, so a checkpoint with a pickle could run a stranger's program."""
 
     def refuse(*args, **more):
         raise AssertionError("pickle was used")

@@ -1,4 +1,4 @@
-"""Several processes under torchrun train as one process does, which has no part in FSDP2.
+"""Several processes under torchrun train as one process does, and one process does not use FSDP2.
 
 `python tests/test_distributed.py` prints a table: losses, models, processes, differences.
 """
@@ -37,7 +37,7 @@ FLAGS = ["--batch_size", "5", "--micro_tokens", "150", "--lr", "1e-3", "--weight
 LAYOUT = 100, 150  # row_tokens, micro_tokens
 
 
-# --- What a World does, in each of two processes --------------------------------------------------
+# --- Methods of World in each of two processes ----------------------------------------------------
 
 
 def cat_joins_rows_in_the_order_of_the_processes(world, folder):
@@ -58,7 +58,7 @@ def check_refuses_what_one_process_must_do(world, folder):
     for options in ((None, 9, False), ("init", 9, True)):
         with pytest.raises(ValueError, match="without torchrun"):
             world.check(*options)
-    with pytest.raises(ValueError, match="--batch_size 1: 2 processes need a pair each; raise it"):
+    with pytest.raises(ValueError, match="--batch_size 1: 2 processes need a pair each; raise"):
         world.check("init", 1, False)
     world.check("init", 2, False)
 
@@ -219,7 +219,7 @@ def start(folder: Path, count: int, name: str, commands: list) -> subprocess.Pop
 def work(file: Path) -> None:
     """One of the processes: writes how every command ended, as (status, standard error)."""
     rank, ended = int(os.environ["RANK"]), []
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # which knows of one start only
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # this store allows only one start
     for port, command in json.loads(file.read_text()):
         os.environ["MASTER_PORT"] = str(port)
         ended.append(
@@ -293,7 +293,7 @@ def differences(one: Path, other: Path) -> tuple[float, float, float]:
 def assert_same(one: Path, other: Path) -> None:
     losses, figures, weights = differences(one, other)
     assert losses <= 1e-5 and weights <= 1e-5
-    assert figures <= 1e-4  # norms of gradients, small sums of large terms
+    assert figures <= 1e-4  # gradient norms, and small sums of large terms, are less exact
 
 
 # --- Tests: one job of two processes, which ends when one of them dies ----------------------------

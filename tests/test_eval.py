@@ -30,7 +30,7 @@ from support import figures
 from support.curves import read_curves
 from support.tokenizers import byte_tokenizer
 
-torch.set_num_threads(1)  # such small models are no faster on several
+torch.set_num_threads(1)  # more threads do not speed up such small models
 SIDES = ("chosen", "rejected")
 
 
@@ -403,8 +403,8 @@ def test_input_that_cannot_be_evaluated_is_refused_in_one_line(
         ([str(checkpoint), f"{checkpoint}/", *pairs], "is named twice"),
         ([str(checkpoint), "--data", file, "-k", "2"], "-k needs --shots"),
         ([str(checkpoint), "--data", file, "--shots", file, "-k", "4"], "-k 4, but the file has 3"),
-        ([str(checkpoint), "--data", file, "--shots", file, "-k", "2"], "take --shots from a training"),
-        ([str(checkpoint), "--data", file, "--shots", choices, "-k", "1"], "has rows of its form"),
+        ([str(checkpoint), "--data", file, "--shots", file, "-k", "2"], "--shots from a training"),
+        ([str(checkpoint), "--data", file, "--shots", choices, "-k", "1"], "has its row form"),
         ([str(checkpoint), "--data", file, "--n", "4", "--temperature", "0"], "--n 4: all greedy"),
         ([str(checkpoint), "--data", file, "--n", "0"], "--n 0: must be at least 1 and at most"),
         ([str(checkpoint), "--data", file, "--n", "1025"], "--n 1025: must be at least 1 and at"),

@@ -36,7 +36,7 @@ def test_bootstrap_of_a_mean_agrees_with_the_closed_form():
     error = resample(values, np.mean, np.arange(400)).std()
     assert error == pytest.approx(values.std() / 20, rel=0.05)
     mean, low, high, n = Column(values + 0.05 + noise).difference(Column(values))
-    error = noise.std(ddof=1) / 20  # the error of an unpaired difference would be 14 times as large
+    error = noise.std(ddof=1) / 20  # an unpaired difference would have 14 times this error
     assert n == 400 and mean == pytest.approx(0.05 + noise.mean())
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
 

@@ -1,4 +1,4 @@
-"""config.json: read as transformers reads it, written so that it comes back, refused if unknown."""
+"""config.json: reads as in transformers, survives writing, and is refused if a key is unknown."""
 
 import pytest
 import torch

@@ -133,7 +133,7 @@ def test_mismatched_pairs_have_the_answers_of_the_next_other_prompt_and_fit():
     mismatched = mismatched_pairs(rows, 3, None)
     assert list(mismatched) == [([1], [11], []), ([1], [11], []), ([3], [7], [8, 8])]
     assert list(mismatched.lines) == [5, 6, 7]
-    assert list(mismatched_pairs(rows[:2], 3, None)) == list(rows[:2])  # there is no other prompt
+    assert list(mismatched_pairs(rows[:2], 3, None)) == list(rows[:2])  # no row has another prompt
     rows = Pairs([([256, 1, 2], [3], [4]), ([256, 5], [6, 7, 8], [9])])
     assert mismatched_pairs(rows, 5, 256)[0] == ([256, 2], [6, 7, 8], [9])  # the BOS token stays
 
@@ -232,7 +232,7 @@ BAD_INPUT = {
 
 @pytest.fixture
 def inputs(checkpoint, pairs_file, tmp_path, monkeypatch) -> list[str]:
-    """Flags of a run in tmp_path, where the names of other files are relative to."""
+    """Flags of a run in tmp_path. The names of other files are relative to this folder."""
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "one.jsonl", PAIR_ROWS[:1])
     return ["--init", "init", "--data", "pairs.jsonl", "--out", "out", "--eval_fraction", "0.01"]

@@ -27,7 +27,7 @@ TOKENS = torch.arange(48).view(2, 24) * 5 % 256
 
 
 def adapted(lora: LoraConfig, **changes) -> Llama:
-    """A model with adapters that change it: B is random, where it starts at 0."""
+    """A model with adapters that change its output: B is random, while training starts B at 0."""
     model = tiny_model(**changes)
     add_lora(model, lora)
     for name, p in model.named_parameters():

@@ -54,8 +54,8 @@ def double(*values) -> torch.Tensor:
 
 
 def extras(name: str, advantages=ADVANTAGES) -> dict:
-    """What some losses need beside the log-probs: advantages of the two sides, (B,) each, or the
-    scalar that couples the pairs of a batch."""
+    """Inputs that some losses need besides the log-probs: advantages of both sides, (B,) each, or
+    the scalar that couples the pairs of a batch."""
     if name == "rlhf":
         return {"advantages": tuple(torch.as_tensor(a, dtype=torch.float64) for a in advantages)}
     return {} if LOSSES[name].pairwise else {"shared": torch.tensor(0.3, dtype=torch.float64)}
@@ -150,7 +150,8 @@ def test_dpo_at_half_the_beta_starts_with_the_gradient_of_mio():
     mio_start = loss_and_gradient("mio", REFERENCE, beta=0.4)
     dpo_start = loss_and_gradient("dpo", REFERENCE, beta=0.2)
     assert mio_start[1:] == pytest.approx(dpo_start[1:], abs=1e-12)
-    assert LOSSES["mio"].beta == 2 * LOSSES["dpo"].beta  # so the defaults compare fairly
+    # The defaults therefore have the same initial gradient.
+    assert LOSSES["mio"].beta == 2 * LOSSES["dpo"].beta
 
 
 def test_mio_and_bce_start_at_one_value_but_with_different_gradients():
@@ -360,7 +361,8 @@ def test_losses_and_gradients_are_those_of_trl(name):
     values = {"label_smoothing": 0.15, "epsilon": 0.15, "gamma": 0.4, "shared": torch.tensor(0.2)}
     used = LOSSES[name].options.keys() | ({"shared"} if name == "kto" else set())
     options = {key: value for key, value in values.items() if key in used}
-    tolerance = 1e-6 if name in ("orpo", "exo", "kto") else 1e-12  # TRL has float32 in those
+    # TRL computes parts of three losses in float32.
+    tolerance = 1e-6 if name in ("orpo", "exo", "kto") else 1e-12
     for seed in range(5):
         batch = batch_of_pairs(1, seed)
         ours = loss_of(name, *batch, beta=0.3, **options).mean()

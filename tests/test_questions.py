@@ -66,7 +66,7 @@ BAD = {
     "surrogate": (EXACT | {"stop": ["\ud800"]}, "surrogates not allowed"),
     "grade": (EXACT | {"grade": "f1"}, "there is no grade 'f1'; choose from gsm8k, math, exact"),
     "list": (EXACT | {"grade": ["math"]}, "there is no grade ['math']"),
-    "gold": (CHOICES[1] | {"gold": 2}, "'gold' is 2, it must be one of 0 to 1"),
+    "gold": (CHOICES[1] | {"gold": 2}, "'gold' is 2, it must be from 0 to 1"),
     "negative": (CHOICES[1] | {"gold": -1}, "'gold' is -1"),
     "bool": (CHOICES[1] | {"gold": True}, "'gold' is True"),
     "float": (CHOICES[1] | {"gold": 1.0}, "'gold' is 1.0"),
@@ -128,7 +128,7 @@ def test_shots_that_cannot_be_shown_are_refused(file):
     for rows, k, fault in [
         ([EXACT | {"prompt": "a"}] * 2, 3, "-k 3, but the file has 2 rows to show"),
         ([pair] * 9, 3, "-k 3, but the file has 0 rows to show"),
-        ([EXACT | {"prompt": MESSAGES}], 1, "--shots stand before prompts of plain text"),
+        ([EXACT | {"prompt": MESSAGES}], 1, "--shots needs prompts of plain text"),
         ([EXACT | {"prompt": "a"}, EXACT], 2, "this shot answers a question of --data"),
     ]:
         shots = file(rows, "shots.jsonl")

@@ -188,7 +188,7 @@ def test_event_files_hold_the_rows_of_metrics(inputs, tmp_path):
     flags = [*map(str, inputs), "--out", out, "--tensorboard", "--lr", "1e-3", "--batch_size", "8"]
     train.main([*flags, "--save_every", "2", "--epochs", "2", "--max_steps", "4"])
     check(4)
-    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-000004")  # it died in step 5, say
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-000004")  # as after a crash
     train.main(["--resume", "--out", out, "--max_steps", "3"])
     check(3)
     train.main([*flags, "--overwrite", "--epochs", "2", "--max_steps", "2"])

@@ -110,7 +110,8 @@ def test_a_stop_text_is_found_as_early_as_a_full_decoding_finds_it():
         found = next(at for at in looks if any(s in tokenizer.decode(answer[:at]) for s in stop))
         decoded.clear()
         assert next(at for at in looks if is_over(i, answer[:at])) == found
-        assert sum(decoded) <= 2 * found + 20 * len(decoded)  # it does not decode all at each look
+        # No look decodes the whole answer again.
+        assert sum(decoded) <= 2 * found + 20 * len(decoded)
     # A look that begins within a character sees a broken one that the answer does not contain.
     is_over, answer = stop_texts(tokenizer, [("\ufffd",)]), [*("é" * 30).encode()]
     assert not any(is_over(0, answer[:at]) for at in range(2, 60, 2))

@@ -98,7 +98,7 @@ def test_steps_equal_the_naive_loop_in_any_split(name, micro_tokens, grad_clip, 
     fast, slow = copy.deepcopy(model), copy.deepcopy(model)
     advantages = torch.linspace(-1, 2, 14, dtype=torch.float64).view(7, 2)
     optimizers = [make_optimizer(model, options) for model in (fast, slow)]
-    for index in ([0, 1, 2, 3, 4], [6, 0]):  # the gradient is a mean in a short step, too
+    for index in ([0, 1, 2, 3, 4], [6, 0]):  # the gradient of a shorter step is a mean, too
         batches = make_batches(pairs, index, 120, micro_tokens)
         mismatched = None
         if LOSSES[name].shared_of_mismatched:
@@ -470,7 +470,8 @@ def test_kto_compares_with_the_rewards_of_mismatched_pairs(
     rows = metrics(run(checkpoint, pairs_file, tmp_path / "out", "--loss", "kto", "--epochs", "3"))
     logratios = [torch.cat([side.logratios for side in sides]) for sides in collected]
     assert len(logratios) == 9 and len(logratios[0]) == 16 and collected[0][0].beta == 0.1
-    assert logratios[0].abs().max() < 1e-3 < logratios[-1].abs().max()  # they have a reference
+    # The log-ratios are relative to a reference.
+    assert logratios[0].abs().max() < 1e-3 < logratios[-1].abs().max()
     assert rows[1]["loss"] == pytest.approx(0.5, abs=1e-5) and rows[-1]["loss"] < 0.5
 
 
@@ -546,7 +547,7 @@ def test_training_stops_at_a_loss_or_at_weights_that_are_not_finite(
 
 SMALL = {"--loss": "mio", "--eval_every": "2", "--batch_size": "3", "--eval_fraction": "0.25",
          "--epochs": "2"}  # fmt: skip
-# Two steps in which a chosen answer loses probability, which dpop differs from dpo by.
+# Two steps in which a chosen answer loses probability; only then does dpop differ from dpo.
 QUICK = SMALL | {"--epochs": "1", "--lr": "1e-2", "--warmup": "0", "--seed": "2"}
 CHANGES = {
     "--loss": "dpo", "--beta": "0.9", "--epochs": "1", "--max_steps": "2", "--batch_size": "5",
@@ -562,7 +563,7 @@ OWN = {
     "--alpha": ("0.2", "rpo cpo"),
     "--dpop_lambda": ("1", "dpop"),
 }
-# Flags of memory and place: the metrics stay as they are, up to rounding.
+# Flags that change memory use or the device: the metrics stay equal up to rounding.
 NO_CHANGE = {
     "--row_tokens": "400", "--micro_tokens": "90", "--checkpointing": "on", "--compile": "on",
     "--device": "cpu", "--save_every": "2", "--keep": "1",
@@ -604,7 +605,7 @@ def test_every_flag_of_the_mathematics_changes_the_metrics(trained, tmp_path):
 
 
 def test_flags_of_memory_and_place_change_no_metric(trained, monkeypatch):
-    compiled = []  # what --compile would compile, which takes a minute
+    compiled = []  # records what --compile would compile; real compilation takes a minute
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(f) or f)
     monkeypatch.setattr(mio, "_compiled_to_residual", mio._to_residual)
     plain = trained(SMALL)

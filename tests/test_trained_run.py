@@ -1,4 +1,4 @@
-"""What evaluation reads of a run: its data, its checkpoint and its reference."""
+"""What evaluation reads from a run: the data, the checkpoint and the reference."""
 
 import json
 import shutil
@@ -95,7 +95,7 @@ def test_a_run_without_data_or_reference_is_refused(make_run, checkpoint, pairs_
     with pytest.raises(ValueError, match="moved: its reference gone is missing; run eval.py in"):
         read_run(moved, {str(pairs_file): None})
     files = {str(questions): read_items(questions)}
-    assert list(read_run(moved, files).data) == ["gsm.jsonl"]  # which need no reference
+    assert list(read_run(moved, files).data) == ["gsm.jsonl"]  # questions need no reference
     assert isinstance(read_run(checkpoint, {str(pairs_file): None}).data["pairs.jsonl"][1], Pairs)
 
 

@@ -1,4 +1,4 @@
-"""Weight files: what is written comes back, and damaged or foreign files are refused."""
+"""Weight files: written tensors read back unchanged, and damaged or foreign files are refused."""
 
 import json
 
