@@ -380,8 +380,8 @@ def fused_pair_loss(
     """The loss of each pair (B,) and the log-prob of each answer (2B,). Keeps no logits.
 
     hidden (N, D), head_weight (V, D), targets (N,), lengths (2B,), ref_logps and advantages (2B,)
-    or None. The losses are differentiable in hidden and head_weight through mean() or sum(): if
-    their upstream gradients differ, the gradients are NaN. The returned log-probs are detached.
+    or None. Reduce the losses by mean() or sum() before backward(): unless all losses have the same
+    upstream gradient, hidden and head_weight get NaN gradients. The log-probs are detached.
     """
     assert LOSSES[name].pairwise or "shared" in options, f"{name} needs the batch's shared term"
     assert len(lengths) % 2 == 0, "answers come in pairs"

@@ -306,8 +306,8 @@ def check_finite(job: Job, step: int, data: StepData, losses: Tensor, grad_norm:
     if not (all(finite) and grad_norm.isfinite()):
         rows = [i for i, fine in zip(data.index, finite) if not fine] or data.index
         lines = ", ".join(str(data.pairs.lines[i]) for i in rows[:8])
-        where = f"from line {lines} of {job.options.data}"
-        raise TrainingError(f"step {step}: loss or gradient not finite, {where}; try a lower --lr")
+        problem = f"loss or gradient is not finite for line {lines} of {job.options.data}"
+        raise TrainingError(f"step {step}: {problem}; try a lower --lr")
 
 
 def check_weights(job: Job, step: int) -> None:

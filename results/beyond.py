@@ -52,8 +52,8 @@ Cells are means of seeds (lowest, highest).
 on every seed.
 
 **What it does not show.** The base solves {reach:.0f} % of this task at k = {samples}, so little is
-left to be found. Each loss has one setting, which was not tuned for it. Seconds are those of
-complete runs, two at a time, and some of these runs also made the base model and the pairs.
+left to be found. Each loss has one setting, which was not tuned for it. The seconds are times
+of complete runs, two at a time; some of them include making the base model and the pairs.
 """
 
 

@@ -162,7 +162,7 @@ def resumed_options(flags: dict, cls, default_out) -> dict:
         found = read_record(checkpoint)["options"]
     elif not config.is_file():
         raise ValueError(f"--resume: there is no run in {folder}; leave out --resume to start one, "
-                         "or name its folder with --out")  # fmt: skip
+                         "or name the folder of an existing run with --out")  # fmt: skip
     elif (folder / "summary.json").is_file():
         raise ValueError(f"--resume: the run in {folder} is finished and has no checkpoints, which "
                          "--save_every writes; start it again with --overwrite")  # fmt: skip

@@ -12,7 +12,7 @@ RATES = ("greedy", "pass@", "cut", "acc", "reward", "strict", "flexible", "math"
 SMALL = ("Δ/token", "dv", "nwj", "js")
 # Explains columns. A key is a column's name, the first word of the name, or "maj@".
 LEGEND = {
-    "greedy": "greedy: the greedy answer is correct; pass@k: at least one of k samples is",
+    "greedy": "greedy: the greedy answer is right; pass@k: at least one of k samples is right",
     "strict": "strict: graded by the number after ####; flexible: by the last number",
     "math": "math: compares formulas by text and value, without algebra: a lower bound",
     "maj@": "pass@k: at least one of k answers is correct; maj@n: the most frequent one is",

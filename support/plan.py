@@ -146,7 +146,7 @@ def needs_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) -
 
 
 def plan(options) -> str:
-    """Says in 80 columns whether the run fits --gpu, which flags would fit, and what runs need."""
+    """Reports whether the run fits --gpu, which flags make it fit, and a step's memory and time."""
     init, options = Path(options.init or options.plan), dataclasses.replace(options, device="cuda")
     config = PRESETS.get(options.plan) or ModelConfig.from_hf(read_json(init / "config.json"))
     memory, *peak_speeds, bandwidth = GPUS[options.gpu]

@@ -37,10 +37,10 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, *, temperatur
         """Stores finished answers. `live` holds the prompt of each row of `new` (R, steps)."""
         # The place of the first stop id in each row, or the number of steps if there is none.
         ends = pad(torch.isin(new, stop).int(), (0, 1), value=1).argmax(dim=1)  # (R,)
-        for number, ids, end in zip(live, new, ends.tolist()):
+        for row, (number, end) in enumerate(zip(live, ends.tolist())):
             ended = is_last or end < new.shape[1]
-            if number not in answers and (ended or is_over):
-                answer = ids[: end + 1].tolist()
+            if (ended or is_over) and number not in answers:
+                answer = new[row, : end + 1].tolist()
                 if ended or is_over(number, answer):
                     answers[number] = answer
                     if progress:
@@ -51,9 +51,10 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, *, temperatur
         lengths = torch.tensor([len(prompts[i]) for i in live], device=device)  # (R,)
         hidden, cache = _read_prompts(model, [prompts[i] for i in live], max_new_tokens)
         new = torch.zeros(len(live), 0, dtype=torch.long, device=device)  # (R, steps)
+        draws = uniform[:, live]  # (max_new_tokens, R)
         for step in range(max_new_tokens):
             logits = (hidden @ model.head_weight.T).float()  # (R, V)
-            token = sample(logits, temperature, top_p, uniform[step, live])  # (R,)
+            token = sample(logits, temperature, top_p, draws[step])  # (R,)
             new = torch.cat((new, token[:, None]), dim=1)
             is_last = step + 1 == max_new_tokens
             if step % look_every == 0 or is_last:
@@ -64,6 +65,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, *, temperatur
                 if len(unfinished) <= len(live) // 2:  # drop the finished rows
                     live, new = [live[row] for row in unfinished], new[unfinished]
                     cache, lengths = cache[:, :, unfinished], lengths[unfinished]
+                    draws = draws[:, unfinished]
             position = (lengths + step)[:, None]  # (R, 1)
             keys = torch.arange(max(len(prompts[i]) for i in live) + step + 1, device=device)
             mask = keys <= position  # (R, S)

@@ -56,7 +56,7 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
 
 
 def load_checkpoint(folder, device: str, dtype) -> tuple:
-    """Loads (model, tokenizer) of a folder. Raises OSError or ValueError that names the
+    """Loads (model, tokenizer) from a folder. Raises OSError or ValueError that names the
     file, also if the ids of the tokenizer exceed the vocabulary of the model."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: there is no such checkpoint folder")

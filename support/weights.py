@@ -39,9 +39,9 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """Reads the weights of a checkpoint folder, name -> tensor of `dtype` on `device`.
 
-    shapes: the shape of each parameter, name -> tuple. files: the files to read, by default those
-    of a model. The files must hold exactly these tensors, with their shapes, finite values and a
-    floating-point type of at least 16 bits. Raises OSError or ValueError that names the file.
+    shapes: the shape of each parameter, name -> tuple. files: the files to read, by default
+    weight_files(folder). They must hold exactly these tensors, with their shapes, finite values and
+    a floating-point type of at least 16 bits. Raises OSError or ValueError that names the file.
     """
     missing, state = dict(shapes), {}
     for file in weight_files(folder) if files is None else files:

@@ -277,10 +277,10 @@ def test_rows_that_are_not_finite_are_named_by_line():
         TrainingError, match="^step 5: loss or gradient .* line 10, 80 of d.jsonl; "
     ):
         check_finite(job, 5, data, torch.tensor([1.0, math.inf, math.nan]), fine)
-    with pytest.raises(TrainingError, match="from line 30, 10, 80 of"):
+    with pytest.raises(TrainingError, match="for line 30, 10, 80 of"):
         check_finite(job, 5, data, torch.ones(3), torch.tensor(math.nan))
     data = data._replace(index=range(12))
-    with pytest.raises(TrainingError, match="from line 0, 10, 20, 30, 40, 50, 60, 70 of"):
+    with pytest.raises(TrainingError, match="for line 0, 10, 20, 30, 40, 50, 60, 70 of"):
         check_finite(job, 5, data, torch.ones(12), torch.tensor(math.inf))
 
 
@@ -534,7 +534,7 @@ def test_training_stops_at_a_loss_or_at_weights_that_are_not_finite(
     for log_every in ("1", "3"):  # the step is named, even if its losses are read later
         flags = ("--lr", "1e30", "--log_every", log_every, "--overwrite")
         error = refused(*inputs, *flags, "--out", tmp_path / "out")
-        assert "error: step 2: loss or gradient not finite, from line" in error and "--lr" in error
+        assert "error: step 2: loss or gradient is not finite for line" in error and "--lr" in error
         assert not (tmp_path / "out" / "model.safetensors").exists()
     # No loss shows what the last step does to the weights.
     error = refused(*inputs, "--lr", "1e39", "--max_steps", "1", "--out", tmp_path / "last")
