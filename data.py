@@ -174,7 +174,7 @@ class Batch(NamedTuple):
     segment: Tensor  # (T,) 0 prompt, k the k-th answer: 1 chosen, 2 rejected
     source: Tensor  # (N,) which of the T hidden states predicts each target
     targets: Tensor  # (N,) the ids of the answers end to end: chosen_0, rejected_0, chosen_1, ...
-    lengths: Tensor  # (2B,) tokens of each answer (2B: all answers); stays on the CPU
+    lengths: Tensor  # (S,) tokens of each answer, S = 2B for pairs; stays on the CPU
     row_tokens: list[int]  # tokens of each row
     index: list[int]  # (B,) the pairs' numbers in the list they came from
 

@@ -71,7 +71,7 @@ def answer_logps(
 
 @torch.no_grad()
 def batch_logps(model: Llama, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Summed log-probabilities of the answers of a batch: (2B,) in nats."""
+    """Summed log-probabilities of the answers of a batch: (S,) in nats."""
     with autocast(batch.tokens.device, dtype):
         hidden, head = answer_states(model, batch), model.head_weight  # (N, D), (V, D)
         return chunked_logps(hidden, head, batch.targets, batch.lengths, compiled=model.compiled)
@@ -104,8 +104,9 @@ def preference_values(logps: Tensor, ref_logps: Tensor | None, beta: float) -> d
 def information(rewards: Tensor) -> dict[str, Column]:
     """Three estimates of mutual information, in nats, with the rewards (pairs, 2) as critic.
 
-    `dv` and `nwj` are minus the losses of these names: lower bounds, at most log 2. `js` is log 4
-    minus mio, twice the Jensen-Shannon bound, at most 0.4315. All three are 0 for the reference.
+    `dv` and `nwj` are minus the losses of these names: lower bounds, at most log 2. `js`, log 4
+    minus mio, estimates twice the Jensen-Shannon divergence, at most 0.4315. All three are 0 for
+    the reference.
     """
 
     def bound(name: str, rewards: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def rotary_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Applies the rotary embedding to x (B, heads, T, E)."""
-    left, right = x.chunk(2, dim=-1)
+    left, right = x.chunk(2, dim=-1)  # (B, heads, T, E/2) each
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
 
@@ -124,7 +124,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, grouped: bool) -> Tensor
 @torch.compiler.disable  # the number of rows and their lengths change from batch to batch
 def _attend_row_by_row(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor], grouped: bool):
     lengths = [mask.shape[-1] for mask in masks]
-    rows = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), masks)
+    rows = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), masks)  # (1, heads, t, E) each
     return torch.cat([attend(*row, grouped) for row in rows], dim=2)
 
 
@@ -267,7 +267,11 @@ class Llama(nn.Module):
         """Loads a checkpoint folder, which must hold exactly the model's tensors in their shapes.
         Raises OSError or ValueError that names the file and what is wrong."""
         folder = Path(folder)
-        config = ModelConfig.from_hf(read_json(folder / "config.json"))
+        hf = read_json(folder / "config.json")
+        try:
+            config = ModelConfig.from_hf(hf)
+        except ValueError as error:
+            raise ValueError(f"{folder}/{error}") from None
         with torch.device("meta"):  # shapes without memory
             model = cls(config)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

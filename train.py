@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 from data import Batch, StepData, answer_states, autocast, epoch_order, row_length
-from mio import LOSSES, OPTION_BOUNDS, Answers, fused_pair_loss, pair_loss
+from mio import LOSS_OPTIONS, LOSSES, OPTION_BOUNDS, Answers, fused_pair_loss, pair_loss
 from model import Llama
 from support import builtin_task, checkpoints, lora, run_folder
 from support.checkpoints import MAY_CHANGE, Progress
@@ -94,9 +94,7 @@ class RunOptions:
     config: str | None = option(None, "JSON file of options, such as a train_config.json")
 
 
-# The options of individual losses, such as gamma of simpo, are also flags.
-LOSS_OPTIONS = {name: [loss for loss in LOSSES if name in LOSSES[loss].options]
-                for loss in LOSSES.values() for name in loss.options}
+# The options of individual losses are also flags.
 Options = dataclasses.make_dataclass("Options", [
     (name, float | None, option(None, f"option of {', '.join(losses)}",
      **dict(zip(("least", "most"), OPTION_BOUNDS.get(name, ())))))

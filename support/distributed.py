@@ -1,4 +1,4 @@
-"""Runs in one process, or in several under torchrun with a model that FSDP2 shards."""
+"""One process, or several under torchrun with a model that FSDP2 shards; stands on the core."""
 
 import contextlib
 import datetime

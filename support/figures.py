@@ -15,7 +15,7 @@ LEGEND = {
     "greedy": "greedy: the greedy answer is right; pass@k: at least one of k samples is right",
     "strict": "strict: graded by the number after ####; flexible: by the last number",
     "math": "math: compares formulas by text and value, without algebra: a lower bound",
-    "maj@": "pass@k: at least one of k answers is correct; maj@n: the most frequent one is",
+    "maj@": "pass@k: at least one of k answers is right; maj@n: the majority answer is right",
     "cut": "cut: answers cut off at --max_new_tokens; the text so far is graded",
     "acc": "acc: the gold choice is likeliest; acc_norm: per character; acc_bytes: per byte",
     "Δ chosen": "Δ: change of an answer's summed log-prob from the reference, in nats",
@@ -23,7 +23,7 @@ LEGEND = {
     "margin": "T: the implicit reward, beta times Δ; margin: T chosen minus T rejected",
     "chosen": "chosen, rejected: summed log-prob of an answer, in nats",
     "dv": "dv, nwj, js: information between prompt and chosen answer, critic T, in nats",
-    "js": "js: twice the Jensen-Shannon bound; ≤: the largest value that is possible",
+    "js": "js: estimates twice the Jensen-Shannon divergence; ≤: the largest possible value",
     "KL": "KL: log-ratio to the reference, in nats, on answers sampled from the run",
 }
 

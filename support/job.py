@@ -1,5 +1,5 @@
 """The job of a run: everything that training reads, loaded and checked before any file is written.
-This module does not import train.py."""
+This module stands on the core without train.py."""
 
 import contextlib
 import copy

@@ -50,7 +50,9 @@ def read_weights(
                 if name.endswith("rotary_emb.inv_freq"):
                     continue  # older files store this constant; the configuration determines it
                 if name not in missing:
-                    raise ValueError(f"{file}: unexpected tensor {name}")
+                    raise ValueError(
+                        f"{file}: unexpected tensor {name}; config.json has no such weight"
+                    )
                 where, needed = f"{file}: {name}", missing.pop(name)
                 shape = tuple(tensors.get_slice(name).get_shape())
                 if shape != needed:
@@ -59,7 +61,7 @@ def read_weights(
                 if not tensor.is_floating_point() or tensor.element_size() < 2:
                     raise ValueError(f"{where} has the unsupported type {tensor.dtype}")
                 if not all(extreme.isfinite() for extreme in tensor.aminmax()):
-                    raise ValueError(f"{where} has values that are not finite")
+                    raise ValueError(f"{where} has values that are not finite; copy the file again")
                 state[name] = tensor.to(dtype)
     if missing:
         raise ValueError(f"{folder}: tensor {min(missing)} is missing, {len(missing)} in all")
@@ -73,7 +75,9 @@ def opened(file: Path, device: torch.device | str = "cpu") -> Iterator[safe_open
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a complete safetensors file ({error})") from None
+        raise ValueError(
+            f"{file}: not a complete safetensors file; copy it again ({error})"
+        ) from None
 
 
 def write_weights(folder: Path, state: dict[str, Tensor]) -> None:

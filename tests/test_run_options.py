@@ -17,10 +17,6 @@ from support.distributed import World
 from support.run_options import parse_options
 from train import Options
 
-SUMMED_LOG_RATIOS = (
-    "mio dpo bce nwj dv cdpo robust hinge apo_zero apo_down exo sppo dpop rpo kto rlhf"
-)
-
 
 def parse(*argv) -> Options:
     return parse_options([str(arg) for arg in argv], Options, "", World())[1]
@@ -49,7 +45,8 @@ def test_defaults_are_those_of_the_loss_and_of_the_kind_of_run(inputs):
     for name, loss in LOSSES.items():
         own, demonstration = parse("--loss", name, *inputs), parse("--loss", name)
         assert own.beta == loss.beta and own.out == demonstration.out == f"out/{name}"
-        assert demonstration.beta == loss.beta * (5 if name in SUMMED_LOG_RATIOS.split() else 1)
+        scaled = loss.needs_reference and "sums" in loss.uses
+        assert demonstration.beta == loss.beta * (5 if scaled else 1)
     own, demonstration = parse(*inputs), parse()
     names = ("loss", "epochs", "batch_size", "max_length", "lr", "max_new_tokens")
     assert [getattr(own, name) for name in names] == ["mio", 1, 32, 1024, 1e-6, 256]
