@@ -315,6 +315,12 @@ LOSS_OPTIONS = {
 OPTION_BOUNDS = {"label_smoothing": (0.0, 0.49), "epsilon": (1e-12, 0.49)}
 
 
+def options_of_losses() -> dict[str, list[str]]:
+    """The options of individual losses, such as gamma, and the losses that have them."""
+    names = [name for loss in LOSSES.values() for name in loss.options]
+    return {name: [loss for loss in LOSSES if name in LOSSES[loss].options] for name in names}
+
+
 def loss_table() -> str:
     """The glossary above, then two lines of at most 80 columns for each row of LOSSES."""
     lines = [__doc__.split("\n\n")[2], ""]

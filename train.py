@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 from data import Batch, StepData, answer_states, autocast, epoch_order, row_length
-from mio import LOSS_OPTIONS, LOSSES, OPTION_BOUNDS, Answers, fused_pair_loss, pair_loss
+from mio import LOSSES, OPTION_BOUNDS, Answers, fused_pair_loss, options_of_losses, pair_loss
 from model import Llama
 from support import builtin_task, checkpoints, lora, run_folder
 from support.checkpoints import MAY_CHANGE, Progress
@@ -98,7 +98,7 @@ class RunOptions:
 Options = dataclasses.make_dataclass("Options", [
     (name, float | None, option(None, f"option of {', '.join(losses)}",
      **dict(zip(("least", "most"), OPTION_BOUNDS.get(name, ())))))
-    for name, losses in LOSS_OPTIONS.items()
+    for name, losses in options_of_losses().items()
 ], bases=(RunOptions,), frozen=True)
 # fmt: on
 

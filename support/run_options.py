@@ -5,7 +5,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
-from mio import LOSS_OPTIONS, LOSSES, loss_table
+from mio import LOSSES, loss_table, options_of_losses
 from support import builtin_task, checkpoints, cli, files, on_policy, plan, run_folder
 
 # The defaults of the two kinds of run.
@@ -17,6 +17,7 @@ PLAN = {"gpu": "h100", "mfu": 0.4}
 SHOWN = {name: f"{CHECKPOINT[name]}, demonstration: {DEMONSTRATION[name]}" for name in CHECKPOINT}
 SHOWN |= PLAN | {"beta": "the loss's own", "out": "out/LOSS", "lora_alpha": "twice the rank",
                  "lora_targets": "all", "eval_every": "a tenth of the steps"}  # fmt: skip
+LOSS_OPTIONS = options_of_losses().keys()
 LORA_FLAGS = {"lora_rank", "lora_alpha", "lora_targets", "lora_rslora"}
 
 
@@ -36,10 +37,7 @@ def parse_options(argv: list[str] | None, cls: type, description: str, world):
             for name in found.keys() - fields.keys() - skipped:
                 raise ValueError(f"{flags['config']}: there is no option {name!r}")
             if "loss" in flags and flags["loss"] != found.get("loss", flags["loss"]):
-                skipped |= {
-                    "beta",
-                    "out",
-                } | LOSS_OPTIONS.keys()  # which belong to the loss of the file
+                skipped |= {"beta", "out", *LOSS_OPTIONS}  # which belong to the loss of the file
             flags = {name: x for name, x in found.items() if name not in skipped} | flags
         flags = {name: cli.check_value(fields[name], value) for name, value in flags.items()}
         if flags.get("resume"):
@@ -93,7 +91,7 @@ def check_together(options) -> None:
     for name, other in (needed | dict.fromkeys(LORA_FLAGS, "lora_rank")).items():
         if name in given and other not in given:
             raise ValueError(f"--{name} needs --{other}")
-    unused = LOSS_OPTIONS.keys() - loss.options.keys()
+    unused = LOSS_OPTIONS - loss.options.keys()
     if not loss.uses_beta and options.beta != loss.beta:  # records of a run hold loss.beta
         unused.add("beta")
     for name in sorted(given & unused):

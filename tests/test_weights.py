@@ -101,7 +101,9 @@ def test_tensors_that_are_not_those_of_the_model_are_refused(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(ValueError) as error:
             read(tmp_path)
-        assert str(error.value).startswith(f"{file}: not a complete safetensors file (")
+        assert str(error.value).startswith(
+            f"{file}: not a complete safetensors file; copy it again ("
+        )
     file.unlink()
     with pytest.raises(FileNotFoundError, match="has no model.safetensors and no model.safetens"):
         read(tmp_path)
