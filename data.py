@@ -222,7 +222,7 @@ def row_masks(batch: Batch, window: int | None = None) -> list[Tensor]:
 
 
 def row_length(pair: Sequence) -> int:
-    """Tokens that a prompt with any number of answers takes in a row."""
+    """The number of tokens that a prompt and its answers, one or more, occupy in a packed row."""
     prompt, *answers = pair
     return len(prompt) + sum(len(answer) - 1 for answer in answers if answer)
 

@@ -51,7 +51,7 @@ the change of an answer's summed log-prob.
 {compared}
 
 **What it does not show.** This is one small task with one kind of test problem. All losses use one
-learning rate, and the betas, which give dpo and mio the same first gradient, were not tuned for
+learning rate; beyond the few settings named above, the betas were not tuned separately for
 each loss. The page says nothing about large models.
 """
 

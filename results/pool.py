@@ -34,8 +34,8 @@ def run(command: list[str]) -> str:
 
 def train_all(jobs: dict[str, list[str]], script: str = "train.py", grade: bool = False) -> dict:
     """Makes the missing runs of `jobs`, which maps run folders to flags of `script` (train.py or a
-    script that extends train.py). Maps each folder to {"summary": ..., "train_config": ...}, the
-    contents of these two JSON files."""
+    script that extends train.py). Returns a dict from each run folder to {"summary": ...,
+    "train_config": ...}, the contents of these two JSON files."""
 
     def make(out: str) -> None:
         if not (ROOT / out / "summary.json").exists():

@@ -35,7 +35,7 @@ def draws(options) -> bool:
 
 
 def prompts_per_step(options) -> int:
-    """The rows of --data that a step takes. A step of rlhf draws 2 * batch_size answers."""
+    """The number of rows of --data in a step. A step of rlhf draws 2 * batch_size answers."""
     return 2 * options.batch_size // options.samples if is_rlhf(options) else options.batch_size
 
 

@@ -11,8 +11,8 @@ MAX_GRID_LINES = 12  # of a prompt or an answer; the middle of a longer text is 
 
 
 def describe_file(path, tokenizer, max_length: int) -> str:
-    """The report on a data file, in lines of less than 80 characters. Raises OSError, or ValueError
-    that names file and line."""
+    """The report on a data file, in lines of fewer than 80 characters. Raises OSError, or
+    ValueError that names file and line."""
     pairs, report = read_pairs(path, tokenizer, max_length)
     forms = ", ".join(f"{count} of {form}" for form, count in report.forms.items())
     lines = [f"{report.rows} rows, of which used: {forms or 'none'}"]
