@@ -183,8 +183,8 @@ def pair_blocks(model, tokenizer, reference, path, title, pairs: Pairs, options,
             first.setdefault(tuple(pair.prompt), i)
         prompts = list(map(list, first))[: options.kl_samples]
         room = model.config.max_position_embeddings - max(map(len, prompts))
-        how = {"stop_ids": tokenizer.stop_ids, "seed": options.seed, "rows": options.batch_size}
-        drawn = draw(model, prompts, max(1, min(options.max_new_tokens, room)), **how)
+        kwargs = {"stop_ids": tokenizer.stop_ids, "seed": options.seed, "rows": options.batch_size}
+        drawn = draw(model, prompts, max(1, min(options.max_new_tokens, room)), **kwargs)
         rows = list(zip(prompts, drawn))
         logps, ref = (torch.cat(answer_logps(m, rows, *layout)) for m in (model, reference))
         names = names[list(first.values())[: len(prompts)]]
@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         columns = {name: blocks[title] for name, (blocks, _) in results.items() if title in blocks}
         tables[title] = compared(columns)
         print(f"{title}\n\n{table(tables[title], markdown=not sys.stdout.isatty())}\n")
-    made_by = {
+    provenance = {
         "argv": sys.argv[1:] if argv is None else argv,
         "options": {"runs": runs, "data": data, **dataclasses.asdict(options)},
         "sha256": {file: digest_file(file) for file in filter(None, (*data, options.shots))},
@@ -319,7 +319,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     for name, run in names.items():
         blocks, answers = results[name]
         figures = {title: rows[name] for title, rows in tables.items() if name in rows}
-        record = made_by | {
+        record = provenance | {
             "figures": {t: {c: f._asdict() for c, f in row.items()} for t, row in figures.items()},
             "items": {t: {c: x.values.tolist() for c, x in b.items()} for t, b in blocks.items()},
             "answers": answers,

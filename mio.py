@@ -305,12 +305,6 @@ LOSSES: dict[str, Loss] = {
                 needs_reference=False, uses_beta=False),
 }
 # fmt: on
-# The options of individual losses, such as gamma of simpo, and the losses that have them.
-LOSS_OPTIONS = {
-    name: [loss for loss in LOSSES if name in LOSSES[loss].options]
-    for loss in LOSSES.values()
-    for name in loss.options
-}  # fmt: skip
 # The smallest and the largest value of options that have bounds.
 OPTION_BOUNDS = {"label_smoothing": (0.0, 0.49), "epsilon": (1e-12, 0.49)}
 

@@ -122,9 +122,9 @@ def train_step(
     clipping, on the model's device. If a loss or the gradient is not finite, no weight changes.
     """
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
-    losses, logps, own = [], [], loss_options(options)
+    losses, logps, loss_arguments = [], [], loss_options(options)
     if not LOSSES[options.loss].pairwise:
-        own["shared"] = shared_term(model, data, options, world)
+        loss_arguments["shared"] = shared_term(model, data, options, world)
     for batch in data.batches:
         ref_logps = of_answers(data.ref_logps, batch, device)  # (2B,)
         advantages = of_answers(data.advantages, batch, device)  # (2B,)
@@ -133,7 +133,7 @@ def train_step(
             hidden = answer_states(model, batch)  # (N, D)
             loss, logp = fused_pair_loss(
                 hidden, model.head_weight, batch.targets, batch.lengths, ref_logps, options.loss,
-                advantages=advantages, compiled=model.compiled, **own,
+                advantages=advantages, compiled=model.compiled, **loss_arguments,
             )  # (B,), (2B,)  # fmt: skip
         loss.sum().backward()
         losses.append(loss.detach())

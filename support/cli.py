@@ -40,13 +40,13 @@ def add_options(parser: Parser, options: type, shown_defaults: dict[str, str] | 
         default = (shown_defaults or {}).get(name, field.default)
         default = "" if default is None or default is False else f" (default: {default})"
         metavar = "|".join(checks.get("choices", ())) or kind_of(field).__name__.upper()
-        how = {"metavar": metavar if len(metavar) < 60 else "NAME"}
+        kwargs = {"metavar": metavar if len(metavar) < 60 else "NAME"}
         if field.type is bool:
-            how = {"action": "store_true", "default": None}
+            kwargs = {"action": "store_true", "default": None}
         if "const" in checks:
-            how |= {"nargs": "?", "const": checks["const"]}
+            kwargs |= {"nargs": "?", "const": checks["const"]}
         flags = [f"--{name}", f"-{name}"] if len(name) == 1 else [f"--{name}"]
-        parser.add_argument(*flags, help=checks["help"] + default, **how)
+        parser.add_argument(*flags, help=checks["help"] + default, **kwargs)
 
 
 def kind_of(field: dataclasses.Field) -> type:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from support.checkpoints import MAY_CHANGE
 from support.files import read_json, read_rows
+from support.run_folder import PROVENANCE
 
 PANELS = {  # title -> metrics; a panel whose title begins with Δ shows their change since step 0
     "Δ log-prob of chosen answers, nats": ("logps/chosen",),
@@ -21,8 +23,7 @@ PANELS = {  # title -> metrics; a panel whose title begins with Δ shows their c
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 # Keys of train_config.json that may differ between runs of one experiment.
-IGNORED = ("out", "commit", "versions", "machine", "config", "resume", "eval_every", "log_every",
-           "save_every", "keep", "tensorboard", "overwrite")  # fmt: skip
+IGNORED = {*MAY_CHANGE, *PROVENANCE, "config", "resume", "overwrite"} - {"epochs", "max_steps"}
 
 
 def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray]]]:

@@ -70,8 +70,8 @@ def draw_pairs(job, step: int, rows: list[int]) -> Drawn:
     items = [job.questions[i] for i in rows for _ in range(k)]  # one for each answer
     prompts = [item.ids(tokenizer, "") for item in items]
     policy = merge_lora(copy.deepcopy(model), dtype) if lora_of(model) else model
-    how = {"seed": int(np.random.default_rng([options.seed, step]).integers(2**62))}
-    answers = draw(policy, prompts, options.max_new_tokens, stop_ids=tokenizer.stop_ids, **how)
+    kwargs = {"seed": int(np.random.default_rng([options.seed, step]).integers(2**62))}
+    answers = draw(policy, prompts, options.max_new_tokens, stop_ids=tokenizer.stop_ids, **kwargs)
     grades = [grade_drawn(item, tokenizer, answer) for item, answer in zip(items, answers)]
     metrics = {"reward": sum(grades) / len(grades), "num_drawn": sum(map(len, answers))}
     for start in range(0, len(answers), k):

@@ -137,10 +137,10 @@ def answer_columns(model, tokenizer, path, items: list[Item], before: str, optio
     of answers that neither ended nor reached a stop text; the text so far is graded."""
     n, new = options.n, options.max_new_tokens
     prompts = prompt_ids(model, tokenizer, path, items, before, [new] * len(items))
-    how = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
-    how |= {"rows": options.batch_size, "stop_ids": tokenizer.stop_ids}
-    how["is_over"] = stop_texts(tokenizer, [item.stop for item in items for _ in range(n)])
-    answers = draw(model, [prompt for prompt in prompts for _ in range(n)], new, **how)
+    kwargs = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
+    kwargs |= {"rows": options.batch_size, "stop_ids": tokenizer.stop_ids}
+    kwargs["is_over"] = stop_texts(tokenizer, [item.stop for item in items for _ in range(n)])
+    answers = draw(model, [prompt for prompt in prompts for _ in range(n)], new, **kwargs)
     texts, values = [], []
     for number, item in enumerate(items):
         found, cut = [], 0

@@ -113,9 +113,16 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
 
 
 def draw(
-    model, prompts: list[list[int]], max_new_tokens: int, *, seed=0, rows=None, is_over=None, **how
+    model,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    seed=0,
+    rows=None,
+    is_over=None,
+    **kwargs,
 ) -> list[list[int]]:
-    """Continues lists of ids with `model.generate(**how)` and returns the new ids of each.
+    """Continues lists of ids with `model.generate(**kwargs)` and returns the new ids of each.
 
     Sorts the prompts by length and splits them into parts of GENERATION_ROWS. The seed of a part is
     `seed` plus the number of prompts in earlier parts. rows: how many prompts of a part are
@@ -133,13 +140,13 @@ def draw(
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s", False)
             bar.update()
 
-        how["progress"] = progress
+        kwargs["progress"] = progress
         for start in range(0, len(order), GENERATION_ROWS):
             part = order[start : start + GENERATION_ROWS]
             texts, longest = [prompts[i] for i in part], len(prompts[part[-1]]) + max_new_tokens
-            how["rows"] = rows or max(1, GENERATION_TOKENS // longest)
-            how["is_over"] = is_over and (lambda n, ids, part=part: is_over(part[n], ids))
-            generated = model.generate(texts, max_new_tokens, seed=seed + start, **how)
+            kwargs["rows"] = rows or max(1, GENERATION_TOKENS // longest)
+            kwargs["is_over"] = is_over and (lambda n, ids, part=part: is_over(part[n], ids))
+            generated = model.generate(texts, max_new_tokens, seed=seed + start, **kwargs)
             answers |= zip(part, generated)
     return [answers[i] for i in range(len(prompts))]
 

@@ -34,18 +34,18 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
         if not isinstance(training[name], kind) or training["dtype"] not in ("float32", "bfloat16"):
             raise ValueError(f"{config}: {name} or dtype is malformed; restore what train.py wrote")
     init, path, fraction = training["init"], training["data"], training["eval_fraction"]
-    how = {"tokenizer": load_tokenizer(folder), "max_length": training["max_length"]}
+    kwargs = {"tokenizer": load_tokenizer(folder), "max_length": training["max_length"]}
     is_demonstration = not files and (Path(init or folder) / "base.json").is_file()
     data = {}
     if not files and training["eval_data"]:
         files = {training["eval_data"]: None}
     elif not files and path and fraction and read_items(path) is None:
-        _, held_out = split_pairs(load_pairs(path, **how), fraction, training["seed"])
+        _, held_out = split_pairs(load_pairs(path, **kwargs), fraction, training["seed"])
         data[f"{Path(path).name}, held out"] = path, held_out
     names = [Path(path).name for path in files]
     for path, items in files.items():
         title = path if names.count(Path(path).name) > 1 else Path(path).name
-        data[title] = path, load_pairs(path, **how) if items is None else items
+        data[title] = path, load_pairs(path, **kwargs) if items is None else items
     if not (data or is_demonstration):
         raise ValueError(f"{folder}: its training held out no pairs; name other data with --data")
     lacks_reference = init and not Path(init).is_dir()
@@ -59,12 +59,14 @@ def load_checkpoint(folder, device: str, dtype) -> tuple:
     """Loads (model, tokenizer) from a folder. Raises OSError or ValueError that names the
     file, also if the ids of the tokenizer exceed the vocabulary of the model."""
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such checkpoint folder")
+        raise FileNotFoundError(
+            f"{folder}: there is no such folder; check the path, or download the checkpoint first"
+        )
     tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, dtype, device)
     largest, size = max(tokenizer.vocab_size - 1, *tokenizer.stop_ids), model.config.vocab_size
     if largest >= size:
         raise ValueError(f"{folder}: tokenizer or eos_token_id have ids up to {largest}, the model "
-                         f"has {size}; they do not belong together")  # fmt: skip
+                         f"has {size}; use the tokenizer that came with the weights")  # fmt: skip
     return model, tokenizer
 
 

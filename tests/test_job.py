@@ -211,7 +211,7 @@ def write_unpaired(folder: Path) -> None:
 BAD_INPUT = {
     "the folder of the model is missing": (
         ("--init", "gone"),
-        "gone: there is no such checkpoint folder",
+        "gone: there is no such folder",
     ),
     "the data are missing": (("--data", "gone.jsonl"), "gone.jsonl: No such file"),
     "the held-out data are missing": (("--eval_data", "gone.jsonl"), "gone.jsonl: No such file"),

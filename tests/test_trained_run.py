@@ -102,7 +102,7 @@ def test_a_run_without_data_or_reference_is_refused(make_run, checkpoint, pairs_
 def test_model_and_tokenizer_must_belong_together(checkpoint, tmp_path):
     model, tokenizer = load_checkpoint(checkpoint, "cpu", torch.bfloat16)
     assert model.head_weight.dtype == torch.bfloat16 and tokenizer.end_id == 257
-    with pytest.raises(FileNotFoundError, match="nowhere: there is no such checkpoint folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder"):
         load_checkpoint(tmp_path / "nowhere", "cpu", torch.float32)
     tiny_model(vocab_size=257, bos_token_id=None, eos_token_id=None).save_pretrained(checkpoint)
     with pytest.raises(ValueError, match="ids up to 257, the model has 257; they do not belong"):
