@@ -41,7 +41,7 @@ class Pairs(Sequence):
     def __init__(self, pairs: Iterable[Pair] = ()):
         self.ids = array("i")  # prompt, chosen, rejected of each pair, end to end
         self.ends = array("q", [0])  # where each of these parts ends
-        self.lines = array("i")  # the line of each pair in its file; 0 if it has none
+        self.lines = array("i")  # the line number of each pair in its file; 0 if there is no file
         for pair in pairs:
             self.append(pair)
 
@@ -68,7 +68,7 @@ class Pairs(Sequence):
         return taken
 
     def lengths(self) -> np.ndarray:
-        """Tokens of prompts, chosen answers and rejected answers: (pairs, 3)."""
+        """The number of tokens of each prompt, chosen answer and rejected answer: (pairs, 3)."""
         return np.diff(np.array(self.ends)).reshape(len(self), 3)
 
 
@@ -160,7 +160,7 @@ def split_pairs(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]
 
 # --- Packed batches: the two answers of a pair share the prompt's computation ---------------------
 
-ROW_TOKENS, MICRO_TOKENS = 128, 4096  # defaults: tokens of a row, and of a forward pass
+ROW_TOKENS, MICRO_TOKENS = 128, 4096  # default numbers of tokens in a row, in a forward pass
 
 
 class Batch(NamedTuple):
@@ -174,8 +174,8 @@ class Batch(NamedTuple):
     segment: Tensor  # (T,) 0 prompt, k the k-th answer: 1 chosen, 2 rejected
     source: Tensor  # (N,) which of the T hidden states predicts each target
     targets: Tensor  # (N,) the ids of the answers end to end: chosen_0, rejected_0, chosen_1, ...
-    lengths: Tensor  # (S,) tokens of each answer, S = 2B for pairs; stays on the CPU
-    row_tokens: list[int]  # tokens of each row
+    lengths: Tensor  # (S,) number of tokens of each answer, S = 2B for pairs; stays on the CPU
+    row_tokens: list[int]  # number of tokens of each row
     index: list[int]  # (B,) the pairs' numbers in the list they came from
 
     def to(self, device: torch.device) -> "Batch":
@@ -194,7 +194,7 @@ class StepData(NamedTuple):
     mismatched: tuple[list[Batch], Tensor] | None = None  # for kto: batches and their ref_logps
     pairs: Pairs = ()
     index: Sequence[int] = ()  # Batch.index of all batches of all processes
-    metrics: dict[str, float] = {}  # of answers that the policy draws
+    metrics: dict[str, float] = {}  # metrics of the answers that the policy draws
 
 
 def attention_rule(batch: Batch, window: int | None = None) -> Callable:
@@ -244,8 +244,8 @@ def pack(sizes: list[int], row_tokens: int) -> list[list[int]]:
 def make_batches(
     pairs: Sequence, index: list[int], row_tokens: int, micro_tokens: int, pad: bool = False
 ) -> list[Batch]:
-    """Packs pairs[i] for i in index into rows, and rows into batches of at most `micro_tokens`. A
-    longer row makes a batch of its own. With `pad`, shorter batches are padded to that length."""
+    """Packs pairs[i] for i in index into rows, and rows into batches of at most `micro_tokens`
+    tokens. A longer row makes a batch of its own. `pad` pads shorter batches to that length."""
     sizes = [row_length(pairs[i]) for i in index]
     batches, room = [], 0
     for row in pack(sizes, row_tokens):
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
 
     parser = Parser("data.py", __doc__)
     parser.add_argument("file", metavar="FILE.jsonl", help="data file, plain or .gz")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="its folder or file")
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="folder or file of it")
     parser.add_argument("--max_length", type=int, default=1024, metavar="N", help="as in train.py")
     options = parser.parse_args(argv)
     if options.max_length < 2:

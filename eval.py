@@ -58,7 +58,7 @@ def answer_logps(
     device = model.head_weight.device
     logps = [torch.zeros(len(row) - 1) for row in rows]
     with tqdm(total=len(rows), desc="log-probs", unit="row", leave=False) as bar:
-        for start in range(0, len(rows), 256):  # this many rows are packed together
+        for start in range(0, len(rows), 256):  # packs 256 rows at a time
             index = list(range(start, min(start + 256, len(rows))))
             for batch in batches(rows, index, row_tokens, micro_tokens, needs_fixed_length(model)):
                 sums = batch_logps(model, batch.to(device), dtype)
@@ -151,7 +151,7 @@ def preference_columns(
 
 
 def preference_row(logps: Tensor, ref_logps: Tensor, pairs: Pairs) -> Row:
-    """How many nats the log-probs (pairs, 2) of chosen and rejected answers moved, and for which
+    """By how many nats the log-probs (pairs, 2) of chosen and rejected answers moved, and for which
     share of pairs the chosen answer gained more."""
     columns = preference_columns(logps, ref_logps, pairs, beta=1.0)
     names = [name for name in ("Δ chosen", "Δ rejected", "reward") if name in columns]
@@ -162,7 +162,7 @@ def pair_blocks(model, tokenizer, reference, path, title, pairs: Pairs, options,
     """The columns of a file of pairs: title -> columns of preferences and of the critic."""
     layout = ROW_TOKENS, MICRO_TOKENS, getattr(torch, training["dtype"])
     if reference and reference.config.vocab_size != (size := model.config.vocab_size):
-        sizes = f"has {reference.config.vocab_size} ids, the model to compare has {size}"
+        sizes = f"has {reference.config.vocab_size} ids, but the model to compare has {size}"
         raise ValueError(f"{training['init']}: {sizes}; name runs that started from the same model")
     logps = pair_logps(model, pairs, *layout)
     ref_logps = pair_logps(reference, pairs, *layout) if reference else None

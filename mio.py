@@ -101,8 +101,8 @@ def log_mean_exp(chosen: Answers, rejected: Answers) -> Tensor:
 
 def dv(chosen: Answers, rejected: Answers, shared: Tensor) -> Tensor:
     """-mean T_w + log mean e^T, over the batch"""
-    # Over c, the mean of nwj(T - c) is smallest at c = log_mean_exp, where it equals dv. With c
-    # held fixed there, nwj(T - c) therefore has the value and the gradient of dv.
+    # Over c, the mean of nwj(T - c) is smallest at c = log_mean_exp, where the mean is dv. With
+    # c fixed at this value, nwj(T - c) therefore has the value and the gradient of dv.
     mixture = ((chosen.rewards - shared).exp() + (rejected.rewards - shared).exp()) / 2
     return mixture - 1 - (chosen.rewards - shared)
 
@@ -180,7 +180,7 @@ def mean_reward(chosen: Answers, rejected: Answers) -> Tensor:
 
 def kto(chosen: Answers, rejected: Answers, shared: Tensor) -> Tensor:
     """mean of 1 - sigma(T_w - K), 1 - sigma(K - T_l)"""
-    # A row with one answer has one of the two terms.
+    # A row with one answer has only one of the two terms.
     terms = torch.stack((shared - chosen.rewards, rejected.rewards - shared)).sigmoid()  # (2, B)
     present = torch.stack((chosen.present, rejected.present))  # (2, B)
     return (terms * present).sum(dim=0) / present.sum(dim=0)
@@ -310,13 +310,13 @@ OPTION_BOUNDS = {"label_smoothing": (0.0, 0.49), "epsilon": (1e-12, 0.49)}
 
 
 def options_of_losses() -> dict[str, list[str]]:
-    """The options of individual losses, such as gamma, and the losses that have them."""
+    """Returns each option of individual losses, such as gamma, with the losses that have it."""
     names = [name for loss in LOSSES.values() for name in loss.options]
     return {name: [loss for loss in LOSSES if name in LOSSES[loss].options] for name in names}
 
 
 def loss_table() -> str:
-    """The glossary above, then two lines of at most 80 columns for each row of LOSSES."""
+    """Returns the glossary above, then two lines of at most 80 columns for each row of LOSSES."""
     lines = [__doc__.split("\n\n")[2], ""]
     for name, loss in LOSSES.items():
         facts = [loss.uses, "reference" if loss.needs_reference else "no reference"]
@@ -357,12 +357,12 @@ def pair_loss(
 # hidden (N, D) holds the states that predict the tokens, targets (N,) holds the token ids, and
 # lengths (2B,) holds the number of tokens of each answer.
 
-CHUNK_TOKENS = 1024  # rows of logits in memory at a time
+CHUNK_TOKENS = 1024  # number of rows of logits in memory at a time
 
 
 def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
-    """All logits at once, for tests. hidden (N, D), head_weight (V, D), targets (N,), lengths
-    (S,) -> summed log-probability of each answer (S,), in nats, differentiable."""
+    """Computes all logits at once, for tests. hidden (N, D), head_weight (V, D), targets (N,),
+    lengths (S,) -> summed log-probability of each answer (S,), in nats, differentiable."""
     logits = hidden @ head_weight.T  # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     token_logps = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]  # (N,)
@@ -383,7 +383,7 @@ def fused_pair_loss(
     ref_logps: Tensor | None, name: str, *, beta: float, advantages: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS, compiled: bool = False, **options,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss of each pair (B,) and the log-prob of each answer (2B,). Keeps no logits.
+    """Returns the loss of each pair (B,) and the log-prob of each answer (2B,). Keeps no logits.
 
     hidden (N, D), head_weight (V, D), targets (N,), lengths (2B,), ref_logps and advantages (2B,)
     or None. Reduce the losses by mean() or sum() before backward(): unless all losses have the same
@@ -458,7 +458,7 @@ class FusedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_losses, _):
         gradients = ctx.saved_tensors  # of hidden and head_weight; None if not needed
-        # forward() has summed over the chunks, so all pairs must share one upstream gradient.
+        # forward() has summed gradients over chunks, so all pairs must share one upstream gradient.
         first = grad_losses[:1].sum()  # 0 if there are no pairs
         factor = torch.where((grad_losses == first).all(), first, torch.nan)
         if factor.is_cuda or factor != 1:  # losses.sum() on a CPU needs no copy of (V, D)
@@ -483,7 +483,7 @@ class _ChunkedHead:
         next call, and token log-probs (n,)."""
         dtype = self.weight.dtype
         logits = torch.mm(hidden.to(dtype), self.weight.T, out=self.logits[: len(hidden)])
-        # A CPU processes a few rows at a time, so that these rows stay in its cache.
+        # A CPU processes a few rows at a time, so that the logits stay in its cache.
         rows = len(logits) if logits.is_cuda else 1 + 2**20 // logits.shape[1]
         parts = zip(logits.split(rows), targets.split(rows))
         return logits, torch.cat([self.to_residual(z, y) for z, y in parts])

@@ -35,7 +35,7 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # of rope_type "linear" or "llama3"
+    rope_scaling: dict | None = None  # with rope_type "linear" or "llama3"
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -45,7 +45,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qkv_bias: bool = False  # biases of the query, key and value projections (Qwen2)
     qk_norm: bool = False  # RMSNorm over each query and key head (Qwen3)
-    sliding_window: int | None = None  # a token attends to at most this many, itself included
+    sliding_window: int | None = None  # most tokens that a token attends to, itself included
 
     @classmethod
     def from_hf(cls, hf: dict) -> "ModelConfig":
@@ -165,7 +165,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """The SwiGLU feed-forward network (arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -272,7 +272,7 @@ class Llama(nn.Module):
             config = ModelConfig.from_hf(hf)
         except ValueError as error:
             raise ValueError(f"{folder}/{error}") from None
-        with torch.device("meta"):  # shapes without memory
+        with torch.device("meta"):  # allocates no memory for the weights
             model = cls(config)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         state = read_weights(folder, shapes, dtype, device)

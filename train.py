@@ -73,9 +73,9 @@ class RunOptions:
                            choices=("cosine", "linear", "constant"))
     weight_decay: float = option(0.0, "decay of matrices by AdamW", least=0)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", least=0)
-    seed: int = option(0, "seed of order, held-out split and demonstration", least=0)
+    seed: int = option(0, "seed of the data order, held-out split and demonstration", least=0)
     dtype: str = option("float32", "precision of matrix products", choices=("float32", "bfloat16"))
-    compile: str = option("auto", "compile blocks; auto: if on a GPU",
+    compile: str = option("auto", "compile the blocks; auto does so on a GPU",
                           choices=("auto", "on", "off"))
     checkpointing: str = option("off", "recompute blocks to save memory", choices=("off", "on"))
     eval_every: int | None = option(None, "steps between evaluations", least=1)
@@ -89,7 +89,7 @@ class RunOptions:
     device: str = option("auto", "cpu, cuda or cuda:N")
     plan: str | None = option(None, "print memory and time of a run of --init or a preset",
                               const="init", choices=("init", *PRESETS))
-    gpu: str | None = option(None, "GPU of --plan", choices=tuple(GPUS))
+    gpu: str | None = option(None, "GPU that --plan assumes", choices=tuple(GPUS))
     mfu: float | None = option(None, "share of peak speed that --plan assumes", above=0, most=1)
     config: str | None = option(None, "JSON file of options, such as a train_config.json")
 
@@ -214,7 +214,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
                 group["lr"] = lr
             check = functools.partial(check_start, options, data) if step == 1 else None
             losses, logps, grad_norm = torch.zeros(0), torch.zeros(0, 2), torch.zeros(())
-            if data.batches:  # none if every drawn answer is right, or every one is wrong
+            if data.batches:  # there are none if all drawn answers are right or all wrong
                 losses, logps, grad_norm = train_step(model, optimizer, data, options, world, check)
             tokens += sum(row_length(data.pairs[i]) for i in data.index)
             unchecked.append((step, data, losses, grad_norm))
@@ -254,7 +254,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
 
 
 def step_data(job: Job, progress: Progress, step: int) -> StepData:
-    """The data of step 1, 2, ..., which depends on seed, step and, if drawn, the weights."""
+    """The data of a step. Drawn answers depend on the weights, other data on seed and step only."""
     epoch, place = divmod(step - 1, job.per_epoch)
     size, layout = prompts_per_step(job.options), job.layout
     rows = epoch_order(len(job.questions or job.pairs), job.options.seed, epoch).tolist()
@@ -304,14 +304,14 @@ def check_finite(job: Job, step: int, data: StepData, losses: Tensor, grad_norm:
     if not (all(finite) and grad_norm.isfinite()):
         rows = [i for i, fine in zip(data.index, finite) if not fine] or data.index
         lines = ", ".join(str(data.pairs.lines[i]) for i in rows[:8])
-        problem = f"loss or gradient is not finite for line {lines} of {job.options.data}"
+        problem = f"the loss or the gradient is not finite for line {lines} of {job.options.data}"
         raise TrainingError(f"step {step}: {problem}; try a lower --lr")
 
 
 def check_weights(job: Job, step: int) -> None:
-    finite = all(p.isfinite().all() for p in job.model.parameters())  # of this process's share
+    finite = all(p.isfinite().all() for p in job.model.parameters())  # this process's share
     if not job.world.cat([torch.tensor([finite])]).all():
-        raise TrainingError(f"step {step}: weights not finite; try a lower --lr")
+        raise TrainingError(f"step {step}: the weights are not finite; try a lower --lr")
 
 
 def mean(values: Tensor) -> float:
@@ -370,7 +370,7 @@ def finish(job: Job, start: Tensor, end: Tensor, last: dict, began: float) -> No
         with stage("evaluation: the trained model on the held-out problems") as notes:
             after = builtin_task.task_values(job.model, job.tokenizer)
             notes.append(f"in {folder / 'summary.json'}")
-        # Both models answered the same problems, so the change is one of paired values.
+        # Both models answered the same problems, so the change is a mean of paired differences.
         change = {name: np.subtract(after[name], before[name]) for name in after}
         before, after, change = map(task_row, (before, after, change))
         rows = {"base": before, options.loss: after | rows[options.loss], "change": change}
@@ -395,7 +395,7 @@ def main(argv: list[str] | None = None) -> Path:
             sources = options.init or builtin_task.base_folder(options), options.init_adapter
             run_folder.check_out(options, (*sources, options.data, options.eval_data))
             if not options.init:
-                if options.lora_rank:  # finds a wrong rank or target before the base is trained
+                if options.lora_rank:  # finds a wrong rank or target before training the base
                     with torch.device("meta"):
                         lora.add_lora(Llama(builtin_task.BASE_MODEL), lora.config_of(options))
                 draw = draws(options)

@@ -32,7 +32,7 @@ and most losses should end within two points of each other.
 grid combines the learning rates {rates} with {scales} times the demonstration's beta. For each
 loss, the setting with the highest greedy accuracy on 1,000 validation problems of seed {tuned_on}
 is run again on seeds {seeds}, on which nothing was tuned. The gain is the greedy accuracy on 1,000
-test problems minus that of the base ({base}), in points; Δ is the change of held-out log-probs, in
+test problems minus that of the base ({base}), in points. Δ is the change of held-out log-probs, in
 nats. Cells are means of seeds (lowest, highest).
 
 ![Gains by loss](best.png)
@@ -41,8 +41,8 @@ nats. Cells are means of seeds (lowest, highest).
 |---|---|---|---|---|---|---|
 {table}
 
-The next table shows the difference of each loss from mio on the same problems of these seeds, in
-points, with a 95 % bootstrap interval that is paired by problem:
+The next table shows the difference of each loss from mio on the same test problems, in points, with
+a 95 % bootstrap interval that is paired by problem:
 
 | | points |
 |---|---|

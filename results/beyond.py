@@ -28,12 +28,12 @@ SEEDS, SAMPLES = (0, 1, 2), 64
 
 TEXT = """# Beyond the base?
 
-**Question.** Does the gain at k = 1 last up to k = 64, or do the trained models only find more
-reliably what the base finds anyway, as the paper's abstract says of RLHF? How much do answers that
-are drawn from the policy at every step gain, and how much do they cost?
+**Question.** Does the gain in pass@k at k = 1 last up to k = 64, or do the trained models only find
+more reliably what the base finds anyway, as the paper's abstract says of RLHF? How much do answers
+that are drawn from the policy at every step gain, and how much do they cost?
 
-**Expected before the run.** All losses gain at k = 1. The curves meet or cross before k = 64. The
-on-policy runs gain more and cost several times as much.
+**Expected before the run.** All losses gain at k = 1. Their pass@k curves meet or cross that of the
+base before k = 64. The on-policy runs gain more and cost several times as much.
 
 `python results/beyond.py`: {provenance}. There are {seeds} seeds and {samples} answers at
 temperature 1 to each of 1,000 held-out problems. pass@k is computed with the unbiased estimator.
@@ -47,9 +47,9 @@ Cells are means of seeds (lowest, highest).
 |---|---|---|---|
 {costs}
 
-**What it shows.** From the highest pass@{samples} to the lowest, the order is: {order}. At this k,
-{above} of {models} trained models are above the base on every seed, and {below} are below the base
-on every seed.
+**What it shows.** From the highest pass@{samples} to the lowest, the order is: {order}. At k =
+{samples}, {above} of {models} trained models are above the base on every seed, and {below} are
+below the base on every seed.
 
 **What it does not show.** The base solves {reach:.0f} % of this task at k = {samples}, so little is
 left to be found. Each loss has one setting, which was not tuned for it. The seconds are times

@@ -23,7 +23,7 @@ gradient, and which model answers better afterwards?
 
 **Expected before the run.** Chosen log-probs fall under DPO and rise under MIO. In accuracy sft is
 ahead of both, and dpo is behind mio. A prototype of the task, with other base models, had shown
-this. That dpo is ahead of mio here was known after three of the five seeds.
+these effects. That dpo is ahead of mio here was known after three of the five seeds.
 
 `python results/demonstration.py`: {seeds} seeds of `python train.py --loss LOSS --seed SEED`,
 {provenance}. mio has beta {mio_beta:g} and dpo has beta {dpo_beta:g}; all three train at learning
@@ -32,8 +32,8 @@ dpo, on validation problems of an earlier base model; sft was not tuned.
 
 ![Curves](demonstration.png)
 
-The curves show held-out pairs: each is the mean of {seeds} seeds in a band from the lowest seed to
-the highest. They are drawn by `{plot}`.
+The curves show held-out pairs: each curve is the mean of {seeds} seeds in a band from the lowest
+seed to the highest. They are drawn by `{plot}`.
 
 {table}
 

@@ -18,12 +18,13 @@ SIDES = ("chosen", "rejected")
 TEXT = """# Where do chosen log-probs fall?
 
 **Question.** The paper says that the chosen log-prob falls late in training under DPO and not under
-MIO. At which learning rates and betas does this happen on this task?
+MIO. At which learning rates and betas does the chosen log-prob fall on this task?
 
 **Expected before the run.** Under DPO the chosen log-prob falls more at smaller betas and larger
-learning rates, and rises at large betas. Under MIO it rises at the demonstration's beta and above,
-and falls a little at a quarter of it: MIO pulls a chosen answer up more strongly as the answer
-falls, but only once T_w, which is beta times the log-ratio, is below about -1.
+learning rates, and rises at large betas. Under MIO the chosen log-prob rises at the demonstration's
+beta and above, and falls a little at a quarter of that beta: MIO pulls a chosen answer up more
+strongly as the answer falls, but only once T_w, which is beta times the log-ratio, is below about
+-1.
 
 `python results/dynamics.py`: {provenance}.
 Each run of seeds {seeds} trains on {pairs:,} pairs for {epochs} epochs, with 32 pairs a step. The
@@ -44,7 +45,7 @@ log-prob, the mean over seeds is lowest in the last quarter of training. The rej
 further under dpo in {further} of {cells} settings.
 
 **What it does not show.** This is one small task and one small model. The page says nothing about
-how many problems are solved; [best.md](best.md) does.
+how many problems are solved; [best.md](best.md) reports accuracies.
 """
 
 

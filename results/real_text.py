@@ -17,18 +17,18 @@ BETAS = {"dpo": 0.1, "mio": 0.2}
 
 TEXT = """# dpo and mio on real text
 
-**Question.** The small task shows how dpo and mio change chosen and rejected log-probs. Does the
-same hold for a Llama checkpoint of {parameters} parameters on {rows} pairs of real text, and under
-which loss is the reward accuracy on held-out pairs higher?
+**Question.** The small task shows how dpo and mio change chosen and rejected log-probs. Do the
+log-probs of a Llama checkpoint of {parameters} parameters change in the same way on {rows} pairs of
+real text, and under which loss is the reward accuracy on held-out pairs higher?
 
 **Data.** The pairs come from GSM8K's example model solutions (`example_model_solutions.jsonl` of
 openai/grade-school-math) and hold a right and a wrong solution to each of {rows} test problems.
 Models of GPT-3's size wrote the solutions, so the pairs are off-policy. The checkpoint was trained
 on GSM8K's training text.
 
-**Expected before the run.** At these small betas both losses may lower the chosen log-prob, dpo
-more than mio. The reward accuracies of both losses agree within the standard error, which is about
-{error:.0f} points at {held_out} pairs.
+**Expected before the run.** At betas as small as 0.1 for dpo and 0.2 for mio, both losses may lower
+the chosen log-prob, dpo more than mio. The reward accuracies of both losses agree within the
+standard error, which is about {error:.0f} points at {held_out} pairs.
 
 `python results/real_text.py CHECKPOINT PAIRS.jsonl` (sha256 {hashes}): {provenance}. Each run
 trains for {epochs} epoch with {batch} pairs a step, learning rate {rate:g}, and beta 0.1 for dpo
@@ -44,8 +44,8 @@ holds out a different tenth. Cells are means of seeds (lowest, highest).
 The reward accuracies of dpo and mio by seed, on the same held-out pairs, are {by_seed}.
 
 **What it shows.** The chosen log-prob ends below its start on {fell_dpo} of {count} seeds under dpo
-and on {fell_mio} under mio. The chosen log-prob ends lower under dpo than under mio on {lower} of
-{count} seeds. The difference in reward accuracy, mio minus dpo, is {difference} points.
+and on {fell_mio} of {count} under mio. The chosen log-prob ends lower under dpo than under mio on
+{lower} of {count} seeds. The difference in reward accuracy, mio minus dpo, is {difference} points.
 
 **What it does not show.** The page does not say how well the models answer. The experiment has one
 small checkpoint, one learning rate, one pair of betas, and {held_out} held-out pairs a seed.

@@ -72,17 +72,17 @@ model finds unlikely: DPO, whose weight vanishes as the margin grows, or MIO, wh
 = log 2?
 
 **Expected before the run.** (1) Without ½ sp(T_w) the chosen log-prob rises further, because
-nothing stops it, and accuracy rises with it. The rejected-only marginal pushes the rejected answer
-twice as hard, so it falls further and drags the chosen answer down. Means over tokens, at a beta
-that gives the same reward on average, change little where answers have similar lengths. (2) MIO
-raises rare chosen answers more than likely ones, which have little to gain. Under DPO rare chosen
-answers fall furthest. However, where the probability of each answer is a free parameter, MIO raises
-rare answers less than DPO does.
+nothing stops it, and accuracy rises, too. The rejected-only marginal pushes the rejected answer
+twice as hard, so the rejected answer falls further and drags the chosen answer down. Means over
+tokens, at a beta that gives the same reward on average, change little where answers have similar
+lengths. (2) MIO raises rare chosen answers more than likely ones, which have little to gain. Under
+DPO rare chosen answers fall furthest. However, where the probability of each answer is a free
+parameter, MIO raises rare answers less than DPO does.
 
 `python results/why.py`: {provenance}. Each run trains on {pairs:,} pairs for {epochs} epochs at
 learning rate {rate:g}. Beta is {half:g} for dpo, {means:.0f} for means (the mean length of an
 answer in tokens) and 1 otherwise. Cells are means of seeds {seeds} (lowest, highest). The gain is
-the increase in greedy accuracy over the base on 1,000 test problems, in points; Δ is the change of
+the increase in greedy accuracy over the base on 1,000 test problems, in points. Δ is the change of
 held-out summed log-probs, in nats.
 
 | | gain | Δ chosen | Δ rejected |

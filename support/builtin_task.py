@@ -21,8 +21,8 @@ from support.sampling import sample_answers
 from support.tokenizers import byte_tokenizer
 from support.weights import weight_files
 
-OPERATIONS = 3  # in a problem
-ANSWER_TOKENS = 48  # that a model may generate; a solution has at most 35
+OPERATIONS = 3  # number of operations in a problem
+ANSWER_TOKENS = 48  # most tokens that a model may generate; a solution has at most 35
 PAIR_TOKENS = 2 * OPERATIONS + 3 + ANSWER_TOKENS  # the BOS, a problem with its newline, an answer
 TEST_PROBLEMS, SAMPLES = 1000, 8  # SAMPLES answers to each test problem give pass@1 and pass@8
 # With the usual initializer_range of 0.02, a model this narrow learns slowly.
@@ -131,7 +131,7 @@ def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[
             greedy = sample_answers(model, tokenizer, prompts, temperature=0)
             accuracy = sum(is_correct(q, a) for q, (a,) in zip(prompts, greedy)) / len(prompts)
             bar.set_postfix(accuracy=f"{accuracy:.1%}")
-            if accuracy > BASE["upper_limit"]:  # back to the last check; halves the rate
+            if accuracy > BASE["upper_limit"]:  # returns to the last check, halves the rate
                 model.load_state_dict(last_weights)
                 lr /= 2
             last_weights = copy.deepcopy(model.state_dict())

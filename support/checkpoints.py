@@ -24,7 +24,7 @@ FILES = ("init", "init_adapter", "data", "eval_data")  # files may move between 
 # Options that a resumed run may change.
 MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out",
               "tensorboard")  # fmt: skip
-RECORD_KEYS = {"step", "num_tokens", "inputs", "metrics", "options"}  # of training.json
+RECORD_KEYS = {"step", "num_tokens", "inputs", "metrics", "options"}  # the keys of training.json
 
 
 class Progress(NamedTuple):
@@ -32,9 +32,9 @@ class Progress(NamedTuple):
 
     step: int
     num_tokens: int
-    ref_logps: Tensor | None  # (pairs, 2) under the reference
-    ref_mismatched: Tensor | None  # (pairs, 2) of job.mismatched, under the reference
-    start_logps: Tensor  # (held-out pairs, 2) under the weights of step 0
+    ref_logps: Tensor | None  # (pairs, 2) log-probs under the reference
+    ref_mismatched: Tensor | None  # (pairs, 2) log-probs of job.mismatched under the reference
+    start_logps: Tensor  # (held-out pairs, 2) log-probs under the weights of step 0
     moments: dict[str, Tensor]  # AdamW's "exp_avg.NAME", "exp_avg_sq.NAME", "step.NAME"
 
 
@@ -64,7 +64,7 @@ def put_moments(model, optimizer, moments: dict[str, Tensor], world) -> None:
 
 def save_checkpoint(job, optimizer, progress: Progress) -> None:
     """Writes a checkpoint of job.model and the optimizer, then removes the oldest beyond --keep.
-    A crash leaves it complete or absent; older checkpoints are removed once it is complete."""
+    A crash leaves the new checkpoint complete or absent, because older ones are removed last."""
     folder, options = Path(job.options.out), job.options
     states = {name: optimizer.state.get(p, {}) for name, p in job.model.named_parameters()}
     moments = {f"moments.{key}.{n}": x for n, state in states.items() for key, x in state.items()}

@@ -27,9 +27,9 @@ IGNORED = {*MAY_CHANGE, *PROVENANCE, "config", "resume", "overwrite"} - {"epochs
 
 
 def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray]]]:
-    """Maps labels to lists of runs; a run maps metrics to arrays (2, points) of steps and values.
+    """Returns label -> list of runs; a run is metric -> array (2, points) of steps and values.
     Runs that differ only in their seed share a label. The metrics are of held-out pairs, or of
-    training pairs without them. Skips folders without a run. Raises ValueError for bad rows."""
+    training pairs if none exist. Skips folders without a run. Raises ValueError for bad rows."""
     groups: dict[str, tuple[str, list]] = {}
     for name, folder in folders.items():
         file, config_file = folder / "metrics.jsonl", folder / "train_config.json"

@@ -94,9 +94,9 @@ class Processes(World):
 
         moment = moment.to(parameter.device)
         if moment.dim() == 0:
-            return moment  # the count of steps
+            return moment  # the count of steps is not sharded
         where = parameter.device_mesh, parameter.placements
-        return distribute_tensor(moment, *where, src_data_rank=None)  # all processes have it
+        return distribute_tensor(moment, *where, src_data_rank=None)  # each process has it all
 
     def gather_state(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The unsharded tensors on the CPU of the first process; the others get {}."""

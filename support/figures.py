@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-RESAMPLES = 2000  # of the bootstrap
-# Columns whose names begin with a prefix in RATES are in percent; SMALL have three decimals.
+RESAMPLES = 2000  # number of resamples of the bootstrap
+# Prefixes of columns' names: those in RATES are in percent, those in SMALL have three decimals.
 RATES = ("greedy", "pass@", "cut", "acc", "reward", "strict", "flexible", "math", "exact", "letter")
 SMALL = ("Δ/token", "dv", "nwj", "js")
 # Explains columns. A key is a column's name, the first word of the name, or "maj@".
@@ -19,7 +19,7 @@ LEGEND = {
     "cut": "cut: answers cut off at --max_new_tokens; the text so far is graded",
     "acc": "acc: the gold choice is likeliest; acc_norm: per character; acc_bytes: per byte",
     "Δ chosen": "Δ: change of an answer's summed log-prob from the reference, in nats",
-    "reward": "reward: pairs whose chosen answer has the larger Δ",
+    "reward": "reward: share of pairs whose chosen answer has the larger Δ",
     "margin": "T: the implicit reward, beta times Δ; margin: T chosen minus T rejected",
     "chosen": "chosen, rejected: summed log-prob of an answer, in nats",
     "dv": "dv, nwj, js: information between prompt and chosen answer, critic T, in nats",
@@ -29,7 +29,7 @@ LEGEND = {
 
 
 class Figure(NamedTuple):
-    """The statistic of n items and its standard error, None if all items have the same prompt."""
+    """The statistic of n items, and its standard error or None if all items have one prompt."""
 
     mean: float
     error: float | None
@@ -148,7 +148,7 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
         lines = [f"| {' | '.join(line)} |" for line in grid]
         return "\n".join([lines[0], "|---" * len(grid[0]) + "|", *lines[1:], "", *legend(rows)])
     names = [line[0].ljust(max(len(name) for name, *_ in grid)) for line in grid]
-    tables: list[list[str]] = []  # of lines
+    tables: list[list[str]] = []  # each table is a list of lines
     for cells in zip(*(line[1:] for line in grid)):
         size = max(map(len, cells))
         if not tables or len(tables[-1][0]) + 2 + size > width:

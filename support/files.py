@@ -22,7 +22,7 @@ def parse_json(content: bytes | str, where) -> dict:
 
     def unique_keys(items):
         value = dict(items)
-        return value if len(value) == len(items) else refuse(f"a key twice in {list(value)!s:.60}")
+        return value if len(value) == len(items) else refuse(f"a double key in {list(value)!s:.60}")
 
     try:
         value = json.loads(content, parse_constant=refuse, object_pairs_hook=unique_keys)

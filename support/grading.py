@@ -8,11 +8,11 @@ from fractions import Fraction
 
 import numpy as np
 
-# Only plain decimal notation, because the exact value of 1e9999999 takes minutes to compute.
+# Accepts only plain decimal notation: the exact value of 1e9999999 takes minutes to compute.
 DECIMAL = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 # A minus sign after a digit, a letter or a parenthesis is a subtraction.
 NUMBER_IN_TEXT = r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-# A capital letter by itself, but neither the pronoun I nor the article A.
+# Matches a capital letter by itself, but neither the pronoun I nor the article A.
 CAPITAL = r"((?:[B-HJ-Z]|[AI](?!['’]|\s+(?!because|since|as\b|is\b)\w))\b)"
 LETTERS = (  # answer is (C), correct option: C; option C, **C**; C at the beginning; (C)
     rf"(?i:\banswer|\bcorrect (?:choice|option))\**(?i:\s+is\b\**:?|:)[\s*(]*{CAPITAL}",
@@ -100,7 +100,7 @@ def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
     """Unbiased estimates of pass@k (questions,), 1 - C(n - c, k) / C(n, k) of arXiv 2107.03374.
     `correct` (questions,) holds c, how many of n answers are right. Raises ValueError if k > n."""
     if k > n:
-        raise ValueError(f"pass@{k} needs {k} answers to each question, there are {n}")
+        raise ValueError(f"pass@{k} needs {k} answers to each question, but there are {n}")
     return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in correct])
 
 

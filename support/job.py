@@ -36,11 +36,11 @@ class Job(NamedTuple):
     pairs: Pairs  # training pairs; empty if the policy draws the answers
     held_out: Pairs
     inputs: dict[str, str]  # hashes of the files that the run started from
-    checkpoint: Path | None  # from which the run resumes
-    record: dict  # of the checkpoint; {} for a new run
+    checkpoint: Path | None  # the checkpoint from which the run resumes
+    record: dict  # the record of the checkpoint; {} for a new run
     world: object  # support.distributed.World
     mismatched: Pairs | None = None  # the prompts of `pairs` with the answers of other rows (kto)
-    questions: list | None = None  # the policy draws answers to these
+    questions: list | None = None  # the questions to which the policy draws answers
     reference: Llama | None = None  # stays in memory if the policy draws answers
 
     @property

@@ -135,6 +135,6 @@ def save_adapter(model: nn.Module, folder, base: str) -> None:
 
 
 def _adapters(model: nn.Module) -> dict[str, Tensor]:
-    """Maps PEFT's names to the weights of the adapters, which share memory with the model."""
+    """Returns PEFT's name -> weight of an adapter. The weights share memory with the model."""
     named = model.named_parameters()
     return {f"base_model.model.{name}": p.detach() for name, p in named if ".lora_" in name}

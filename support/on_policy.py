@@ -17,7 +17,7 @@ from support.sampling import draw
 
 
 class Drawn(NamedTuple):
-    """The pairs of a step: all answers in twos (rlhf), or one right and one wrong per prompt."""
+    """The pairs of a step: all answers two by two (rlhf), or a right and a wrong one per prompt."""
 
     pairs: Pairs
     ref_logps: Tensor  # (n, 2) nats under the reference

@@ -104,7 +104,7 @@ def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1
 def _saved_by_token(config, linears: dict, trains_norms: bool, s: int) -> int:
     """The bytes that autograd saves in a block for each token."""
     H, K, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    inputs = {}  # of trained matrices
+    inputs = {}  # the inputs of trained matrices
     for name, weight in linears.items():
         if weight.requires_grad:
             # q, k and v share an input, and so do gate and up, unless autocast rounds it for each.
@@ -122,7 +122,7 @@ def _operations(config, options, linears, head, T, N, squares, compiled) -> floa
     products = 2 * T * L * sum(w.numel() for w in linears.values())
     attention = 4 * L * config.num_attention_heads * config.head_dim * squares
     attention /= 2 if compiled else 1  # FlexAttention skips blocks of later tokens
-    # A product has one backward product for inputs and, if trained, one for weights; attention 5.
+    # A product has one backward product for inputs and one for trained weights; attention has 5.
     flops = 2 * products + 2 * T * L * sum(w.numel() for w in linears.values() if w.requires_grad)
     flops += 3.5 * attention + project * (2 + head.requires_grad)
     if options.checkpointing == "on":  # eager code stops at the input of the block's last product
@@ -134,7 +134,7 @@ def _operations(config, options, linears, head, T, N, squares, compiled) -> floa
 
 
 def needs_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) -> Needs:
-    """The needs under changed options, with pairs of --max_length tokens, half of them prompt."""
+    """The needs under changed options. Half of a pair's --max_length tokens are prompt."""
     options = dataclasses.replace(options, **changes)
     prompt, answer = options.max_length // 2, options.max_length - options.max_length // 2
     pair = prompt + 2 * (answer - 1)
@@ -152,7 +152,7 @@ def plan(options) -> str:
     memory, *peak_speeds, bandwidth = GPUS[options.gpu]
     rank = options.lora_rank or min(16, config.num_key_value_heads * config.head_dim)
 
-    def fits(found: Needs) -> bool:  # leaves a margin of 10 %, because these are estimates
+    def fits(found: Needs) -> bool:  # leaves a margin of 10 %, because the needs are estimates
         return 1.1 * found.peak <= memory * 1e9
 
     lines = [f"{init.name[-32:]}, {options.dtype}, on one {options.gpu} of {memory} GB: fits"]
@@ -168,7 +168,7 @@ def plan(options) -> str:
                 if fits(needs_of_longest_pairs(config, options, gpus, **changes)):
                     words = [f"{gpus} GPUs"] if gpus > 1 else []
                     words += [f"--{k} {v}" for k, v in changes.items() if v != getattr(options, k)]
-                    lines.append(f"  it does with {' '.join(words)}")
+                    lines.append(f"  it fits with {' '.join(words)}")
                     break
     parameters = needs_of_longest_pairs(config, options, gpus=1, lora_rank=None).parameters
     lines.append(f"""

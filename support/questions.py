@@ -21,7 +21,7 @@ EVALUATION_FORMS = (
 class Item(NamedTuple):
     """A question to answer and grade, or a question with choices."""
 
-    line: int  # in its file
+    line: int  # the line number in its file
     prompt: str | list[dict]  # text or messages
     key: str  # the right answer, as a few-shot example shows it
     grade: str | None  # a key of GRADERS; None with choices
@@ -57,7 +57,7 @@ def read_item(line: int, row: dict) -> Item:
         if len(choices) < 2 or not all(choice.strip() for choice in choices):
             raise ValueError("'choices' must be two or more texts that are not blank")
         if type(gold) is not int or gold not in range(len(choices)):
-            raise ValueError(f"'gold' is {gold!r:.40}, it must be from 0 to {len(choices) - 1}")
+            raise ValueError(f"'gold' is {gold!r:.40}, but must be from 0 to {len(choices) - 1}")
         return Item(line, prompt, choices[gold], None, (), choices, gold)
     key, grade = text_of(row, "answer"), row["grade"]
     if not isinstance(grade, str) or grade not in GRADERS:
@@ -123,7 +123,7 @@ def prompt_ids(model, tokenizer, path, items: list[Item], before: str, lengths) 
         try:
             ids.append(item.ids(tokenizer, before))
             if (total := len(ids[-1]) + length) > limit:
-                raise ValueError(f"prompt and answer may take {total} tokens, the model reads "
+                raise ValueError(f"prompt and answer may take {total} tokens, but the model reads "
                                  f"{limit}; lower --max_new_tokens or -k")  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{path}:{item.line}: {error}") from None
@@ -165,7 +165,7 @@ def choice_rows(model, tokenizer, path, items: list[Item], before: str) -> list[
 
 def choice_columns(items: list[Item], logps: list[np.ndarray]) -> dict[str, Column]:
     """Accuracies from the summed log-prob of each choice, as lm-evaluation-harness defines them:
-    by log-prob, by log-prob over characters and over bytes, without the joining space."""
+    by log-prob, by log-prob per character and per byte, without the joining space."""
     values = []
     for item, scores in zip(items, logps):
         texts = [choice.strip() for choice in item.choices]

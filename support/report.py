@@ -7,7 +7,7 @@ import numpy as np
 from data import Pair, Pairs, pack_batch, read_pairs, row_length
 
 QUANTILES = (0, 25, 50, 75, 95, 100)  # percent
-MAX_GRID_LINES = 12  # of a prompt or an answer; the middle of a longer text is left out
+MAX_GRID_LINES = 12  # most lines of a prompt or an answer; the middle of a longer text is left out
 
 
 def describe_file(path, tokenizer, max_length: int) -> str:

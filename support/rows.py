@@ -141,13 +141,13 @@ def _read_completion(row: dict) -> Example:
 
 @dataclasses.dataclass
 class Report:
-    """How many rows of a file are used, truncated and dropped. Lists hold line numbers."""
+    """Counts the rows of a file that are used, truncated and dropped. Lists hold line numbers."""
 
     rows: int = 0
-    forms: Counter = dataclasses.field(default_factory=Counter)  # of the rows that are used
+    forms: Counter = dataclasses.field(default_factory=Counter)  # the forms of the used rows
     unused: dict[str, None] = dataclasses.field(default_factory=dict)  # columns that no form has
     truncated: list[int] = dataclasses.field(default_factory=list)
-    dropped: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # by reason
+    dropped: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # lines by reason
 
     def lines(self) -> list[str]:
         """One line for unused columns, for each reason to drop rows, and for truncated rows."""

@@ -30,7 +30,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, *, temperatur
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(max_new_tokens, len(prompts), generator=generator).to(device)
     stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    look_every = 8 if device.type == "cuda" or is_over else 1  # tokens between looks
+    look_every = 8 if device.type == "cuda" or is_over else 1  # steps between two checks
     answers: dict[int, list[int]] = {}
 
     def collect(live: list[int], new: Tensor, is_last: bool) -> None:

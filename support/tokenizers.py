@@ -1,5 +1,5 @@
 """Tokenizers: byte-pair encoding by tiktoken, with the same ids as transformers. `load_tokenizer`
-reads `tokenizer.json` or Llama 3's `tokenizer.model` and refuses unsupported ones."""
+reads `tokenizer.json` or Llama 3's `tokenizer.model` and refuses other tokenizers."""
 
 import base64
 import dataclasses
@@ -30,7 +30,7 @@ LLAMA3_SPECIALS = [
     "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(3, 249)),
 ]  # fmt: skip
-SPLIT_SECONDS = 10  # for one text; known models take far less
+SPLIT_SECONDS = 10  # the most for one text; known models take far less
 # The parts of a regular expression that tokenizers (by Oniguruma) and `regex` read alike.
 ESCAPE = r"\\[pP]\{\^?\w+\}|\\[sSdDnrt]|\\[^\w]"
 PORTABLE = regex.compile(
@@ -48,11 +48,11 @@ PREFIXED = {"nothing": ("first", "always", "legacy"), "token": ("always", "legac
 
 def _require(condition, what: str) -> None:
     if not condition:
-        raise ValueError(f"{what} is not supported; use BPE as of Llama, Mistral, Qwen or GPT-2")
+        raise ValueError(f"{what} is not supported; use BPE as Llama, Mistral, Qwen and GPT-2 do")
 
 
 def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], cached: bool) -> Callable:
-    """A function from a piece of text to its ids, by tiktoken, which joins tokens in their order.
+    """Returns a function: piece of text -> ids. It uses tiktoken, which joins tokens in order.
     The i-th token has the ids `ids[i]`: several if it is a part of a character."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     bpe = tiktoken.Encoding("mio", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})

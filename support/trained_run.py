@@ -65,8 +65,8 @@ def load_checkpoint(folder, device: str, dtype) -> tuple:
     tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, dtype, device)
     largest, size = max(tokenizer.vocab_size - 1, *tokenizer.stop_ids), model.config.vocab_size
     if largest >= size:
-        raise ValueError(f"{folder}: tokenizer or eos_token_id have ids up to {largest}, the model "
-                         f"has {size}; use the tokenizer that came with the weights")  # fmt: skip
+        raise ValueError(f"{folder}: tokenizer or eos_token_id have ids up to {largest}, but "
+                         f"the model has {size}; use the tokenizer of the weights")  # fmt: skip
     return model, tokenizer
 
 

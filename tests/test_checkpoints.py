@@ -314,7 +314,7 @@ def test_numbers_that_blow_up_leave_the_last_good_checkpoint(checkpoint, pairs_f
     flags = ("--save_every", "1", "--schedule", "constant", "--warmup", "0", "--epochs", "2")
     command = ["--init", checkpoint, "--data", pairs_file, "--out", tmp_path / "bad"]
     error = refused(*command, "--batch_size", "8", "--lr", "1e30", *flags)
-    assert "step 2: loss or gradient is not finite for line" in error
+    assert "step 2: the loss or the gradient is not finite for line" in error
     assert steps(tmp_path / "bad") == [1]
     read_record(newest_checkpoint(tmp_path / "bad"))
 

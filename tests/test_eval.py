@@ -243,7 +243,7 @@ def test_kl_is_the_log_ratio_of_an_answer_sampled_once_for_each_prompt(tmp_path,
 
 
 def test_a_reference_with_another_vocabulary_is_refused(pairs_file):
-    with pytest.raises(ValueError, match="base: has 300 ids, the model to compare has 258"):
+    with pytest.raises(ValueError, match="base: has 300 ids, but the model to compare has 258"):
         blocks_of((tiny_model(), tiny_model(vocab_size=300)), pairs_file)
 
 

@@ -203,7 +203,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
         draws = list(combinations(range(n), k))  # answers 0, ..., c - 1 are the right ones
         expected = [np.mean([min(draw) < c for draw in draws]) for c in correct]
         assert pass_at_k(correct, n, k) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="pass@6 needs 6 answers to each question, there are 5"):
+    with pytest.raises(ValueError, match="needs 6 answers to each question, but there are 5"):
         pass_at_k(correct, n, 6)
     assert [powers_of_two(n) for n in (1, 4, 6)] == [[1], [1, 2, 4], [1, 2, 4, 6]]
 

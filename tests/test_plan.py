@@ -279,8 +279,8 @@ def test_presets_have_their_makers_count_of_parameters():
 def test_the_text_of_a_plan(capsys):
     first, all_weights, adapters, blank, *lines = printed(capsys, "llama-3.1-8b")
     assert first == "llama-3.1-8b, float32, on one h100 of 80 GB: does not fit"
-    assert all_weights == "  it does with 4 GPUs --checkpointing on"
-    assert adapters == "  it does with --lora_rank 16 --dtype bfloat16"
+    assert all_weights == "  it fits with 4 GPUs --checkpointing on"
+    assert adapters == "  it fits with --lora_rank 16 --dtype bfloat16"
     assert lines[0] == "8,030,261,248 parameters, 32 pairs a step of up to 1024 tokens."
     assert blank == "" and max(map(len, lines)) <= 80
     labels = [line[:12].strip() for line in lines[5:]]
@@ -315,7 +315,7 @@ def test_a_run_that_fits_needs_no_advice_and_one_with_adapters_no_other(capsys):
     lines = printed(capsys, "llama-3.1-8b", *adapters)
     assert lines[:2] == ["llama-3.1-8b, bfloat16, on one h100 of 80 GB: fits", ""]
     lines = printed(capsys, "llama-3.1-70b", *adapters)
-    assert lines[1:3] == ["  it does with 4 GPUs --checkpointing on", ""]
+    assert lines[1:3] == ["  it fits with 4 GPUs --checkpointing on", ""]
     assert any(line.startswith("rank 8") for line in lines)
 
 

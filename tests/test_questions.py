@@ -66,7 +66,7 @@ BAD = {
     "surrogate": (EXACT | {"stop": ["\ud800"]}, "surrogates not allowed"),
     "grade": (EXACT | {"grade": "f1"}, "there is no grade 'f1'; choose from gsm8k, math, exact"),
     "list": (EXACT | {"grade": ["math"]}, "there is no grade ['math']"),
-    "gold": (CHOICES[1] | {"gold": 2}, "'gold' is 2, it must be from 0 to 1"),
+    "gold": (CHOICES[1] | {"gold": 2}, "'gold' is 2, but must be from 0 to 1"),
     "negative": (CHOICES[1] | {"gold": -1}, "'gold' is -1"),
     "bool": (CHOICES[1] | {"gold": True}, "'gold' is True"),
     "float": (CHOICES[1] | {"gold": 1.0}, "'gold' is 1.0"),
@@ -164,7 +164,7 @@ def test_a_prompt_that_the_model_cannot_read_is_named_by_file_and_line():
     items = [Item(3, "abc", "k", "exact"), Item(7, "abcd", "k", "exact")]
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=9))
     assert len(prompt_ids(model, Letters(), "x.jsonl", items, "", [5, 4])) == 2
-    with pytest.raises(ValueError, match="x.jsonl:7: prompt and answer may take 10 tokens, the"):
+    with pytest.raises(ValueError, match="x.jsonl:7: prompt and answer may take 10 tokens, but"):
         prompt_ids(model, Letters(), "x.jsonl", items, "", [5, 5])
     with pytest.raises(ValueError, match="x.jsonl:3: prompt and answer may take 10 tokens"):
         prompt_ids(model, Letters(), "x.jsonl", items, "a", [5, 4])

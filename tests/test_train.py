@@ -23,7 +23,7 @@ from data import (
     make_batches,
     split_pairs,
 )
-from mio import LOSSES, pair_loss
+from mio import LOSSES, options_of_losses, pair_loss
 from support import job as job_module
 from support.distributed import World
 from support.files import read_json
@@ -274,7 +274,7 @@ def test_rows_that_are_not_finite_are_named_by_line():
     data, fine = StepData([], pairs=pairs, index=[3, 1, 8]), torch.tensor(1.0)
     check_finite(job, 5, data, torch.ones(3), fine)
     with pytest.raises(
-        TrainingError, match="^step 5: loss or gradient .* line 10, 80 of d.jsonl; "
+        TrainingError, match="^step 5: the loss or the gradient .* line 10, 80 of d.jsonl; "
     ):
         check_finite(job, 5, data, torch.tensor([1.0, math.inf, math.nan]), fine)
     with pytest.raises(TrainingError, match="for line 30, 10, 80 of"):
@@ -534,11 +534,11 @@ def test_training_stops_at_a_loss_or_at_weights_that_are_not_finite(
     for log_every in ("1", "3"):  # the step is named, even if its losses are read later
         flags = ("--lr", "1e30", "--log_every", log_every, "--overwrite")
         error = refused(*inputs, *flags, "--out", tmp_path / "out")
-        assert "error: step 2: loss or gradient is not finite for line" in error and "--lr" in error
+        assert "step 2: the loss or the gradient is not finite" in error and "--lr" in error
         assert not (tmp_path / "out" / "model.safetensors").exists()
     # No loss shows what the last step does to the weights.
     error = refused(*inputs, "--lr", "1e39", "--max_steps", "1", "--out", tmp_path / "last")
-    assert "step 1: weights not finite; try a lower --lr" in error
+    assert "step 1: the weights are not finite; try a lower --lr" in error
     assert not (tmp_path / "last" / "model.safetensors").exists()
     assert (checkpoint / "model.safetensors").read_bytes() == before
 
@@ -555,8 +555,8 @@ CHANGES = {
     "--weight_decay": "0.5", "--grad_clip": "0.01", "--seed": "2", "--dtype": "bfloat16",
     "--eval_fraction": "0.4", "--eval_every": "1", "--log_every": "3", "--eval_data": "OTHER",
 }  # fmt: skip
-# Options of losses: a value, and the losses that have the option.
-OWN = {
+# Options of losses: a value, and the losses that have the option. A new option is set to 0.3.
+OWN = {f"--{name}": ("0.3", " ".join(losses)) for name, losses in options_of_losses().items()} | {
     "--label_smoothing": ("0.3", "cdpo robust"),
     "--epsilon": ("0.3", "exo"),
     "--gamma": ("3", "simpo"),
