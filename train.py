@@ -67,7 +67,7 @@ class RunOptions:
     lora_targets: str | None = option(None, "all, attention, or names such as q_proj,v_proj")
     lora_rslora: bool = option(False, "scale adapters by alpha / sqrt(rank), not alpha / rank")
     init_adapter: str | None = option(None, "adapter folder to start from; part of the reference")
-    lr: float | None = option(None, "peak learning rate, ten times as high for adapters", above=0)
+    lr: float | None = option(None, "peak learning rate; its default for adapters is 10x", above=0)
     warmup: float = option(0.1, "share of the steps with a rising learning rate", least=0, most=1)
     schedule: str = option("cosine", "learning-rate schedule after the warmup",
                            choices=("cosine", "linear", "constant"))

@@ -39,7 +39,7 @@ def mio_free(chosen: Answers, rejected: Answers) -> Tensor:
 
 
 def mio_means(chosen: Answers, rejected: Answers) -> Tensor:
-    """mio of T = beta z / n"""
+    """The mio loss with mean instead of summed log-ratios: T = beta z / n"""
 
     def means(side: Answers) -> Answers:
         ref = side.mean_logps - side.mean_logratios

@@ -1,4 +1,4 @@
-"""One process, or several under torchrun with a model that FSDP2 shards; stands on the core."""
+"""One process, or several under torchrun with a model that FSDP2 shards; imports the core."""
 
 import contextlib
 import datetime

@@ -1,5 +1,5 @@
 """The job of a run: everything that training reads, loaded and checked before any file is written.
-This module stands on the core without train.py."""
+This module imports the core files except train.py, which imports this module."""
 
 import contextlib
 import copy

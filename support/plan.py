@@ -1,4 +1,4 @@
-"""Predicts the memory and time of a run from config.json (--plan); stands on the core."""
+"""Predicts the memory and time of a run from config.json (--plan); imports the core."""
 
 import dataclasses
 from itertools import product

@@ -1,5 +1,5 @@
 """The options of train.py: defaults that depend on other options, and flags that exclude each
-other. This module stands on mio.py."""
+other. This module imports mio.py."""
 
 import dataclasses
 import importlib.util

@@ -53,7 +53,7 @@ def _require(condition, what: str) -> None:
 
 def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], cached: bool) -> Callable:
     """Returns a function: piece of text -> ids. It uses tiktoken, which joins tokens in order.
-    The i-th token has the ids `ids[i]`: several if it is a part of a character."""
+    `ids[i]` holds the ids for `tokens[i]`, several if it is only part of a character."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     bpe = tiktoken.Encoding("mio", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
 

@@ -1,4 +1,4 @@
-"""Reads runs for evaluation: options, data, model, reference; stands on model.py and data.py."""
+"""Reads runs for evaluation: options, data, model, reference; imports model.py and data.py."""
 
 from pathlib import Path
 from typing import NamedTuple
