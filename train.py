@@ -36,7 +36,7 @@ from support.distributed import World, join
 from support.figures import table, task_row
 from support.files import locked, write_json
 from support.job import Job, TrainingError, describe, first_progress, load_job, logps_of
-from support.on_policy import draw_pairs, draws, prompts_per_step
+from support.on_policy import draw_pairs, draws, is_rlhf, prompts_per_step
 from support.plan import GPUS, PRESETS, plan
 from support.run_options import parse_options
 
@@ -337,7 +337,7 @@ def held_out_metrics(job: Job, logps: Tensor, start_logps: Tensor) -> dict[str, 
         return {}
     options, metrics = job.options, {"loss": math.nan}
     lengths = torch.from_numpy(job.held_out.lengths()[:, 1:])  # (pairs, 2)
-    if not job.mismatched and LOSSES[options.loss].answers != "drawn":
+    if not job.mismatched and not is_rlhf(options):
         sums = *logps.unbind(dim=1), *start_logps.unbind(dim=1)
         n = dict(zip(("chosen_lengths", "rejected_lengths"), lengths.unbind(dim=1)))
         metrics["loss"] = mean(pair_loss(options.loss, *sums, **n, **loss_options(options)))

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import StepData, encode_example, load_tokenizer, make_batches
+from data import StepData, encode_example, make_batches
 from model import Llama, ModelConfig
 from support.cli import stage
 from support.files import digest, locked, read_json, write_json, write_rows
 from support.grading import pass_at_k, powers_of_two
 from support.rows import Example
 from support.sampling import sample_answers
-from support.tokenizers import byte_tokenizer
+from support.tokenizers import byte_tokenizer, load_tokenizer
 from support.weights import weight_files
 
 OPERATIONS = 3  # number of operations in a problem

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from mio import LOSSES, loss_table, options_of_losses
-from support import builtin_task, checkpoints, cli, files, on_policy, plan, run_folder
+from support import builtin_task, checkpoints, cli, files, lora, on_policy, plan, run_folder
 
 # The defaults of the two kinds of run.
 CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6, "max_new_tokens": 256}
@@ -15,8 +15,8 @@ DEMONSTRATION = {"epochs": 3, "batch_size": 64, "max_length": 96, "lr": 1e-4,
 PLAN = {"gpu": "h100", "mfu": 0.4}
 # The text in --help for defaults that depend on other options.
 SHOWN = {name: f"{CHECKPOINT[name]}, demonstration: {DEMONSTRATION[name]}" for name in CHECKPOINT}
-SHOWN |= PLAN | {"beta": "the loss's own", "out": "out/LOSS", "lora_alpha": "twice the rank",
-                 "lora_targets": "all", "eval_every": "a tenth of the steps"}  # fmt: skip
+SHOWN |= {"beta": "the loss's own", "out": "out/LOSS", "eval_every": "a tenth of the steps"}
+SHOWN |= PLAN | {"lora_alpha": "twice the rank", "lora_targets": lora.DEFAULT_TARGETS}
 LOSS_OPTIONS = options_of_losses().keys()
 LORA_FLAGS = {"lora_rank", "lora_alpha", "lora_targets", "lora_rslora"}
 
@@ -62,7 +62,8 @@ def resolve(options, world):
     defaults["lr"] *= 10 if options.lora_rank or options.init_adapter else 1
     defaults |= PLAN if options.plan else {}
     if options.lora_rank:
-        defaults |= {"lora_alpha": 2.0 * options.lora_rank, "lora_targets": "all"}
+        defaults["lora_alpha"] = lora.ALPHA_PER_RANK * options.lora_rank
+        defaults["lora_targets"] = lora.DEFAULT_TARGETS
     defaults = {name: x for name, x in defaults.items() if getattr(options, name) is None}
     options = dataclasses.replace(options, **defaults, device=cli.pick_device(options.device))
     on_policy.check_draws(options)

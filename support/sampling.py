@@ -113,14 +113,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
 
 
 def draw(
-    model,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    *,
-    seed=0,
-    rows=None,
-    is_over=None,
-    **kwargs,
+    model, prompts: list[list[int]], max_new_tokens, *, seed=0, rows=None, is_over=None, **kwargs
 ) -> list[list[int]]:
     """Continues lists of ids with `model.generate(**kwargs)` and returns the new ids of each.
 

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from data import Pairs, load_pairs, load_tokenizer, split_pairs
+from data import Pairs, load_pairs, split_pairs
 from model import Llama
 from support import lora
 from support.files import read_json
 from support.questions import Item, read_items
+from support.tokenizers import load_tokenizer
 
 # The keys of train_config.json that evaluation reads, with their values for a plain checkpoint.
 TRAINING = {"init": None, "init_adapter": None, "data": None, "eval_data": None, "seed": 0,

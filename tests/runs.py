@@ -6,14 +6,23 @@ import json
 from pathlib import Path
 
 import torch
+from conftest import PAIR_ROWS, tiny_model, write_rows
 
 import train
+from support.tokenizers import byte_tokenizer
 
 torch.set_num_threads(1)  # more threads do not speed up such small models
 
 TIMINGS = ("step_seconds", "tokens_per_second")
 # Files that hold timings, or names of folders.
 DESCRIPTIONS = ("metrics.jsonl", "summary.json", "train_config.json", "training.json", "SHA256SUMS")
+
+
+def make_inputs(folder: Path) -> tuple[Path, Path]:
+    """Writes a tiny checkpoint to folder/init and small data to folder/pairs.jsonl."""
+    tiny_model().save_pretrained(folder / "init")
+    byte_tokenizer().save(folder / "init")
+    return folder / "init", write_rows(folder / "pairs.jsonl", PAIR_ROWS)
 
 
 def run(init: Path, data: Path, out: Path, *flags: str) -> Path:

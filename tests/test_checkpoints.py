@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PAIR_ROWS, byte_tokenizer, tiny_model, write_rows
+from conftest import PAIR_ROWS, tiny_model, write_rows
 from crash import crash_table
-from runs import differences, metrics, refused, run
+from runs import differences, make_inputs, metrics, refused, run
 
 import train
 from support import checkpoints, files, on_policy, run_options, weights
@@ -35,10 +35,7 @@ def steps(folder: Path) -> list[int]:
 def undisturbed(tmp_path_factory):
     """init, pairs.jsonl, and the run of SAVED in `out`, which tests copy before they change it."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    tiny_model().save_pretrained(folder / "init")
-    byte_tokenizer().save(folder / "init")
-    write_rows(folder / "pairs.jsonl", PAIR_ROWS)
-    run(folder / "init", folder / "pairs.jsonl", folder / "out", *SAVED)
+    run(*make_inputs(folder), folder / "out", *SAVED)
     return folder
 
 

@@ -7,8 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import PAIR_ROWS, byte_tokenizer, tiny_model, write_rows
-from runs import metrics, refused, run
+from runs import make_inputs, metrics, refused, run
 
 import train
 from support import run_folder
@@ -20,10 +19,7 @@ from support.files import read_json
 def finished(tmp_path_factory):
     """init, pairs.jsonl, and a finished run with checkpoints in `out`."""
     folder = tmp_path_factory.mktemp("finished")
-    tiny_model().save_pretrained(folder / "init")
-    byte_tokenizer().save(folder / "init")
-    write_rows(folder / "pairs.jsonl", PAIR_ROWS)
-    run(folder / "init", folder / "pairs.jsonl", folder / "out", "--save_every", "1")
+    run(*make_inputs(folder), folder / "out", "--save_every", "1")
     return folder
 
 
