@@ -24,6 +24,8 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+KNOWN_PATTERNS = (GPT2_PATTERN, LLAMA3_PATTERN, LLAMA3_PATTERN.replace("{1,3}", ""))  # Qwen's
+LONG_TEXT = 50_000  # characters; in longer texts tiktoken's regular expressions may fail
 LLAMA3_SPECIALS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
     "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
@@ -51,16 +53,24 @@ def _require(condition, what: str) -> None:
         raise ValueError(f"{what} is not supported; use BPE as Llama, Mistral, Qwen and GPT-2 do")
 
 
-def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], cached: bool) -> Callable:
+def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], splits: list) -> Callable:
     """Returns a function: piece of text -> ids. It uses tiktoken, which joins tokens in order.
-    `ids[i]` holds the ids for `tokens[i]`, several if it is only part of a character."""
+    `ids[i]` holds the ids for `tokens[i]`, several if it is only part of a character. If the last
+    of `splits` is one of KNOWN_PATTERNS, the function takes it over, because tiktoken is faster."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    bpe = tiktoken.Encoding("mio", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
+    known = bool(splits) and splits[-1].pattern[1:-1] in KNOWN_PATTERNS
+    split = splits.pop() if known else None
+    pattern = split.pattern if known else r"[\s\S]+"
+    bpe = tiktoken.Encoding("mio", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode_piece(piece: str) -> tuple[int, ...]:
-        return tuple(id for rank in bpe.encode_ordinary(piece) for id in ids[rank])
+        if known and len(piece) > LONG_TEXT:
+            found = [rank for part in split.findall(piece) for rank in bpe.encode_ordinary(part)]
+        else:
+            found = bpe.encode_ordinary(piece)
+        return tuple(id for rank in found for id in ids[rank])
 
-    return functools.lru_cache(2**16)(encode_piece) if cached else encode_piece
+    return functools.lru_cache(2**16)(encode_piece) if splits and not known else encode_piece
 
 
 def merge(token: str, ranks: dict[tuple[str, str], int]) -> tuple[list[str], int]:
@@ -317,9 +327,10 @@ def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
     numbered = enumerate(LLAMA3_SPECIALS, start=len(ranks))
     added_tokens = [{"id": id, "content": text, "special": True} for id, text in numbered]
     ids = [(rank,) for rank in ranks.values()]
-    fields = {"encode_piece": piece_encoder(list(ranks), ids, cached=True),
+    splits = [regex.compile(f"({LLAMA3_PATTERN})")]
+    fields = {"encode_piece": piece_encoder(list(ranks), ids, splits),
               "token_bytes": {rank: token for token, rank in ranks.items()},
-              "splits": [regex.compile(f"({LLAMA3_PATTERN})")]}  # fmt: skip
+              "splits": splits}  # fmt: skip
     return fields, added_tokens, LLAMA3_SPECIALS[0]
 
 
@@ -351,7 +362,7 @@ def _read_spec(settings: dict) -> tuple[dict, list[dict], str | None]:
         fields["strip"] = fields["space"] != "never" and bool(decoders & {"Strip", "Metaspace"})
         token_bytes |= {vocab[token]: bytes([i]) for i, token in enumerate(FALLBACK_TOKENS)}
     tokens, ids = byte_pairs(vocab, merges, ignore_merges, byte_level)
-    fields["encode_piece"] = piece_encoder(tokens, ids, cached=bool(fields["splits"]))
+    fields["encode_piece"] = piece_encoder(tokens, ids, fields["splits"])
     fields["token_bytes"] = token_bytes
     for step in _steps(spec.get("post_processor"), "processors"):
         if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:

@@ -293,7 +293,7 @@ def test_merges_in_any_order_equal_those_of_the_library(draw, ignore_merges, shu
         assert ignore_merges and "a missing merge of" in str(error)
         hypothesis.event("refused")
         return
-    encode = piece_encoder(tokens, ids, cached=False)
+    encode = piece_encoder(tokens, ids, [])
     for text in draw.draw(st.lists(st.text("abc", max_size=12), min_size=5, max_size=5)):
         assert list(encode(text)) == theirs.encode(text).ids
 
@@ -308,15 +308,15 @@ def test_merge_joins_the_leftmost_pair_of_lowest_rank():
 
 def test_tiktoken_joins_only_pairs_that_the_file_lists():
     vocab = {char: i for i, char in enumerate(BYTE_OF_CHAR)} | {"bc": 300, "abc": 301}
-    encode = piece_encoder(*byte_pairs(vocab, [("b", "c")], False, True), cached=False)
+    encode = piece_encoder(*byte_pairs(vocab, [("b", "c")], False, True), [])
     assert encode("abc") == (vocab["a"], 300)
-    encode = piece_encoder(*byte_pairs(vocab, [("b", "c"), ("a", "bc")], False, True), cached=True)
+    encode = piece_encoder(*byte_pairs(vocab, [("b", "c"), ("a", "bc")], False, True), [])
     assert encode("abc") == (301,)
     # ignore_merges: "abc" becomes a token as a whole piece, though no merge makes it.
     del vocab["bc"]
     start = BYTE_CHARS[0xE6], BYTE_CHARS[0x96]  # of the three bytes of 文
     vocab |= {"".join(start): 302, "文字x": 303}  # the latter is written by no text
-    encode = piece_encoder(*byte_pairs(vocab, [start], True, True), cached=True)
+    encode = piece_encoder(*byte_pairs(vocab, [start], True, True), [])
     assert encode("文字x") == (302, *"文字x".encode()[2:])
     assert encode("abc") == (301,) and encode("abcd") == tuple(vocab[char] for char in "abcd")
     with pytest.raises(ValueError, match="a missing merge of 'bc'"):
