@@ -160,7 +160,7 @@ def split_pairs(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]
 
 # --- Packed batches: the two answers of a pair share the prompt's computation ---------------------
 
-ROW_TOKENS, MICRO_TOKENS = 128, 4096  # default numbers of tokens in a row, in a forward pass
+LAYOUT = (128, 4096)  # default numbers of tokens in a row (row_tokens), a pass (micro_tokens)
 
 
 class Batch(NamedTuple):

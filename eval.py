@@ -21,16 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (
-    MICRO_TOKENS,
-    ROW_TOKENS,
-    Batch,
-    Pairs,
-    answer_states,
-    autocast,
-    make_batches,
-    needs_fixed_length,
-)
+from data import LAYOUT, Batch, Pairs, answer_states, autocast, make_batches, needs_fixed_length
 from mio import chunked_logps, pair_loss
 from model import Llama
 from support.builtin_task import SAMPLES, TEST_PROBLEMS, task_values
@@ -160,7 +151,7 @@ def preference_row(logps: Tensor, ref_logps: Tensor, pairs: Pairs) -> Row:
 
 def pair_blocks(model, tokenizer, reference, path, title, pairs: Pairs, options, training) -> dict:
     """The columns of a file of pairs: title -> columns of preferences and of the critic."""
-    layout = ROW_TOKENS, MICRO_TOKENS, getattr(torch, training["dtype"])
+    layout = *LAYOUT, getattr(torch, training["dtype"])
     if reference and reference.config.vocab_size != (size := model.config.vocab_size):
         sizes = f"has {reference.config.vocab_size} ids, but the model to compare has {size}"
         raise ValueError(f"{training['init']}: {sizes}; name runs that started from the same model")
@@ -208,7 +199,7 @@ def evaluate(run: Run, shots: dict[str, str], options: "Options") -> tuple[dict,
         questions = model, tokenizer, path, rows, shots[path]
         title += f", {options.k} shots" if shots[path] else ""
         if rows[0].choices:
-            logps = answer_logps(model, choice_rows(*questions), ROW_TOKENS, MICRO_TOKENS, dtype)
+            logps = answer_logps(model, choice_rows(*questions), *LAYOUT, dtype)
             blocks[title] = choice_columns(rows, [x.double().numpy() for x in logps])
             answers[title] = [x.tolist() for x in logps]
         else:

@@ -254,13 +254,7 @@ class Llama(nn.Module):
                 x = block.forward(x, rotary, mask, cache[index], positions)
         return self.model["norm"](x)
 
-    def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
-        top_p: float = 1.0, stop_ids=(), seed: int = 0, **kwargs,
-    ) -> list[list[int]]:  # fmt: skip
-        """Samples an answer to each prompt; support.sampling.generate describes the arguments."""
-        kwargs |= {"temperature": temperature, "top_p": top_p, "stop_ids": stop_ids, "seed": seed}
-        return generate(self, prompts, max_new_tokens, **kwargs)
+    generate = generate  # samples an answer to each prompt; see support/sampling.py
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Llama":

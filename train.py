@@ -26,11 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import eval as evaluation
-from data import Batch, StepData, answer_states, autocast, epoch_order, row_length
+from data import LAYOUT, Batch, StepData, answer_states, autocast, epoch_order, row_length
 from mio import LOSSES, OPTION_BOUNDS, Answers, fused_pair_loss, options_of_losses, pair_loss
 from model import Llama
-from support import builtin_task, checkpoints, lora, run_folder
-from support.checkpoints import MAY_CHANGE, Progress
+from support import builtin_task, lora, run_folder
 from support.cli import option, stage
 from support.distributed import World, join
 from support.figures import table, task_row
@@ -38,6 +37,7 @@ from support.files import locked, write_json
 from support.job import Job, TrainingError, describe, first_progress, load_job, logps_of
 from support.on_policy import draw_pairs, draws, is_rlhf, prompts_per_step
 from support.plan import GPUS, PRESETS, plan
+from support.run_folder import MAY_CHANGE, Progress
 from support.run_options import parse_options
 
 
@@ -60,8 +60,8 @@ class RunOptions:
     samples: int = option(8, "answers drawn to each prompt", least=2, most=1024)
     max_new_tokens: int | None = option(None, "most tokens of a drawn answer", least=1)
     max_length: int | None = option(None, "most tokens of a prompt plus its longer answer", least=2)
-    row_tokens: int = option(evaluation.ROW_TOKENS, "most tokens of a row of pairs", least=1)
-    micro_tokens: int = option(evaluation.MICRO_TOKENS, "most tokens in a forward pass", least=1)
+    row_tokens: int = option(LAYOUT[0], "most tokens of a row of pairs", least=1)
+    micro_tokens: int = option(LAYOUT[1], "most tokens in a forward pass", least=1)
     lora_rank: int | None = option(None, "train adapters of this rank on frozen weights", least=1)
     lora_alpha: float | None = option(None, "numerator of the adapters' scale", above=0, most=1e6)
     lora_targets: str | None = option(None, "all, attention, or names such as q_proj,v_proj")
@@ -195,7 +195,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
     held-out pairs' log-probs (pairs, 2) and the metrics of the last step."""
     options, model, world, tokens = job.options, job.model, job.world, progress.num_tokens
     optimizer = make_optimizer(model, options)
-    checkpoints.put_moments(model, optimizer, progress.moments, world)
+    run_folder.put_moments(model, optimizer, progress.moments, world)
     remaining = range(progress.step + 1, job.stop + 1)
     with run_folder.metrics_log(job) as (row, log):
         end = progress.start_logps
@@ -244,7 +244,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
             if save:
                 check_weights(job, step)
                 now = progress._replace(step=step, num_tokens=tokens)
-                checkpoints.save_checkpoint(job, optimizer, now)
+                run_folder.save_checkpoint(job, optimizer, now)
             if stopped:
                 signals[:] = world.cat([received]).tolist()  # waits for the first process to save
                 break
@@ -392,8 +392,9 @@ def main(argv: list[str] | None = None) -> Path:
                 print(plan(options))
                 parser.exit()
             # Base model and pairs
-            sources = options.init or builtin_task.base_folder(options), options.init_adapter
-            run_folder.check_out(options, (*sources, options.data, options.eval_data))
+            base = options.init or builtin_task.base_folder(options)
+            sources = base, options.init_adapter, options.data, options.eval_data
+            run_folder.check_out(options, sources)
             if not options.init:
                 if options.lora_rank:  # finds a wrong rank or target before training the base
                     with torch.device("meta"):
@@ -403,18 +404,18 @@ def main(argv: list[str] | None = None) -> Path:
             job = load_job(options, world)
             if world.first:
                 stack.enter_context(locked(folder))
-                run_folder.check_free(options)
+                run_folder.check_out(options, sources)
         except (OSError, ValueError) as error:
             parser.error(error)
         print(describe(job), flush=True)
         try:
             # Reference log-probs
             world.shard(job.model, getattr(torch, options.dtype), options.device)
-            progress = checkpoints.load_progress(job) if job.checkpoint else first_progress(job)
+            progress = run_folder.load_progress(job) if job.checkpoint else first_progress(job)
             if world.first:
                 run_folder.begin(job.options, job.record, world.count)
             # Training
-            signals = stack.enter_context(checkpoints.catch_signals())
+            signals = stack.enter_context(run_folder.catch_signals())
             with stage(f"training: {options.loss}") as notes:
                 end, last = train(job, progress, signals)
                 notes.append(f"metrics.jsonl in {folder}")
@@ -425,7 +426,7 @@ def main(argv: list[str] | None = None) -> Path:
                     finish(job, progress.start_logps, end, last, began)
                 return folder
         except OSError as error:
-            saved = checkpoints.newest_checkpoint(folder)
+            saved = run_folder.newest_checkpoint(folder)
             remedy = f"; {saved} is complete, --resume continues from it" if saved else ""
             parser.error(f"{error}{remedy}")
         except TrainingError as error:

@@ -55,7 +55,7 @@ LOSSES |= {
 
 # The flags of train.py list the losses that are declared when it is imported.
 import train  # noqa: E402
-from data import MICRO_TOKENS, ROW_TOKENS, load_pairs  # noqa: E402
+from data import LAYOUT, load_pairs  # noqa: E402
 from eval import pair_logps  # noqa: E402
 from support.trained_run import load_checkpoint  # noqa: E402
 
@@ -113,7 +113,7 @@ def likelihood(base: str, file: str) -> tuple[Tensor, Tensor, list]:
     """Log-probs of the chosen answers of a file: (pairs,) sums, (pairs,) means, and the pairs."""
     model, tokenizer = load_checkpoint(ROOT / base, "cpu", torch.float32)
     pairs = load_pairs(ROOT / file, tokenizer, 96)
-    sums = pair_logps(model, pairs, ROW_TOKENS, MICRO_TOKENS, torch.float32)[:, 0]
+    sums = pair_logps(model, pairs, *LAYOUT, torch.float32)[:, 0]
     return sums, sums / torch.tensor(pairs.lengths()[:, 1]), pairs
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from support.checkpoints import MAY_CHANGE
 from support.files import read_json, read_rows
-from support.run_folder import PROVENANCE
+from support.run_folder import MAY_CHANGE, PROVENANCE
 
 PANELS = {  # title -> metrics; a panel whose title begins with Δ shows their change since step 0
     "Δ log-prob of chosen answers, nats": ("logps/chosen",),

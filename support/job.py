@@ -17,7 +17,7 @@ from data import Pairs, load_pairs, needs_fixed_length, split_pairs, truncate
 from eval import pair_logps
 from mio import LOSSES
 from model import Llama
-from support import checkpoints, lora, on_policy, weights
+from support import lora, on_policy, run_folder, weights
 from support.cli import stage
 from support.files import digest, read_json
 from support.trained_run import load_checkpoint
@@ -67,7 +67,7 @@ class Job(NamedTuple):
 
 def load_job(options, world) -> Job:
     """Loads and checks a job. Raises OSError or ValueError with the file or flag and a remedy."""
-    checkpoint = checkpoints.newest_checkpoint(Path(options.out)) if options.resume else None
+    checkpoint = run_folder.newest_checkpoint(Path(options.out)) if options.resume else None
     record = read_json(checkpoint / "training.json") if checkpoint else {}
     model, tokenizer, reference = load_models(options, checkpoint, world)
     loss, pairs, held_out = LOSSES[options.loss], Pairs(), Pairs()
@@ -103,7 +103,7 @@ def load_job(options, world) -> Job:
     every = options.eval_every or max(1, math.ceil(job.steps / 10))
     job = job._replace(options=dataclasses.replace(options, eval_every=every))
     if record:
-        checkpoints.check_resumed(job)
+        run_folder.check_resumed(job)
     return job
 
 
@@ -187,11 +187,11 @@ def logps_of(job: Job, pairs: Pairs) -> Tensor:
     return logps
 
 
-def first_progress(job: Job) -> checkpoints.Progress:
+def first_progress(job: Job) -> run_folder.Progress:
     """The state at step 0: log-probs of training and held-out pairs under the initial weights."""
     compared = job.pairs if LOSSES[job.options.loss].needs_reference else None
     refs = [reference_logps(job, pairs) if pairs else None for pairs in (compared, job.mismatched)]
-    return checkpoints.Progress(0, 0, *refs, logps_of(job, job.held_out), {})
+    return run_folder.Progress(0, 0, *refs, logps_of(job, job.held_out), {})
 
 
 def hash_pairs(pairs: Pairs) -> str:

@@ -26,14 +26,6 @@ GPUS = {"h100": (80, 989, 67, 3350), "a100": (80, 312, 19.5, 2039), "h200": (141
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def check_plan(options, draws: bool) -> None:
-    """Raises ValueError unless the options name one model and a run on pairs."""
-    if (options.plan == "init") != bool(options.init):
-        raise ValueError("--plan: give a preset, or only --plan with --init FOLDER")
-    if draws or options.init_adapter:
-        raise ValueError("--plan: leave out --on_policy, --loss rlhf and --init_adapter")
-
-
 class Needs(NamedTuple):
     """Bytes in each GPU, by kind and at the peak of a step, and each GPU's work in a step."""
 
@@ -146,47 +138,34 @@ def needs_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) -
 
 
 def plan(options) -> str:
-    """Reports whether the run fits --gpu, which flags make it fit, and a step's memory and time."""
+    """A table of the memory and time of a step on one --gpu, for all combinations of three flags
+    that save memory, and of the fewest GPUs that hold the step. A > marks the given options."""
     init, options = Path(options.init or options.plan), dataclasses.replace(options, device="cuda")
     config = PRESETS.get(options.plan) or ModelConfig.from_hf(read_json(init / "config.json"))
     memory, *peak_speeds, bandwidth = GPUS[options.gpu]
     rank = options.lora_rank or min(16, config.num_key_value_heads * config.head_dim)
-
-    def fits(found: Needs) -> bool:  # leaves a margin of 10 %, because the needs are estimates
-        return 1.1 * found.peak <= memory * 1e9
-
-    lines = [f"{init.name[-32:]}, {options.dtype}, on one {options.gpu} of {memory} GB: fits"]
-    if not fits(needs_of_longest_pairs(config, options, gpus=1)):
-        lines = [lines[0].removesuffix("fits") + "does not fit"]
-        # The fewest GPUs, then the fastest flags, without and with adapters.
-        counts = [gpus for gpus in GPU_COUNTS if gpus <= options.batch_size]
-        half, recompute = {"dtype": "bfloat16"}, {"checkpointing": "on"}
-        flags = [{}, half, recompute, recompute | half]
-        for lora_rank in dict.fromkeys((options.lora_rank, rank)):
-            for gpus, changes in product(counts, flags):
-                changes = {"lora_rank": lora_rank} | changes
-                if fits(needs_of_longest_pairs(config, options, gpus, **changes)):
-                    words = [f"{gpus} GPUs"] if gpus > 1 else []
-                    words += [f"--{k} {v}" for k, v in changes.items() if v != getattr(options, k)]
-                    lines.append(f"  it fits with {' '.join(words)}")
-                    break
-    parameters = needs_of_longest_pairs(config, options, gpus=1, lora_rank=None).parameters
-    lines.append(f"""
-{parameters:,} parameters, {options.batch_size} pairs a step of up to {options.max_length} tokens.
-GB in each GPU, * fits with a tenth to spare; then of a step PFLOP, TB moved,
-seconds at {options.mfu:.0%} of peak.
-
-            GPU weight   grad moment   kept   head   peak   PFLOP    TB       s""")
-    for lora_rank, checkpointing in product((None, rank), ("off", "on")):
-        changes = {"lora_rank": lora_rank, "checkpointing": checkpointing}
-        label = f"rank {rank}" if lora_rank else "all weights"
+    counts, rows = [gpus for gpus in GPU_COUNTS if gpus <= options.batch_size], []
+    for flags in product((None, rank), ("float32", "bfloat16"), ("off", "on")):
+        lora_rank, dtype, checkpointing = flags
+        changes = {"lora_rank": lora_rank, "dtype": dtype, "checkpointing": checkpointing}
+        found = [needs_of_longest_pairs(config, options, gpus, **changes) for gpus in counts]
+        # A tenth of the memory stays free, because the needs are estimates.
+        fits = [gpus for gpus, each in zip(counts, found) if 1.1 * each.peak <= memory * 1e9]
+        one, speed = found[0], 1e12 * options.mfu * peak_speeds[dtype == "float32"]
+        seconds = max(one.flops / speed, one.traffic / (1e9 * bandwidth))
+        label = f"rank {rank} {dtype}" if lora_rank else f"all {dtype}"
         label = label if checkpointing == "off" else "  recomputed"
-        for gpus in GPU_COUNTS:
-            found = needs_of_longest_pairs(config, options, gpus, **changes)
-            speed = 1e12 * options.mfu * peak_speeds[options.dtype == "float32"]
-            seconds = max(found.flops / speed, found.traffic / (1e9 * bandwidth))
-            line = f"{label:12}{gpus:3}" + "".join(f"{part / 1e9:7.1f}" for part in found[1:7])
-            work = f"{found.flops / 1e15:7.2f}{found.traffic / 1e12:6.2f}{seconds:8.1f}"
-            lines.append(f"{line}{'*' if fits(found) else ' '}{work}")
-            label = ""
-    return "\n".join(lines)
+        mark = ">" if changes.items() <= vars(options).items() else " "
+        row = f"{mark} {label:17}" + "".join(f"{part / 1e9:7.1f}" for part in one[1:7])
+        rows.append(f"{row}{one.flops / 1e15:7.2f}{seconds:7.1f}{fits[0] if fits else '-':>5}")
+    total = needs_of_longest_pairs(config, options, gpus=1, lora_rank=None).parameters
+    pairs = f"{options.batch_size} pairs of up to {options.max_length} tokens"
+    return f"""{init.name[-32:]}: {total:,} parameters,
+{pairs} in a step on one {options.gpu} of {memory} GB
+
+{"GB, then PFLOP, s":19} weight   grad moment   kept   head   peak  PFLOP      s GPUs
+{chr(10).join(rows)}
+
+kept: for the backward pass; s: seconds of a step at {options.mfu:.0%} of peak speed;
+GPUs: the fewest on which the step fits and leaves a tenth of the memory free;
+recomputed: --checkpointing on; >: the given flags"""

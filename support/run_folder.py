@@ -1,27 +1,50 @@
-"""The folder of a run: which folders --out may name, and the files that a run keeps in it."""
+"""The folder of a run: its files, and the checkpoints from which the run resumes exactly.
+
+checkpoints/step-NNNNNN/ is a folder of a model, or only of its adapter, with training.safetensors,
+training.json and SHA256SUMS.
+"""
 
 import contextlib
+import dataclasses
+import hashlib
 import json
 import math
+import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from support.checkpoints import recorded
-from support.files import write_json, written_whole
+from support.cli import check_value, pick_device
+from support.files import digest_file, flush_to_disk, read_json, write_json, written_whole
+from support.lora import lora_of, save_adapter
 from support.tokenizers import TOKENIZER_FILES
+from support.weights import save_tensors
 
+FILES = ("init", "init_adapter", "data", "eval_data")  # files may move between runs, but not change
+# Options that a resumed run may change.
+MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out",
+              "tensorboard")  # fmt: skip
+RECORD_KEYS = {"step", "num_tokens", "inputs", "metrics", "options"}  # the keys of training.json
 PROVENANCE = ("commit", "versions", "machine", "processes")  # keys of train_config.json
 RESULTS = ("summary.json", "eval.json", "config.json", "model*.safetensors*", "adapter",
            *TOKENIZER_FILES, "*.partial", "checkpoints/*.partial")  # fmt: skip
 PROGRESS = ("metrics.jsonl", "checkpoints", "tensorboard")  # a resumed run continues these
 
 
+# --- Files ----------------------------------------------------------------------------------------
+
+
 def check_out(options, sources: list) -> None:
-    """Raises ValueError if --out holds files of no run, or `sources`, which the run reads."""
+    """Raises ValueError if --out holds `sources`, which the run reads, or files that belong to no
+    run, or a run without --resume or --overwrite."""
     folder = Path(options.out)
     for source in filter(None, sources):
         if Path(source).resolve().is_relative_to(folder.resolve()):
@@ -29,17 +52,10 @@ def check_out(options, sources: list) -> None:
                              "another folder")  # fmt: skip
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder}: is a file; choose another name")
-    if not folder.is_dir() or all(path.suffix == ".partial" for path in folder.iterdir()):
-        return
-    if not (folder / "train_config.json").is_file():
+    found = [path for path in folder.glob("*") if path.suffix != ".partial"]
+    if found and not (folder / "train_config.json").is_file():
         raise ValueError(f"--out {folder}: holds other files; choose an empty folder")
-    check_free(options)
-
-
-def check_free(options) -> None:
-    """Raises ValueError if --out holds a run, unless --resume or --overwrite is given."""
-    folder = Path(options.out)
-    if (folder / "train_config.json").is_file() and not (options.resume or options.overwrite):
+    if found and not (options.resume or options.overwrite):
         finished = (folder / "summary.json").is_file()
         state = "a finished run" if finished else "an unfinished run, which --resume continues"
         raise ValueError(f"--out {folder}: holds {state}; --overwrite replaces it, another --out "
@@ -102,3 +118,173 @@ def strict_json(row: dict) -> str:
     """Returns a row as JSON, with null for infinity and NaN, which JSON does not have."""
     finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
     return json.dumps(finite, allow_nan=False)
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+class Progress(NamedTuple):
+    """The state of a run besides its weights. The order of the pairs follows from seed and step."""
+
+    step: int
+    num_tokens: int
+    ref_logps: Tensor | None  # (pairs, 2) log-probs under the reference
+    ref_mismatched: Tensor | None  # (pairs, 2) log-probs of job.mismatched under the reference
+    start_logps: Tensor  # (held-out pairs, 2) log-probs under the weights of step 0
+    moments: dict[str, Tensor]  # AdamW's "exp_avg.NAME", "exp_avg_sq.NAME", "step.NAME"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, the oldest first."""
+    found = (p for p in folder.glob("checkpoints/step-*") if re.fullmatch("step-[0-9]+", p.name))
+    return sorted(filter(Path.is_dir, found), key=lambda p: int(p.name[5:]))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    return (checkpoints(folder) or [None])[-1]
+
+
+def recorded(options) -> dict:
+    """The options as train_config.json and checkpoints store them, for --config and --resume."""
+    return dataclasses.asdict(options) | {"resume": False, "overwrite": False, "config": None}
+
+
+def put_moments(model, optimizer, moments: dict[str, Tensor], world) -> None:
+    """Restores the state of AdamW from tensors under the names in `Progress.moments`."""
+    for name, moment in moments.items():
+        key, _, parameter = name.partition(".")
+        parameter = model.get_parameter(parameter)
+        optimizer.state[parameter][key] = world.place(moment, parameter)
+
+
+def save_checkpoint(job, optimizer, progress: Progress) -> None:
+    """Writes a checkpoint of job.model and the optimizer, then removes the oldest beyond --keep.
+    A crash leaves the new checkpoint complete or absent, because older ones are removed last."""
+    folder, options = Path(job.options.out), job.options
+    states = {name: optimizer.state.get(p, {}) for name, p in job.model.named_parameters()}
+    moments = {f"moments.{key}.{n}": x for n, state in states.items() for key, x in state.items()}
+    tensors, model = job.world.gather_state(moments), job.world.gather_model(job.model)
+    if not job.world.first:
+        return
+    refs = {"ref_logps": progress.ref_logps, "ref_mismatched": progress.ref_mismatched}
+    tensors |= {name: logps for name, logps in refs.items() if logps is not None}
+    tensors |= {"start": progress.start_logps, "random.cpu": torch.get_rng_state()}
+    if options.device != "cpu":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(options.device)
+    flush_to_disk(folder / "metrics.jsonl")
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    hashed = {"bytes": len(metrics), "sha256": hashlib.sha256(metrics).hexdigest()}
+    record = {"step": progress.step, "num_tokens": progress.num_tokens, "inputs": job.inputs}
+    record |= {"metrics": hashed, "options": recorded(options)}
+    checkpoint = folder / "checkpoints" / f"step-{progress.step:06}"
+    checkpoint.parent.mkdir(exist_ok=True)
+    with written_whole(checkpoint) as partial:
+        if lora_of(model):
+            save_adapter(model, partial, options.init)
+        else:
+            model.save_pretrained(partial)
+            job.tokenizer.save(partial)
+        save_tensors(partial / "training.safetensors", tensors)
+        write_json(partial / "training.json", record)
+        (partial / "SHA256SUMS").write_text("".join(checksums(partial)))
+    for old in checkpoints(folder)[: -options.keep]:
+        shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
+
+
+def checksums(checkpoint: Path) -> list[str]:
+    """One line per file, in the format of sha256sum."""
+    files = sorted(file for file in checkpoint.iterdir() if file.name != "SHA256SUMS")
+    return [f"{digest_file(file)}  {file.name}\n" for file in files]
+
+
+def read_record(checkpoint: Path) -> dict:
+    """Reads training.json. Raises ValueError that names the file if a file of the checkpoint, or
+    a row of metrics.jsonl up to its step, has changed since the run wrote it."""
+    remedy = f"remove {checkpoint} to resume from the checkpoint before it"
+    sums, found = checkpoint / "SHA256SUMS", set(checksums(checkpoint))
+    stored = set(sums.read_text(errors="replace").splitlines(True)) if sums.is_file() else set()
+    if stored != found:
+        names = {line[66:].strip() for line in stored ^ found}
+        file = checkpoint / names.pop() if len(names) == 1 else sums
+        raise ValueError(f"{file}: does not match {sums.name}; {remedy}")
+    record = read_json(checkpoint / "training.json")
+    if record.keys() != RECORD_KEYS or checkpoint.name != f"step-{record['step']:06}":
+        raise ValueError(f"{checkpoint / 'training.json'}: is not a record of this step; {remedy}")
+    file, metrics = checkpoint.parent.parent / "metrics.jsonl", record["metrics"]
+    rows = file.read_bytes()[: metrics["bytes"]] if file.is_file() else b""
+    if hashlib.sha256(rows).hexdigest() != metrics["sha256"]:
+        raise ValueError(f"{file}: has changed up to step {record['step']}; restore it, or start "
+                         "again with --overwrite")  # fmt: skip
+    return record
+
+
+def load_progress(job) -> Progress:
+    """Reads the state of the run from job.checkpoint and restores the random-number generators."""
+    tensors = load_file(job.checkpoint / "training.safetensors")
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], job.options.device)
+    moments = {n.removeprefix("moments."): x for n, x in tensors.items() if n[:8] == "moments."}
+    refs = tensors.get("ref_logps"), tensors.get("ref_mismatched")
+    return Progress(job.record["step"], job.record["num_tokens"], *refs, tensors["start"], moments)
+
+
+def check_resumed(job) -> None:
+    """Raises ValueError if an input has changed, or if the checkpoint is beyond the last step."""
+    options, record = job.options, job.record
+    for name, value in job.inputs.items():
+        if value != record["inputs"].get(name):
+            flag = name if getattr(options, name) else "data"  # held-out pairs may come from --data
+            kind = "folder" if name.startswith("init") else "file"
+            raise ValueError(f"--{flag} {getattr(options, flag)}: the {kind} has changed since the "
+                             f"run in {options.out} started; restore it, or start again with "
+                             "--overwrite")  # fmt: skip
+    if record["step"] > job.stop:
+        raise ValueError(f"{job.checkpoint}: is beyond the {job.stop} steps of this run; raise "
+                         "--epochs or --max_steps, or remove the checkpoint")  # fmt: skip
+
+
+def resumed_options(flags: dict, cls, default_out) -> dict:
+    """The options of the run that --resume continues, changed by `flags` from the command line.
+    cls is their dataclass, and default_out(options) the default of --out. Raises ValueError."""
+    folder = Path(flags.get("out") or default_out(cls(**flags)))
+    checkpoint, config = newest_checkpoint(folder), folder / "train_config.json"
+    if checkpoint:
+        found = read_record(checkpoint)["options"]
+    elif not config.is_file():
+        raise ValueError(f"--resume: there is no run in {folder}; leave out --resume to start one, "
+                         "or name the folder of an existing run with --out")  # fmt: skip
+    elif (folder / "summary.json").is_file():
+        raise ValueError(f"--resume: the run in {folder} is finished and has no checkpoints, which "
+                         "--save_every writes; start it again with --overwrite")  # fmt: skip
+    else:
+        found = read_json(config)
+    stored = {f.name: check_value(f, found.get(f.name, f.default)) for f in dataclasses.fields(cls)}
+    if "device" in flags:
+        flags = flags | {"device": pick_device(flags["device"])}
+    for name, value in flags.items():
+        may_change = name in (*MAY_CHANGE, "resume", "overwrite", "config")
+        moved = name in FILES and stored[name] is not None
+        if value != stored[name] and not (may_change or moved):
+            raise ValueError(f"--{name} {value}: the run in {folder} has {stored[name]}; leave out "
+                             f"--{name} with --resume")  # fmt: skip
+    return stored | flags | {"out": str(folder)}
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Yields a list that collects SIGINT and SIGTERM. The second signal ends the process."""
+    received: list[int] = []
+
+    def receive(number, _frame):
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+
+    handlers = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from mio import LOSSES, loss_table, options_of_losses
-from support import builtin_task, checkpoints, cli, files, lora, on_policy, plan, run_folder
+from support import builtin_task, cli, files, lora, on_policy, run_folder
 
 # The defaults of the two kinds of run.
 CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6, "max_new_tokens": 256}
@@ -41,7 +41,7 @@ def parse_options(argv: list[str] | None, cls: type, description: str, world):
             flags = {name: x for name, x in found.items() if name not in skipped} | flags
         flags = {name: cli.check_value(fields[name], value) for name, value in flags.items()}
         if flags.get("resume"):
-            flags = checkpoints.resumed_options(flags, cls, default_out)
+            flags = run_folder.resumed_options(flags, cls, default_out)
         return parser, resolve(cls(**flags), world)
     except (OSError, ValueError) as error:
         parser.error(error)
@@ -77,9 +77,11 @@ def check_together(options) -> None:
     shortest = builtin_task.PAIR_TOKENS
     loss, length = LOSSES[options.loss], options.max_length or shortest
     given = {name for name, x in vars(options).items() if x or type(x) in (int, float)}
-    if options.plan:
-        plan.check_plan(options, on_policy.draws(options))
-    elif ("init" in given) != ("data" in given):
+    if options.plan and (options.plan == "init") != ("init" in given):
+        raise ValueError("--plan: give a preset, or only --plan with --init FOLDER")
+    if options.plan and (on_policy.draws(options) or options.init_adapter):
+        raise ValueError("--plan: leave out --on_policy, --loss rlhf and --init_adapter")
+    if not options.plan and ("init" in given) != ("data" in given):
         missing = "--data FILE.jsonl" if options.init else "--init FOLDER"
         raise ValueError(f"{missing} is missing: --init and --data go together, or leave out both")
     if options.resume and options.overwrite:

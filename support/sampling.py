@@ -1,6 +1,5 @@
 """Sampling from a model: generation with a cache, prompts and answers as text, and stop texts."""
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -13,8 +12,8 @@ GENERATION_TOKENS = 2**16  # tokens of prompts and answers in the cache at a tim
 
 
 @torch.no_grad()
-def generate(model, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0,
-             top_p: float = 1.0, stop_ids=(), seed: int = 0, rows: int | None = None,
+def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
+             top_p: float = 1.0, stop_ids=(), seed: int = 0, *, rows: int | None = None,
              is_over: Callable[[int, list[int]], bool] | None = None,
              progress: Callable[[list[int]], None] | None = None) -> list[list[int]]:  # fmt: skip
     """Continues each prompt until a stop id or for `max_new_tokens`. Returns the new ids of each,
@@ -99,10 +98,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
         return logits.argmax(dim=-1)
     probabilities, order = (logits / temperature).softmax(dim=-1), None  # (B, V)
     if top_p < 1:
-        # The full vocabulary is sorted only if its 1,024 most probable tokens do not suffice.
-        top = probabilities.topk(min(1024, probabilities.shape[-1]), dim=-1)
-        enough = bool((top.values.sum(dim=-1) >= top_p).all())
-        probabilities, order = top if enough else probabilities.sort(dim=-1, descending=True)
+        probabilities, order = probabilities.sort(dim=-1, descending=True)
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
@@ -120,20 +116,12 @@ def draw(
     Sorts the prompts by length and splits them into parts of GENERATION_ROWS. The seed of a part is
     `seed` plus the number of prompts in earlier parts. rows: how many prompts of a part are
     generated at a time, as many as GENERATION_TOKENS allow if None. is_over(index of the prompt,
-    ids so far) ends an answer. A long draw shows a progress bar with tokens per second."""
+    ids so far) ends an answer. A long draw shows a progress bar."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
-    started, tokens = time.perf_counter(), 0
     quick = len(prompts) <= GENERATION_ROWS and max_new_tokens <= 48  # needs no progress bar
     with tqdm(total=len(order), desc="answers", unit="answer", leave=None, disable=quick) as bar:
-
-        def progress(answer):
-            nonlocal tokens
-            tokens += len(answer)
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s", False)
-            bar.update()
-
-        kwargs["progress"] = progress
+        kwargs["progress"] = lambda answer: bar.update()
         for start in range(0, len(order), GENERATION_ROWS):
             part = order[start : start + GENERATION_ROWS]
             texts, longest = [prompts[i] for i in part], len(prompts[part[-1]]) + max_new_tokens

@@ -3,15 +3,18 @@ reads `tokenizer.json` or Llama 3's `tokenizer.model` and refuses other tokenize
 
 import base64
 import dataclasses
+import datetime
 import functools
+import json
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import regex  # a dependency of tiktoken
 import tiktoken
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from support.chat import render_template
 from support.files import parse_json
 from support.rows import UnusableError
 
@@ -46,6 +49,9 @@ BYTE_OF_CHAR = {char: byte for byte, char in enumerate(BYTE_CHARS)}
 FALLBACK_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's tokens of bytes
 SPACE = "▁"  # SentencePiece's space, also its prefix of a text that follows:
 PREFIXED = {"nothing": ("first", "always", "legacy"), "token": ("always", "legacy"), "text": ()}
+
+
+# --- Byte-pair encoding ---------------------------------------------------------------------------
 
 
 def _require(condition, what: str) -> None:
@@ -122,6 +128,45 @@ def _to_bytes(token: str, byte_level: bool) -> bytes:
     if byte_level and BYTE_OF_CHAR.keys() >= set(token):
         return bytes(BYTE_OF_CHAR[char] for char in token)
     return token.encode()
+
+
+# --- Chat templates: Jinja programs that format messages as one text ------------------------------
+
+
+class Generation(Extension):  # {% generation %} marks the model's turns; it is ignored
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def raise_exception(message):
+    raise UnusableError(f"the chat template refuses the messages: {message}")
+
+
+ENVIRONMENT = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+)
+ENVIRONMENT.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+ENVIRONMENT.globals["raise_exception"] = raise_exception
+ENVIRONMENT.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+compile_template = functools.lru_cache(maxsize=8)(ENVIRONMENT.from_string)
+
+
+def render_template(source: str, messages: list[dict], add_generation_prompt: bool, names) -> str:
+    """Renders a chat template as transformers does; `names` holds bos_token, eos_token and so on.
+    Raises UnusableError if the template refuses the messages and ValueError if it crashes."""
+    values = {"messages": messages, "tools": None, "documents": None, **names}
+    try:
+        return compile_template(source).render(values, add_generation_prompt=add_generation_prompt)
+    except UnusableError:
+        raise
+    except Exception as error:  # a template is a program, which may fail in any way
+        raise ValueError(f"the chat template fails: {str(error) or type(error).__name__}") from None
+
+
+# --- Tokenizers -----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +286,9 @@ class Tokenizer:
         """Writes the files that `load_tokenizer` and transformers' AutoTokenizer read."""
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
+
+
+# --- Reading a tokenizer's files ------------------------------------------------------------------
 
 
 def load_tokenizer(path) -> Tokenizer:

@@ -37,12 +37,12 @@ from data import Pair, Pairs, StepData, load_pairs, load_tokenizer, make_batches
 from mio import fused_pair_loss
 from model import Llama, ModelConfig
 from support.builtin_task import problems, solution
-from support.checkpoints import Progress, save_checkpoint
 from support.distributed import World
 from support.job import Job
 from support.lora import LINEARS, LoraConfig, add_lora
 from support.plan import needs
 from support.questions import read_items
+from support.run_folder import Progress, save_checkpoint
 from support.sampling import draw
 from support.tokenizers import byte_tokenizer
 

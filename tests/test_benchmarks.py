@@ -10,7 +10,7 @@ from conftest import SHARED, tiny_model, write_rows
 from test_eval import single_logp
 
 import eval as evaluation
-from data import MICRO_TOKENS, ROW_TOKENS
+from data import LAYOUT
 from eval import answer_logps
 from model import Llama
 from support.questions import answer_columns, choice_columns, choice_rows, columns_of, read_items
@@ -35,7 +35,7 @@ def items_of(rows, tmp_path):
 def test_choices_share_a_prompt_and_have_the_log_probs_of_single_sequences(before, tmp_path):
     model, tokenizer, items = tiny_model(), byte_tokenizer(), items_of(CHOICES * 2, tmp_path)
     rows = choice_rows(model, tokenizer, "", items, before)
-    logps = answer_logps(model, rows, ROW_TOKENS, MICRO_TOKENS, torch.float32)
+    logps = answer_logps(model, rows, *LAYOUT, torch.float32)
     assert len(logps) == 6
     for row, found in zip(CHOICES * 2, logps):
         for choice, logp in zip(row["choices"], found.tolist()):

@@ -7,9 +7,8 @@ import pytest
 from conftest import write_rows
 
 from data import load_pairs
-from support.chat import render_template
 from support.rows import UnusableError
-from support.tokenizers import byte_tokenizer, load_tokenizer
+from support.tokenizers import byte_tokenizer, load_tokenizer, render_template
 
 transformers = pytest.importorskip("transformers", reason="the oracle of most tests here")
 from test_tokenizers import family_spec, write_tokenizer  # noqa: E402

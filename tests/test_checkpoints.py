@@ -19,16 +19,16 @@ from crash import crash_table
 from runs import differences, make_inputs, metrics, refused, run
 
 import train
-from support import checkpoints, files, on_policy, run_options, weights
-from support.checkpoints import catch_signals, newest_checkpoint, read_record
+from support import files, on_policy, run_folder, run_options, weights
 from support.files import locked
+from support.run_folder import catch_signals, newest_checkpoint, read_record
 
 # 9 steps; the checkpoints of steps 8 and 9 remain.
 SAVED = ("--save_every", "2", "--epochs", "3", "--log_every", "2", "--eval_every", "4")
 
 
 def steps(folder: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in checkpoints.checkpoints(folder)]
+    return [int(path.name.removeprefix("step-")) for path in run_folder.checkpoints(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_changed_flag_is_refused_by_name(copied):
     values |= {"checkpointing": "on", "warmup": "0.7", "eval_fraction": "0.3"}
     values |= {"label_smoothing": "0.2", "epsilon": "0.2"}
     values |= {"plan": "llama-3.2-1b", "gpu": "a100", "mfu": "0.5"}
-    free = {*checkpoints.MAY_CHANGE, *checkpoints.FILES, "device", "config", "resume", "overwrite"}
+    free = {*run_folder.MAY_CHANGE, *run_folder.FILES, "device", "config", "resume", "overwrite"}
     for field in dataclasses.fields(train.Options):
         if field.name not in free:
             value = [] if field.type is bool else [values.get(field.name, "77")]
@@ -170,11 +170,11 @@ def test_without_out_a_run_is_looked_for_in_its_default_folder(monkeypatch, tmp_
     monkeypatch.chdir(tmp_path)
     assert "no run in out/dpo;" in refused("--resume", "--loss", "dpo")
     (tmp_path / "out/dpo").mkdir(parents=True)
-    options = checkpoints.recorded(train.Options(loss="dpo", beta=0.3, seed=5, overwrite=True))
+    options = run_folder.recorded(train.Options(loss="dpo", beta=0.3, seed=5, overwrite=True))
     assert not options["resume"] and not options["overwrite"]
     (tmp_path / "out/dpo/train_config.json").write_text(json.dumps(options))
     flags = {"resume": True, "loss": "dpo", "epochs": 9}
-    found = checkpoints.resumed_options(flags, train.Options, run_options.default_out)
+    found = run_folder.resumed_options(flags, train.Options, run_options.default_out)
     assert train.Options(**found) == train.Options(
         loss="dpo", beta=0.3, seed=5, epochs=9, resume=True, out="out/dpo"
     )
@@ -184,7 +184,7 @@ def test_help_says_what_may_change(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])
     text = " ".join(capsys.readouterr().out.split()).partition("these flags may change")[2]
-    assert stop.value.code == 0 and all(f"--{name}" in text for name in checkpoints.MAY_CHANGE)
+    assert stop.value.code == 0 and all(f"--{name}" in text for name in run_folder.MAY_CHANGE)
 
 
 # --- Crashes --------------------------------------------------------------------------------------
@@ -268,12 +268,12 @@ def test_files_are_flushed_before_they_take_their_name_and_old_ones_go_last(
 
     def removing(path, **options):
         if Path(path).exists():
-            assert len(checkpoints.checkpoints(tmp_path / "out")) == 2  # the newer ones exist
+            assert len(run_folder.checkpoints(tmp_path / "out")) == 2  # the newer ones exist
             removed.append(Path(path).name)
         remove(path, **options)
 
     monkeypatch.setattr(files, "flush_to_disk", flushing)
-    monkeypatch.setattr(checkpoints, "flush_to_disk", flushing)
+    monkeypatch.setattr(run_folder, "flush_to_disk", flushing)
     monkeypatch.setattr(os, "replace", naming)
     monkeypatch.setattr(shutil, "rmtree", removing)
     out = run(checkpoint, pairs_file, tmp_path / "out", *SAVED)
@@ -396,7 +396,7 @@ def test_a_record_of_another_step_or_format_is_refused(copied):
     record = json.loads((newest / "training.json").read_text())
     for wrong in (record | {"extra": 1}, {k: v for k, v in record.items() if k != "inputs"}):
         (newest / "training.json").write_text(json.dumps(wrong))
-        (newest / "SHA256SUMS").write_text("".join(checkpoints.checksums(newest)))
+        (newest / "SHA256SUMS").write_text("".join(run_folder.checksums(newest)))
         error = refused("--resume", "--out", copied)
         assert "training.json: is not a record" in error and f"remove {newest}" in error
 

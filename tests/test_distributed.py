@@ -27,8 +27,8 @@ from torch.nn.utils import get_total_norm
 import train
 from data import answer_states, load_pairs, row_length
 from support import distributed
-from support.checkpoints import checkpoints
 from support.lora import LoraConfig, add_lora
+from support.run_folder import checkpoints
 
 # Micro-batches of a pair or two, and 5 pairs in a step: one process has two passes, another three.
 # 21 pairs: in the last step of an epoch one of two processes has none.

@@ -1,6 +1,7 @@
 """train.py --plan: every count against a real step, PyTorch's counters, or arithmetic by hand."""
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from data import Pair, StepData, answer_states, autocast, make_batches
 from mio import CHUNK_TOKENS
 from model import Llama
 from support.lora import LORA_TARGETS, LoraConfig, add_lora
-from support.plan import GPU_COUNTS, PRESETS, needs, needs_of_longest_pairs
+from support.plan import PRESETS, needs, needs_of_longest_pairs
 from train import Options
 
 TOTALS = {
@@ -264,9 +265,10 @@ def printed(capsys, *flags: str) -> list[str]:
 
 
 def table_of(lines: list[str]) -> list[list[str]]:
-    """The fields of each row, from the number of GPUs on."""
-    start = next(i for i, line in enumerate(lines) if "GPU weight" in line) + 1
-    return [line[12:].replace("*", " * ").split() for line in lines[start:]]
+    """The mark, the label and the fields of each row."""
+    start = next(i for i, line in enumerate(lines) if " weight " in line) + 1
+    rows = lines[start : lines.index("", start)]
+    return [[line[0], line[2:19].strip(), *line[19:].split()] for line in rows]
 
 
 def test_presets_have_their_makers_count_of_parameters():
@@ -277,46 +279,56 @@ def test_presets_have_their_makers_count_of_parameters():
 
 
 def test_the_text_of_a_plan(capsys):
-    first, all_weights, adapters, blank, *lines = printed(capsys, "llama-3.1-8b")
-    assert first == "llama-3.1-8b, float32, on one h100 of 80 GB: does not fit"
-    assert all_weights == "  it fits with 4 GPUs --checkpointing on"
-    assert adapters == "  it fits with --lora_rank 16 --dtype bfloat16"
-    assert lines[0] == "8,030,261,248 parameters, 32 pairs a step of up to 1024 tokens."
-    assert blank == "" and max(map(len, lines)) <= 80
-    labels = [line[:12].strip() for line in lines[5:]]
-    assert [label for label in labels if label] == [
-        *("all weights", "recomputed", "rank 16", "recomputed")
-    ]
+    first, second, _, *lines = printed(capsys, "llama-3.1-8b")
+    assert first == "llama-3.1-8b: 8,030,261,248 parameters,"
+    assert second == "32 pairs of up to 1024 tokens in a step on one h100 of 80 GB"
+    assert max(map(len, lines)) <= 80
     table = table_of(lines)
-    assert [int(row[0]) for row in table] == [*GPU_COUNTS] * 4
-    for row in table:
-        *_, petaflop, terabytes, seconds = row
-        peak = float(row[6])
-        # An H100 computes 67 TFLOP/s in float32, of which 40 % are reached, and moves 3.35 TB/s.
-        expected = max(float(petaflop) * 1e3 / (0.4 * 67), float(terabytes) / 3.35)
-        assert float(seconds) == pytest.approx(expected, abs=0.05 + 5.1 / 26.8)
-        assert ("*" in row) == (1.1 * peak <= 80)
+    labels = ["all float32", "all bfloat16", "rank 16 float32", "rank 16 bfloat16"]
+    assert [row[1] for row in table[::2]] == labels
+    assert {row[1] for row in table[1::2]} == {"recomputed"}
+    assert [row[0] for row in table] == [">"] + [" "] * 7
     # In bytes: 8.03e9 weights of 4 bytes, as many gradients, and twice as many moments.
-    assert table[0][1:4] == ["32.1", "32.1", "64.2"]
-    recomputed = table[len(GPU_COUNTS) :]
-    assert ["*" in row for row in recomputed[:4]] == [False, False, True, True]
+    assert table[0][2:5] == ["32.1", "32.1", "64.2"]
+    options = options_of(batch_size=32, max_length=1024, device="cuda", compile="auto")
+    settings = product((None, 16), ("float32", "bfloat16"), ("off", "on"))
+    for row, (lora_rank, dtype, checkpointing) in zip(table, settings, strict=True):
+        changes = {"lora_rank": lora_rank, "dtype": dtype, "checkpointing": checkpointing}
+        changes |= {"lora_targets": "all"}
+        need = {
+            gpus: needs_of_longest_pairs(PRESETS["llama-3.1-8b"], options, gpus, **changes)
+            for gpus in (1, 2, 4, 8, 16, 32)
+        }
+        assert row[2:8] == [f"{part / 1e9:.1f}" for part in need[1][1:7]]
+        assert row[8] == f"{need[1].flops / 1e15:.2f}"
+        # An H100 computes 67 or 989 TFLOP/s, of which 40 % are reached, and moves 3.35 TB/s.
+        speed = 0.4 * (67e12 if dtype == "float32" else 989e12)
+        expected = max(need[1].flops / speed, need[1].traffic / 3.35e12)
+        assert float(row[9]) == pytest.approx(expected, abs=0.051)
+        fewest = int(row[10])
+        assert 1.1 * need[fewest].peak <= 80e9
+        assert fewest == 1 or 1.1 * need[fewest // 2].peak > 80e9
+    assert [row[10] for row in table] == ["16", "4", "8", "4", "2", "1", "1", "1"]
 
 
 def test_a_step_that_moves_many_bytes_takes_as_long_as_they_do(capsys):
-    flags = ["--compile", "off", "--max_length", "64", "--batch_size", "1", "--mfu", "1"]
-    lines = printed(capsys, "llama-3.1-70b", "--gpu", "a100", "--dtype", "bfloat16", *flags)
-    petaflop, terabytes, seconds = map(float, table_of(lines)[0][-3:])
-    assert terabytes / 2.039 > 10 * petaflop * 1e3 / 312
-    assert seconds == pytest.approx(terabytes / 2.039, abs=0.055)
+    flags = {"compile": "off", "max_length": 64, "batch_size": 1, "dtype": "bfloat16"}
+    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    lines = printed(capsys, "llama-3.1-70b", "--gpu", "a100", "--mfu", "1", *argv)
+    options = options_of(**flags, device="cuda")
+    need = needs_of_longest_pairs(PRESETS["llama-3.1-70b"], options, gpus=1)
+    assert need.traffic / 2.039e12 > 10 * need.flops / 312e12
+    row = next(row for row in table_of(lines) if row[0] == ">")
+    assert float(row[9]) == pytest.approx(need.traffic / 2.039e12, abs=0.051)
 
 
-def test_a_run_that_fits_needs_no_advice_and_one_with_adapters_no_other(capsys):
-    adapters = ["--lora_rank", "8", "--dtype", "bfloat16"]
-    lines = printed(capsys, "llama-3.1-8b", *adapters)
-    assert lines[:2] == ["llama-3.1-8b, bfloat16, on one h100 of 80 GB: fits", ""]
-    lines = printed(capsys, "llama-3.1-70b", *adapters)
-    assert lines[1:3] == ["  it fits with 4 GPUs --checkpointing on", ""]
-    assert any(line.startswith("rank 8") for line in lines)
+def test_the_given_flags_are_marked(capsys):
+    adapters = ["--lora_rank", "8", "--dtype", "bfloat16", "--checkpointing", "on"]
+    table = table_of(printed(capsys, "llama-3.1-70b", *adapters))
+    assert [row[0] for row in table] == [" "] * 7 + [">"]
+    assert table[6][1] == "rank 8 bfloat16"
+    table = table_of(printed(capsys, "llama-3.1-70b", *adapters, "--batch_size", "1"))
+    assert {row[10] for row in table} == {"-"}  # a single pair is not split over GPUs
 
 
 def test_a_plan_reads_config_json_alone_and_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -325,8 +337,9 @@ def test_a_plan_reads_config_json_alone_and_writes_nothing(tmp_path, capsys, mon
     (folder / "config.json").write_text(json.dumps(tiny_config().to_hf()))
     monkeypatch.chdir(tmp_path)
     lines = printed(capsys, "--init", "init", "--gpu", "rtx4090", "--batch_size", "3")
-    assert lines[0] == "init, float32, on one rtx4090 of 24 GB: fits"
-    assert lines[2] == "32,032 parameters, 3 pairs a step of up to 1024 tokens."
+    assert lines[0] == "init: 32,032 parameters,"
+    assert lines[1] == "3 pairs of up to 1024 tokens in a step on one rtx4090 of 24 GB"
+    assert {row[10] for row in table_of(lines)} == {"1"}
     assert [path.name for path in tmp_path.rglob("*")] == ["init", "config.json"]
 
 
