@@ -238,7 +238,7 @@ class Options:
 
 
 def parse_options(argv: list[str] | None) -> tuple[Parser, list[str], list[str], Options]:
-    """Returns the parser, the runs, the files of --data, and the options."""
+    """Returns the parser, the runs, the files of --data, and the options with all defaults."""
     parser = Parser("eval.py", __doc__)
     help = "run or checkpoint folders; all are compared with the first"
     parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=help)
@@ -250,30 +250,26 @@ def parse_options(argv: list[str] | None) -> tuple[Parser, list[str], list[str],
     fields = {field.name: field for field in dataclasses.fields(Options)}
     try:
         flags = {name: check_value(fields[name], v) for name, v in flags.items() if v is not None}
-        return parser, runs, data, resolve(Options(**flags), runs)
+        options = Options(**flags)
+        device, temperature = pick_device(options.device), options.temperature
+        temperature = float(options.n > 1) if temperature is None else temperature
+        if options.n > 1 and temperature == 0:
+            raise ValueError(f"--n {options.n}: all greedy answers are equal; use --temperature 1")
+        if options.k and not options.shots:
+            raise ValueError("-k needs --shots FILE.jsonl")
+        folders = [Path(run).resolve() for run in runs]
+        if len(set(folders)) < len(folders):
+            raise ValueError(f"{max(folders, key=folders.count)}: is named twice")
+        for file in filter(None, (options.plot, options.out)):
+            if Path(file).is_dir() or not Path(file).parent.is_dir():
+                raise ValueError(f"{file}: must be the name of a file in a folder that exists")
+        if options.out and Path(options.out).exists():
+            raise ValueError(f"--out {options.out}: exists; choose another name")
     except (OSError, ValueError) as error:
         parser.error(error)
-
-
-def resolve(options: Options, runs: list[str]) -> Options:
-    """Fills in defaults that depend on other options. Raises ValueError for what cannot be done."""
-    temperature = float(options.n > 1) if options.temperature is None else options.temperature
-    if options.n > 1 and temperature == 0:
-        raise ValueError(f"--n {options.n}: all greedy answers are equal; use --temperature 1")
-    if options.k and not options.shots:
-        raise ValueError("-k needs --shots FILE.jsonl")
-    device = pick_device(options.device)
-    dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
-    folders = [Path(run).resolve() for run in runs]
-    if len(set(folders)) < len(folders):
-        raise ValueError(f"{max(folders, key=folders.count)}: is named twice")
-    for file in filter(None, (options.plot, options.out)):
-        if Path(file).is_dir() or not Path(file).parent.is_dir():
-            raise ValueError(f"{file}: must be the name of a file in a folder that exists")
-    if options.out and Path(options.out).exists():
-        raise ValueError(f"--out {options.out}: exists; choose another name")
-    filled = {"temperature": temperature, "k": options.k or 5, "device": device, "dtype": dtype}
-    return dataclasses.replace(options, **filled)
+    filled = {"temperature": temperature, "k": options.k or 5, "device": device}
+    filled["dtype"] = options.dtype or ("float32" if device == "cpu" else "bfloat16")
+    return parser, runs, data, dataclasses.replace(options, **filled)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:

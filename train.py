@@ -259,16 +259,16 @@ def step_data(job: Job, progress: Progress, step: int) -> StepData:
     size, layout = prompts_per_step(job.options), job.layout
     rows = epoch_order(len(job.questions or job.pairs), job.options.seed, epoch).tolist()
     rows = rows[place * size : (place + 1) * size]
-    pairs, ref_logps, advantages, metrics = job.pairs, progress.ref_logps, None, {}
+    data = StepData([], progress.ref_logps, pairs=job.pairs)
     if job.questions:
-        pairs, ref_logps, advantages, metrics = draw_pairs(job, step, rows)
-        rows = list(range(len(pairs)))
-    batches, mismatched = job.world.batches(pairs, rows, *layout), None
+        data = draw_pairs(job, step, rows)
+        rows = list(range(len(data.pairs)))
+    batches, mismatched = job.world.batches(data.pairs, rows, *layout), None
     if job.mismatched:
         mismatched = job.world.batches(job.mismatched, rows, *layout), progress.ref_mismatched
     index = torch.tensor([i for batch in batches for i in batch.index], dtype=torch.long)
     index = job.world.cat([index]).tolist()
-    return StepData(batches, ref_logps, advantages, mismatched, pairs, index, metrics)
+    return data._replace(batches=batches, mismatched=mismatched, index=index)
 
 
 # --- Checks and metrics ---------------------------------------------------------------------------

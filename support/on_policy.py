@@ -1,28 +1,17 @@
 """Draws answers from the policy at each step. Imports mio.py, data.py and eval.py."""
 
 import copy
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from data import Pair, Pairs
+from data import Pair, Pairs, StepData
 from eval import pair_logps
 from mio import LOSSES
 from support.grading import grade_drawn
 from support.lora import lora_of, merge_lora
 from support.questions import Item, prompt_ids, read_items
 from support.sampling import draw
-
-
-class Drawn(NamedTuple):
-    """The pairs of a step: all answers two by two (rlhf), or a right and a wrong one per prompt."""
-
-    pairs: Pairs
-    ref_logps: Tensor  # (n, 2) nats under the reference
-    advantages: Tensor | None  # (n, 2), for rlhf only
-    metrics: dict[str, float]  # reward (mean grade), num_drawn (tokens) and for rlhf kl (nats)
 
 
 def is_rlhf(options) -> bool:
@@ -59,11 +48,14 @@ def load_questions(options, model, tokenizer) -> list[Item]:
     return questions
 
 
-def draw_pairs(job, step: int, rows: list[int]) -> Drawn:
+def draw_pairs(job, step: int, rows: list[int]) -> StepData:
     """Draws --samples answers to each question job.questions[i], i in `rows`, and grades them. The
-    result depends only on the weights, the seed, the step and the rows. The return of an answer y
-    to x is grade - beta log(pi(y|x) / ref(y|x)), whose mean is the objective E[grade] - beta KL.
-    The advantage is the return minus the mean return of the prompt's other answers (RLOO, arXiv
+    result depends only on the weights, the seed, the step and the rows.
+
+    The pairs are all answers two by two (rlhf), or a right and a wrong answer to each prompt. The
+    metrics are the mean grade, the tokens drawn, and for rlhf the KL in nats. The return of an
+    answer is grade - beta log(pi / ref), whose mean is the objective E[grade] - beta KL. The
+    advantage is the return minus the mean return of the prompt's other answers (RLOO, arXiv
     2402.14740)."""
     options, model, tokenizer, k = job.options, job.model, job.tokenizer, job.options.samples
     dtype, pairs = getattr(torch, options.dtype), Pairs()
@@ -84,9 +76,9 @@ def draw_pairs(job, step: int, rows: list[int]) -> Drawn:
     layout = options.row_tokens, options.micro_tokens, dtype
     ref_logps = pair_logps(job.reference, pairs, *layout)
     if options.on_policy:
-        return Drawn(pairs, ref_logps, None, metrics)
+        return StepData([], ref_logps, pairs=pairs, metrics=metrics)
     logratios = (pair_logps(model, pairs, *layout) - ref_logps).view(-1, k)  # (prompts, k)
     metrics["kl"] = logratios.double().mean().item()
     returns = torch.tensor(grades).view(-1, k) - options.beta * logratios  # (prompts, k)
     advantages = (returns - returns.mean(dim=1, keepdim=True)) * k / (k - 1)
-    return Drawn(pairs, ref_logps, advantages.view(-1, 2), metrics)
+    return StepData([], ref_logps, advantages.view(-1, 2), pairs=pairs, metrics=metrics)

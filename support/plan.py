@@ -20,9 +20,9 @@ PRESETS = {
     "llama-3.1-8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128),
     "llama-3.1-70b": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128),
 }
-# Data-sheet values: memory in GB, dense TFLOP/s in bfloat16 and float32, memory GB/s.
-GPUS = {"h100": (80, 989, 67, 3350), "a100": (80, 312, 19.5, 2039), "h200": (141, 989, 67, 4800),
-        "rtx4090": (24, 165, 82.6, 1008)}  # fmt: skip
+# Data-sheet values: memory in GB, dense TFLOP/s in bfloat16 and float32.
+GPUS = {"h100": (80, 989, 67), "a100": (80, 312, 19.5), "h200": (141, 989, 67),
+        "rtx4090": (24, 165, 82.6)}  # fmt: skip
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -37,7 +37,6 @@ class Needs(NamedTuple):
     head: float  # the logits of a chunk, and gradients of the head and of the states that it reads
     peak: float
     flops: float
-    traffic: float  # bytes read and written
 
 
 def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1) -> Needs:
@@ -83,14 +82,9 @@ def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1
     copies = config.tie_word_embeddings + several_passes
     peak = weights + moments + max(start, gradients + max(at_work, grad_head * copies))
     flops = passes * _operations(config, options, linears, head, T, N, squares, compiled)
-    traffic = (2 + recompute) * s * L * sum(w.numel() for w in linears.values())
-    traffic += 2 * (activations + gradients) + 4 * s * N * len(head)
-    traffic += -(-N // n) * head.numel() * (2 * s + 8 * trains_head)
-    # AdamW reads a weight, its gradient and its moments, and writes all but the gradient.
-    traffic = passes * traffic + 28 * trained / gpus
     parameters = sum(p.numel() for p in root + L * block)
     memory = weights, gradients, moments, activations, grad_head + logits, peak
-    return Needs(parameters, *memory, flops, traffic)
+    return Needs(parameters, *memory, flops)
 
 
 def _saved_by_token(config, linears: dict, trains_norms: bool, s: int) -> int:
@@ -142,7 +136,7 @@ def plan(options) -> str:
     that save memory, and of the fewest GPUs that hold the step. A > marks the given options."""
     init, options = Path(options.init or options.plan), dataclasses.replace(options, device="cuda")
     config = PRESETS.get(options.plan) or ModelConfig.from_hf(read_json(init / "config.json"))
-    memory, *peak_speeds, bandwidth = GPUS[options.gpu]
+    memory, *peak_speeds = GPUS[options.gpu]
     rank = options.lora_rank or min(16, config.num_key_value_heads * config.head_dim)
     counts, rows = [gpus for gpus in GPU_COUNTS if gpus <= options.batch_size], []
     for flags in product((None, rank), ("float32", "bfloat16"), ("off", "on")):
@@ -152,12 +146,13 @@ def plan(options) -> str:
         # A tenth of the memory stays free, because the needs are estimates.
         fits = [gpus for gpus, each in zip(counts, found) if 1.1 * each.peak <= memory * 1e9]
         one, speed = found[0], 1e12 * options.mfu * peak_speeds[dtype == "float32"]
-        seconds = max(one.flops / speed, one.traffic / (1e9 * bandwidth))
         label = f"rank {rank} {dtype}" if lora_rank else f"all {dtype}"
         label = label if checkpointing == "off" else "  recomputed"
         mark = ">" if changes.items() <= vars(options).items() else " "
         row = f"{mark} {label:17}" + "".join(f"{part / 1e9:7.1f}" for part in one[1:7])
-        rows.append(f"{row}{one.flops / 1e15:7.2f}{seconds:7.1f}{fits[0] if fits else '-':>5}")
+        rows.append(
+            f"{row}{one.flops / 1e15:7.2f}{one.flops / speed:7.1f}{fits[0] if fits else '-':>5}"
+        )
     total = needs_of_longest_pairs(config, options, gpus=1, lora_rank=None).parameters
     pairs = f"{options.batch_size} pairs of up to {options.max_length} tokens"
     return f"""{init.name[-32:]}: {total:,} parameters,

@@ -249,16 +249,13 @@ def resumed_options(flags: dict, cls, default_out) -> dict:
     cls is their dataclass, and default_out(options) the default of --out. Raises ValueError."""
     folder = Path(flags.get("out") or default_out(cls(**flags)))
     checkpoint, config = newest_checkpoint(folder), folder / "train_config.json"
-    if checkpoint:
-        found = read_record(checkpoint)["options"]
-    elif not config.is_file():
+    if not checkpoint and not config.is_file():
         raise ValueError(f"--resume: there is no run in {folder}; leave out --resume to start one, "
                          "or name the folder of an existing run with --out")  # fmt: skip
-    elif (folder / "summary.json").is_file():
+    if not checkpoint and (folder / "summary.json").is_file():
         raise ValueError(f"--resume: the run in {folder} is finished and has no checkpoints, which "
                          "--save_every writes; start it again with --overwrite")  # fmt: skip
-    else:
-        found = read_json(config)
+    found = read_record(checkpoint)["options"] if checkpoint else read_json(config)
     stored = {f.name: check_value(f, found.get(f.name, f.default)) for f in dataclasses.fields(cls)}
     if "device" in flags:
         flags = flags | {"device": pick_device(flags["device"])}

@@ -164,33 +164,6 @@ def test_bytes_by_hand():
     assert many.peak == 128128 + 256256 + many.activations + many.head
 
 
-def test_traffic_by_hand():
-    """The bytes that a step reads and writes, in the same step."""
-    weights = 4 * 2 * 7680  # of all blocks, read forward and backward
-    written_and_read = 2 * (72256 + 128128)  # activations and gradients
-    logits = 4 * (4 * 9 * 258)  # written, read for the softmax, written, read for the gradients
-    head = 8256 * (4 + 4 + 4 + 4)  # weight read twice, gradient read and written, for each chunk
-    a_pass = 2 * weights + written_and_read + logits + head
-    adamw = 32032 * 4 * 7  # reads weight, gradient, two moments; writes weight and moments
-    step = tiny_config(), options_of(), [10, 6], [4, 5]
-    assert needs(*step).traffic == a_pass + adamw == 1589792
-    assert needs(*step, passes=3).traffic == 3 * a_pass + adamw
-    shared = 128128 + 7 * 128128 / 2  # with two GPUs half of the gradients and of AdamW's work
-    assert needs(*step, gpus=2).traffic == a_pass - 128128 * 2 + shared
-    recomputed = needs(tiny_config(), options_of(checkpointing="on"), [10, 6], [4, 5])
-    # A block reads its weights once more, and saves its input only.
-    saved = 2 * 16 * 4 * 32 + 16 * 4 * (2 * 8 + 2 * 32)
-    assert recomputed.activations == saved
-    assert recomputed.traffic == 3 * weights + 2 * (saved + 128128) + logits + head + adamw
-    two_chunks = needs(tiny_config(), options_of(), [10, 6], [1000, 24, 2, 3])
-    assert CHUNK_TOKENS == 1024 and two_chunks.traffic == (
-        2 * weights + written_and_read + 4 * (4 * 1029 * 258) + 2 * head + adamw
-    )
-    half = needs(tiny_config(), options_of(dtype="bfloat16"), [10, 6], [4, 5])
-    logits, head = 4 * (2 * 9 * 258), 8256 * (2 + 2 + 4 + 4)
-    assert half.traffic == weights + 2 * (half.activations + 128128) + logits + head + adamw
-
-
 def test_a_gpu_needs_what_its_kernels_need():
     """bfloat16 on one GPU: compiled attention has no mask and skips half of the products."""
     step = [10, 6], [4, 5]
@@ -301,25 +274,13 @@ def test_the_text_of_a_plan(capsys):
         }
         assert row[2:8] == [f"{part / 1e9:.1f}" for part in need[1][1:7]]
         assert row[8] == f"{need[1].flops / 1e15:.2f}"
-        # An H100 computes 67 or 989 TFLOP/s, of which 40 % are reached, and moves 3.35 TB/s.
+        # An H100 computes 67 or 989 TFLOP/s, of which 40 % are reached.
         speed = 0.4 * (67e12 if dtype == "float32" else 989e12)
-        expected = max(need[1].flops / speed, need[1].traffic / 3.35e12)
-        assert float(row[9]) == pytest.approx(expected, abs=0.051)
+        assert row[9] == f"{need[1].flops / speed:.1f}"
         fewest = int(row[10])
         assert 1.1 * need[fewest].peak <= 80e9
         assert fewest == 1 or 1.1 * need[fewest // 2].peak > 80e9
     assert [row[10] for row in table] == ["16", "4", "8", "4", "2", "1", "1", "1"]
-
-
-def test_a_step_that_moves_many_bytes_takes_as_long_as_they_do(capsys):
-    flags = {"compile": "off", "max_length": 64, "batch_size": 1, "dtype": "bfloat16"}
-    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    lines = printed(capsys, "llama-3.1-70b", "--gpu", "a100", "--mfu", "1", *argv)
-    options = options_of(**flags, device="cuda")
-    need = needs_of_longest_pairs(PRESETS["llama-3.1-70b"], options, gpus=1)
-    assert need.traffic / 2.039e12 > 10 * need.flops / 312e12
-    row = next(row for row in table_of(lines) if row[0] == ">")
-    assert float(row[9]) == pytest.approx(need.traffic / 2.039e12, abs=0.051)
 
 
 def test_the_given_flags_are_marked(capsys):
