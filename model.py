@@ -109,13 +109,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, grouped: bool) -> Tensor
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
     if isinstance(mask, list):
         return _attend_row_by_row(q, k, v, mask, grouped)
-    if grouped and q.shape[2] == 1:
-        # With one new token, the H / K query heads that share keys become the token dimension, so
-        # that the keys are read once.
-        heads_as_tokens = q.view(len(q), k.shape[1], -1, q.shape[3])  # (B, K, H / K, E)
-        return F.scaled_dot_product_attention(heads_as_tokens, k, v, attn_mask=mask).view(
-            q.shape
-        )  # (B, H, 1, E)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
