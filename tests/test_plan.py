@@ -15,7 +15,6 @@ from torch.utils.flop_counter import (
 
 import train
 from data import Pair, StepData, answer_states, autocast, make_batches
-from mio import CHUNK_TOKENS
 from model import Llama
 from support.lora import LORA_TARGETS, LoraConfig, add_lora
 from support.plan import PRESETS, needs, needs_of_longest_pairs
