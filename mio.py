@@ -245,7 +245,7 @@ class Loss:
     uses: str  # "sums" or "means" over the tokens of an answer, or "sums and means"
     beta: float  # the default of --beta, which also scales the logged rewards
     # The loss while the policy equals the reference; None if it depends on the answers.
-    start: float | Callable[[float], float] | None
+    initial_loss: float | Callable[[float], float] | None
     source: str
     needs_reference: bool = True
     uses_beta: bool = True
@@ -268,6 +268,13 @@ class Loss:
         """The defaults of the loss's own options, each of which is a flag of the same name."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def arguments(self, settings) -> dict[str, float]:
+        """The arguments beta and options of `pair_loss`. `settings` has an attribute for each of
+        them, which is None for an option that keeps its default."""
+        given = {name: getattr(settings, name) for name in self.options}
+        given = {name: value for name, value in given.items() if value is not None}
+        return {"beta": settings.beta} | self.options | given
 
 
 LOG2, LOG4 = math.log(2), math.log(4)

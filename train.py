@@ -103,12 +103,6 @@ Options = dataclasses.make_dataclass("Options", [
 # fmt: on
 
 
-def loss_options(options: Options) -> dict[str, float]:
-    """Arguments of pair_loss and fused_pair_loss: beta and the loss's own options that are set."""
-    own = {name: getattr(options, name) for name in LOSSES[options.loss].options}
-    return {"beta": options.beta} | {name: own[name] for name in own if own[name] is not None}
-
-
 # --- The training step ----------------------------------------------------------------------------
 
 
@@ -122,7 +116,7 @@ def train_step(
     clipping, on the model's device. If a loss or the gradient is not finite, no weight changes.
     """
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
-    losses, logps, loss_arguments = [], [], loss_options(options)
+    losses, logps, loss_arguments = [], [], LOSSES[options.loss].arguments(options)
     if not LOSSES[options.loss].pairwise:
         loss_arguments["shared"] = shared_term(model, data, options, world)
     for batch in data.batches:
@@ -188,6 +182,9 @@ def learning_rate(options: Options, step: int, steps: int) -> float:
 
 
 # --- The loop -------------------------------------------------------------------------------------
+# A Job (support/job.py) holds all that training reads: options, model, tokenizer, pairs, held_out.
+# Progress (support/run_folder.py) is what a checkpoint adds: step, num_tokens, AdamW's moments, and
+# the log-probs under the reference (ref_logps) and of the held-out pairs at step 0 (start_logps).
 
 
 def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dict]:
@@ -283,10 +280,11 @@ def check_start(options: Options, data: StepData, losses: Tensor, logps: Tensor)
     drift = (logps.cpu() - ref).abs().max().item()
     # Rounding differs between packings, and grows with the length of a sum.
     allowed = (1e-4 if options.dtype == "float32" else 5e-3) * (1 + ref.abs().max())
-    start, loss = LOSSES[options.loss].start, mean(losses)
+    objective, loss = LOSSES[options.loss], mean(losses)
+    start = objective.initial_loss
     start = start(options.beta) if callable(start) else start
-    if start is None or loss_options(options).keys() != {"beta"}:
-        start = loss  # the value depends on the answers, or on an option that is set
+    if start is None or objective.arguments(options) != {"beta": options.beta, **objective.options}:
+        start = loss  # the value depends on the answers, or an option is not at its default
     # The slope of a loss in a log-ratio is of order beta or, for ipo and sppo, 1 / beta.
     slope = 10 * max(options.beta, 1 / options.beta)
     if not (drift <= allowed and abs(loss - start) <= 1e-5 * (1 + abs(start)) + slope * drift):
@@ -339,8 +337,9 @@ def held_out_metrics(job: Job, logps: Tensor, start_logps: Tensor) -> dict[str, 
     lengths = torch.from_numpy(job.held_out.lengths()[:, 1:])  # (pairs, 2)
     if not job.mismatched and not is_rlhf(options):
         sums = *logps.unbind(dim=1), *start_logps.unbind(dim=1)
-        n = dict(zip(("chosen_lengths", "rejected_lengths"), lengths.unbind(dim=1)))
-        metrics["loss"] = mean(pair_loss(options.loss, *sums, **n, **loss_options(options)))
+        arguments = LOSSES[options.loss].arguments(options)
+        arguments |= zip(("chosen_lengths", "rejected_lengths"), lengths.unbind(dim=1))
+        metrics["loss"] = mean(pair_loss(options.loss, *sums, **arguments))
     logps = torch.where(lengths > 0, logps, torch.nan)
     metrics |= evaluation.preference_metrics(logps, start_logps, options.beta)
     return {f"eval_{name}": value for name, value in metrics.items()}

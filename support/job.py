@@ -158,9 +158,8 @@ def check_answers(pairs: Pairs, needed: str, path, loss: str) -> None:
 def describe(job: Job) -> str:
     """A summary of the run, printed before training so that a wrong flag is noticed early."""
     options, loss = job.options, LOSSES[job.options.loss]
-    own = ({"beta": options.beta} if loss.uses_beta else {}) | loss.options
-    own |= {name: x for name in loss.options if (x := getattr(options, name)) is not None}
-    own = "".join(f", {name} {value:g}" for name, value in own.items())
+    used = loss.options.keys() | ({"beta"} if loss.uses_beta else set())
+    arguments = [f", {n} {x:g}" for n, x in loss.arguments(options).items() if n in used]
     total = sum(p.numel() for p in job.model.parameters())
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     processes = f", {job.world.count} processes" if job.world.count > 1 else ""
@@ -169,7 +168,7 @@ def describe(job: Job) -> str:
         rows, unit = f"{len(job.questions)} questions, {options.samples} answers to each", "prompts"
     return (
         f"{options.loss}: {loss.formula}   [{loss.source}]\n"
-        f"  log-probs as {loss.uses} over an answer's tokens{own}, "
+        f"  log-probs as {loss.uses} over an answer's tokens{''.join(arguments)}, "
         f"{'with' if loss.needs_reference else 'without'} a reference\n"
         f"  {options.init}: {total:,} parameters, {trained:,} of them trained, {options.dtype} "
         f"products on {options.device}{processes}\n"

@@ -95,7 +95,7 @@ def test_the_declared_start_is_the_loss_where_the_policy_equals_the_reference(na
         # At the reference dv and kto take their shared term from the pair itself, where it is 0.
         options = extras(name) if name == "rlhf" else {}
         value = loss_and_gradient(name, REFERENCE, beta, **options)[0]
-        start = LOSSES[name].start
+        start = LOSSES[name].initial_loss
         start = start(beta) if callable(start) else start
         if start is None:  # the loss depends on the answers
             lower = [s - 1 for s in REFERENCE]

@@ -190,9 +190,9 @@ def test_learning_rate_schedules():
 
 
 def test_the_options_of_a_loss_are_those_that_were_set_for_it():
-    assert train.loss_options(Options(loss="mio", beta=0.3)) == {"beta": 0.3}
-    assert train.loss_options(Options(loss="simpo", beta=2, gamma=0.0)) == {"beta": 2, "gamma": 0.0}
-    assert train.loss_options(Options(loss="rpo", beta=1, gamma=3.0)) == {"beta": 1}
+    assert LOSSES["mio"].arguments(Options(beta=0.3)) == {"beta": 0.3}
+    assert LOSSES["simpo"].arguments(Options(beta=2, gamma=0.0)) == {"beta": 2, "gamma": 0.0}
+    assert LOSSES["rpo"].arguments(Options(beta=1, gamma=3.0)) == {"beta": 1, "alpha": 1.0}
 
 
 # --- Checks ---------------------------------------------------------------------------------------
