@@ -146,7 +146,7 @@ def preference_row(logps: Tensor, ref_logps: Tensor, pairs: Pairs) -> Row:
     share of pairs the chosen answer gained more."""
     columns = preference_columns(logps, ref_logps, pairs, beta=1.0)
     names = [name for name in ("Δ chosen", "Δ rejected", "reward") if name in columns]
-    return {name: columns[name].figure() for name in names}
+    return {name: columns[name].estimate() for name in names}
 
 
 def pair_blocks(model, tokenizer, reference, path, title, pairs: Pairs, options, training) -> dict:

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
 from typing import get_args
 
 import torch
@@ -20,21 +19,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str | Exception):
         if isinstance(message, OSError) and message.filename:
-            message = f"{message.filename}: {message.strerror}"
+            message = f"{message.filename}: {message.strerror}; check the path and its permissions"
         line = " ".join(str(message).split())[:1000]
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
         self.exit(2, f"{self.prog}: error: {line}\n")
 
 
 def option(default, help: str, **checks):
-    """A field of a dataclass of options. checks: choices=(...), above=x (exclusive), least=x,
-    most=x; const=x is the value if the flag has no argument."""
+    """A field of a dataclass of options. checks: choices=(...) are all values, above=x is an
+    exclusive bound, least=x and most=x are inclusive; a flag without an argument gets const=x."""
     return dataclasses.field(default=default, metadata={"help": help, **checks})
 
 
 def add_options(parser: Parser, options: type, shown_defaults: dict[str, str] | None = None):
     """Adds a flag for each field of a dataclass. A flag that is not given has the value None.
-    shown_defaults: what --help says about defaults that depend on other options."""
+    shown_defaults: the text that --help shows for defaults that depend on other options."""
     for field in dataclasses.fields(options):
         name, checks = field.name, field.metadata
         default = (shown_defaults or {}).get(name, field.default)
@@ -54,8 +53,7 @@ def kind_of(field: dataclasses.Field) -> type:
 
 
 def check_value(field: dataclasses.Field, value):
-    """Converts a value from the command line or a JSON file to the type of its field. Raises
-    ValueError that names the flag if the value is of another type or out of bounds."""
+    """Converts a text or JSON value to the type of its field. Raises ValueError with the flag."""
     kind, checks, flag = kind_of(field), field.metadata, f"--{field.name} {value}"
     if value is None and field.default is None:
         return None
@@ -78,7 +76,7 @@ def check_value(field: dataclasses.Field, value):
 
 
 @contextlib.contextmanager
-def stage(title: str) -> Iterator[list[str]]:
+def stage(title: str):
     """Prints the title of a stage, and at its end the seconds and the notes in the yielded list."""
     print(f"{title} ...", flush=True)
     start, notes = time.perf_counter(), []
@@ -91,7 +89,6 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     with contextlib.suppress(RuntimeError, AssertionError):  # torch without CUDA raises the latter
-        torch.empty(1, device=name)
-        if torch.device(name).type in ("cpu", "cuda"):
+        if torch.empty(1, device=name).device.type in ("cpu", "cuda"):
             return name
     raise ValueError(f"--device {name}: not available on this machine; use --device cpu")

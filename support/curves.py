@@ -2,7 +2,7 @@
 
 import json
 import re
-from itertools import chain
+from itertools import chain, cycle
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +26,9 @@ IGNORED = {*MAY_CHANGE, *PROVENANCE, "config", "resume", "overwrite"} - {"epochs
 
 
 def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray]]]:
-    """Returns label -> list of runs; a run is metric -> array (2, points) of steps and values.
-    Runs that differ only in their seed share a label. The metrics are of held-out pairs, or of
-    training pairs if none exist. Skips folders without a run. Raises ValueError for bad rows."""
+    """Returns label -> list of runs that differ only in their seed. A run is metric -> array
+    (2, points) of steps and values on held-out pairs, or on training pairs if none are held out.
+    Skips folders without a run. Raises ValueError for bad rows."""
     groups: dict[str, tuple[str, list]] = {}
     for name, folder in folders.items():
         file, config_file = folder / "metrics.jsonl", folder / "train_config.json"
@@ -44,7 +44,7 @@ def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray
             column = prefix + metric
             points = [(row.get("step"), row[column]) for row in rows if row.get(column) is not None]
             if not all(isinstance(x, int | float) for point in points for x in point):
-                raise ValueError(f"{file}: step and {column} must be numbers")
+                raise ValueError(f"{file}: step and {column} must be numbers; restore the file")
             if points:
                 curves[metric] = np.array(points, dtype=float).T  # (2, points)
         if curves:
@@ -53,38 +53,32 @@ def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray
 
 
 def plot(folders: dict[str, Path], file: Path):
-    """Plots the curves of runs over steps, saves and returns the figure. Several seeds are shown as
-    their mean and a band from minimum to maximum, up to the last step of the shortest run.
-    Raises ValueError if matplotlib is not installed or no run has a curve."""
+    """Plots the curves of runs, saves and returns the figure. Several seeds show as their mean and
+    range, up to the last step of the shortest. Raises ValueError without matplotlib or curves."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install -r requirements-dev.txt") from None
     if not (curves_of := read_curves(folders)):
-        raise ValueError(f"--plot {file}: no run has a metrics.jsonl with values to plot")
+        raise ValueError(f"--plot {file}: no run has values in metrics.jsonl; leave out --plot")
     figure, lines = Figure(figsize=(11, 6), layout="constrained"), {}  # label -> one of its lines
-    axes = figure.subplots(2, 3)
-    for axis, (title, metrics) in zip(axes.flat, PANELS.items()):
-        for number, (label, runs) in enumerate(curves_of.items()):
-            color, style = COLORS[number % len(COLORS)], STYLES[number % len(STYLES)]
+    for axis, (title, metrics) in zip(figure.subplots(2, 3).flat, PANELS.items()):
+        for (label, runs), color, style in zip(curves_of.items(), cycle(COLORS), cycle(STYLES)):
             for width, metric in zip((2, 1), metrics):
                 if not (curves := [run[metric] for run in runs if metric in run]):
                     continue
                 steps = curves[0][0][curves[0][0] <= min(curve[0, -1] for curve in curves)]
                 starts = [[curve[1, 0] if title.startswith("Δ") else 0] for curve in curves]
                 values = np.array([np.interp(steps, *curve) for curve in curves]) - starts
-                (line,) = axis.plot(steps, values.mean(0), style, color=color, linewidth=width)
-                lines.setdefault(label, line)
+                (lines[label],) = axis.plot(steps, values.mean(0), style, color=color, lw=width)
                 if len(curves) > 1:
-                    band = values.min(0), values.max(0)
-                    axis.fill_between(steps, *band, color=color, alpha=0.2, linewidth=0)
+                    axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2)
         axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         if title not in ("loss", "reward accuracy"):
             axis.axhline(0, color="0.4", linewidth=0.8, zorder=0)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
     columns = min(max(132 // (12 + max(map(len, lines))), 1), 4)  # 132 characters fill the width
     place = {"loc": "outside lower center", "ncols": columns, "frameon": False, "handlelength": 3.5}
     figure.legend(lines.values(), lines, **place)

@@ -16,10 +16,10 @@ from support.lora import add_lora, lora_of
 
 
 class World:
-    """A single process: gathers return their argument; checks and sharding do nothing."""
+    """A single process. Gathering returns its argument; checking and sharding do nothing."""
 
     rank, count, first = 0, 1, True
-    cat = staticmethod(torch.cat)
+    cat = staticmethod(torch.cat)  # with several processes, also joins the rows of all processes
     batches = staticmethod(make_batches)
     total_norm = staticmethod(get_total_norm)
     place = staticmethod(lambda moment, parameter: moment.to(parameter.device))
@@ -37,19 +37,18 @@ class Processes(World):
     def check(self, init: str | None, batch_size: int, draws: bool) -> None:
         """Raises ValueError for options that need a single process or fewer processes."""
         if draws or not init:
-            raise ValueError("torchrun: the demonstration, --on_policy and --loss rlhf run in one "
-                             "process; start this run without torchrun")  # fmt: skip
+            raise ValueError("the demonstration, --on_policy and rlhf run only without torchrun")
         if batch_size < self.count:
-            raise ValueError(f"--batch_size {batch_size}: {self.count} processes need a pair each; "
-                             "raise --batch_size, or start fewer processes")  # fmt: skip
+            raise ValueError(f"--batch_size must be at least {self.count}, the number of processes")
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Adds the tensors of all processes, in place."""
+        """Replaces the tensor of each process by the sum of the tensors of all processes."""
         dist.all_reduce(tensor)
         return tensor
 
     def cat(self, parts: list[Tensor]) -> Tensor:
-        """The rows of all parts (n, ...) in the order of the processes; n may differ."""
+        """Concatenates the rows of this process's parts (n, ...) with those of all other processes,
+        in the order of the processes. Every process receives all rows; n may differ."""
         rows, counts = torch.cat(parts), torch.zeros(self.count, dtype=torch.long)
         counts[self.rank] = len(rows)
         counts = self.sum(counts).tolist()
@@ -58,17 +57,17 @@ class Processes(World):
         return self.sum(gathered)
 
     def batches(self, pairs: Pairs, index: list[int], *layout) -> list[Batch]:
-        """`make_batches` for this process's share of pairs[i], i in index."""
+        """Packs this process's share of the pairs[i], i in index, as `make_batches` does."""
         index = sorted(index, key=lambda i: row_length(pairs[i]))  # balances the lengths
         batches = make_batches(pairs, index[self.rank :: self.count], *layout)
-        # Every pass involves all processes, so processes with fewer batches run empty ones.
+        # Every pass involves all processes, so processes with fewer batches run empty batches.
         most = int(self.cat([torch.tensor([len(batches)])]).max())
         (batch,), none = make_batches(pairs, index[:1], *layout), torch.zeros(0, dtype=torch.long)
         empty = batch._replace(source=none, targets=none, lengths=none, index=[])
         return batches + [empty] * (most - len(batches))
 
     def shard(self, model: Llama, dtype: torch.dtype, device: str) -> None:
-        """Shards every parameter over the processes, on `device`."""
+        """Shards every parameter over the processes and their devices, of the type of `device`."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = dist.init_device_mesh(torch.device(device).type, (self.count,))
@@ -85,26 +84,25 @@ class Processes(World):
         model.reshard()
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
-        """The 2-norm of all gradients together, in shape ()."""
+        """Returns the 2-norm () of all gradients together."""
         return get_total_norm(gradients).full_tensor()
 
     def place(self, moment: Tensor, parameter: Tensor) -> Tensor:
-        """Gives a gathered moment of AdamW the device and the sharding of its parameter."""
+        """Shards a moment of AdamW, which every process holds completely, as its parameter is."""
         from torch.distributed.tensor import distribute_tensor
 
-        moment = moment.to(parameter.device)
+        moment, mesh = moment.to(parameter.device), parameter.device_mesh
         if moment.dim() == 0:
             return moment  # the count of steps is not sharded
-        where = parameter.device_mesh, parameter.placements
-        return distribute_tensor(moment, *where, src_data_rank=None)  # each process has it all
+        return distribute_tensor(moment, mesh, parameter.placements, src_data_rank=None)
 
     def gather_state(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The unsharded tensors on the CPU of the first process; the others get {}."""
+        """Gathers sharded tensors on the CPU of the first process; other processes receive {}."""
         gathered = ((name, getattr(x, "full_tensor", x.cpu)()) for name, x in tensors.items())
         return {name: tensor.cpu() for name, tensor in gathered if self.first}
 
     def gather_model(self, model: Llama) -> Llama:
-        """The unsharded model on the CPU of the first process; the others get no weights."""
+        """Gathers the model on the CPU of the first process; other processes receive no weights."""
         with torch.device("meta"):
             gathered = Llama(model.config)
             if lora := lora_of(model):
@@ -117,7 +115,7 @@ class Processes(World):
 @contextlib.contextmanager
 def join():
     """Yields the World of this process. Under torchrun, only the first process prints. A process
-    that fails exits without waiting, so that torchrun notices and stops the others."""
+    that fails exits at once, and torchrun then stops the other processes."""
     if not dist.is_torchelastic_launched():
         yield World()
         return

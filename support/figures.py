@@ -1,6 +1,7 @@
-"""Figures with their errors, paired comparisons of runs, and the tables that show them."""
+"""Statistics with their errors, paired comparisons of runs, and the tables that show them."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,15 +11,14 @@ RESAMPLES = 2000  # number of resamples of the bootstrap
 # Prefixes of columns' names: those in RATES are in percent, those in SMALL have three decimals.
 RATES = ("greedy", "pass@", "cut", "acc", "reward", "strict", "flexible", "math", "exact", "letter")
 SMALL = ("Δ/token", "dv", "nwj", "js")
-# Explains columns. A key is a column's name, the first word of the name, or "maj@".
-LEGEND = {
+LEGEND = {  # pattern with which a column's name begins -> its explanation below a table
     "greedy": "greedy: the greedy answer is right; pass@k: at least one of k samples is right",
     "strict": "strict: graded by the number after ####; flexible: by the last number",
     "math": "math: compares formulas by text and value, without algebra: a lower bound",
-    "maj@": "pass@k: at least one of k answers is right; maj@n: the majority answer is right",
+    ".* maj@": "pass@k: at least one of k answers is right; maj@n: the majority answer is right",
     "cut": "cut: answers cut off at --max_new_tokens; the text so far is graded",
     "acc": "acc: the gold choice is likeliest; acc_norm: per character; acc_bytes: per byte",
-    "Δ chosen": "Δ: change of an answer's summed log-prob from the reference, in nats",
+    "Δ ": "Δ: change of an answer's summed log-prob from the reference, in nats",
     "reward": "reward: share of pairs whose chosen answer has the larger Δ",
     "margin": "T: the implicit reward, beta times Δ; margin: T chosen minus T rejected",
     "chosen": "chosen, rejected: summed log-prob of an answer, in nats",
@@ -28,8 +28,8 @@ LEGEND = {
 }
 
 
-class Figure(NamedTuple):
-    """The statistic of n items, and its standard error or None if all items have one prompt."""
+class Estimate(NamedTuple):
+    """The statistic of n items with its standard error, None if all items share one prompt."""
 
     mean: float
     error: float | None
@@ -37,7 +37,7 @@ class Figure(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A run minus another run, on the n items of both, with the 95 % bootstrap interval."""
+    """A run minus another run over the n items of both, with the 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -45,27 +45,20 @@ class Difference(NamedTuple):
     n: int
 
 
-Row = dict[str, Figure | Difference]  # name of a column -> its cell in one row of a table
+Row = dict[str, Estimate | Difference]  # name of a column -> its cell in one row of a table
 
 
 class Column(NamedTuple):
-    """The values of all items in a run, and the statistic that summarizes them.
+    """The values of all items in a run, and the statistic that summarizes them. Items of one prompt
+    are not independent, so standard errors and intervals are over prompts."""
 
-    values: (items,), or (items, parts) if the statistic needs several numbers per item. NaN marks
-        an item without a value.
-    statistic: maps values to a number. Only `np.mean` has an error in closed form.
-    prompts: (items,) the prompt of each item; None if all prompts differ. Items of one prompt are
-        not independent, so standard errors and intervals are over prompts.
-    names: (items,) identifies the same item in two runs. None identifies it by its position.
-    """
-
-    values: np.ndarray
-    statistic: Callable[[np.ndarray], float] = np.mean
-    prompts: np.ndarray | None = None
-    names: np.ndarray | None = None
+    values: np.ndarray  # (items,) or (items, parts); NaN marks an item without a value
+    statistic: Callable[[np.ndarray], float] = np.mean  # maps the values to a number
+    prompts: np.ndarray | None = None  # (items,) the prompt of each item; None if all differ
+    names: np.ndarray | None = None  # (items,) the same in two runs; None: identified by position
 
     def known(self) -> tuple[np.ndarray, np.ndarray]:
-        """The values of the items that have one, and the numbers 0, 1, ... of their prompts."""
+        """The values of the items that have one, and their prompts, renumbered as 0, 1, ..."""
         present = ~np.isnan(self.values).any(axis=tuple(range(1, self.values.ndim)))
         prompts = np.arange(len(present)) if self.prompts is None else self.prompts
         return self.values[present], np.unique(prompts[present], return_inverse=True)[1]
@@ -77,18 +70,17 @@ class Column(NamedTuple):
         return float(self.statistic(values)) if len(values) else math.nan
 
     @np.errstate(invalid="ignore")
-    def figure(self) -> Figure:
+    def estimate(self) -> Estimate:
         """The statistic with its standard error over prompts (clustered as in arXiv 2411.00640)."""
         values, prompts = self.known()
         n, G, mean, error = len(values), len(set(prompts)), self.mean(), None
         if G > 1 and self.statistic is np.mean:
-            # Var(mean) = G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2 / n^2 for G prompts g.
-            # This is the usual s^2 / n if each item has its own prompt.
+            # Var(mean) = G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2 / n^2; s^2 / n if G = n
             residuals = np.bincount(prompts, values - mean)  # (G,)
             error = math.sqrt(G / (G - 1) * (residuals**2).sum()) / n
         elif G > 1:
             error = float(resample(values, self.statistic, prompts).std(ddof=1))
-        return Figure(mean, error, n)
+        return Estimate(mean, error, n)
 
     @np.errstate(invalid="ignore")
     def difference(self, first: "Column") -> Difference | None:
@@ -109,27 +101,25 @@ class Column(NamedTuple):
 
 
 def task_row(values: dict[str, list[float]]) -> Row:
-    """The row of a table from the values of each item by column."""
-    return {name: Column(np.array(value)).figure() for name, value in values.items()}
+    """Converts column -> values of its items to column -> cell of a table."""
+    return {name: Column(np.array(value)).estimate() for name, value in values.items()}
 
 
 def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np.ndarray:
     """Bootstrap over prompts: (RESAMPLES,) values of the statistic. A resample draws G of the G
     prompts with replacement and takes all items of each. prompts: (items,) 0, 1, ..."""
-    random, G, found = np.random.default_rng(0), prompts.max() + 1, []
-    for _ in range(RESAMPLES):
-        times_drawn = np.bincount(random.integers(0, G, G), minlength=G)  # (G,)
-        found.append(statistic(np.repeat(values, times_drawn[prompts], axis=0)))
-    return np.array(found)
+    random, G = np.random.default_rng(0), prompts.max() + 1
+    draws = (np.bincount(random.integers(0, G, G), minlength=G) for _ in range(RESAMPLES))  # (G,)
+    return np.array([statistic(np.repeat(values, drawn[prompts], axis=0)) for drawn in draws])
 
 
 def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
-    """Rows of a table: the figures of all runs, then the differences from the first run."""
-    rows: dict[str, Row] = {n: {c: x.figure() for c, x in run.items()} for n, run in runs.items()}
+    """Rows of a table: the statistics of all runs, then the differences from the first run."""
+    rows: dict[str, Row] = {n: {c: x.estimate() for c, x in run.items()} for n, run in runs.items()}
     (first, base), *others = runs.items()
     for name, run in others:
         differences = {c: run[c].difference(base[c]) for c in run if c in base}
-        # Two long names would leave no room for figures in 80 columns.
+        # Two long names would leave no room for cells in 80 characters.
         label = f"{name} - {first if len(name + first) < 48 else 'first'}"
         if differences:
             rows[label] = {c: d for c, d in differences.items() if d is not None}
@@ -137,16 +127,23 @@ def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
 
 
 def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
-    """The text of a table with a line for each row, a line for the numbers of items, and a legend.
-    Without `markdown`, columns beyond `width` characters go to another table below."""
+    """The text of a table: a line for each row, a line with the numbers of items n, and a legend.
+    Without `markdown`, columns that exceed `width` characters continue in another table below."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     grid = [["", *(f"{column} %" if column.startswith(RATES) else column for column in columns)]]
-    grid += [[name, *(_cell(c, row.get(c)) for c in columns)] for name, row in rows.items()]
+    for name, row in rows.items():
+        grid.append([name, *(_cell(c, row[c]) if c in row else "-" for c in columns)])
     counts = [sorted({row[c].n for row in rows.values() if c in row}) for c in columns]
     grid.append(["n", *(f"{n[0]}-{n[-1]}" if len(n) > 1 else f"{n[0]}" for n in counts)])
+    legend = [text for key, text in LEGEND.items() if any(re.match(key, c) for c in columns)]
+    legend.append("±: standard error over prompts")
+    if any(isinstance(cell, Difference) for row in rows.values() for cell in row.values()):
+        legend[-1] += "; [...]: 95 % bootstrap interval, paired"
+    if not all(rows.values()):
+        legend.append("-: the two runs have no items in common")
     if markdown:
-        lines = [f"| {' | '.join(line)} |" for line in grid]
-        return "\n".join([lines[0], "|---" * len(grid[0]) + "|", *lines[1:], "", *legend(rows)])
+        head, *lines = [f"| {' | '.join(line)} |" for line in grid]
+        return "\n".join([head, "|---" * len(grid[0]) + "|", *lines, "", *legend])
     names = [line[0].ljust(max(len(name) for name, *_ in grid)) for line in grid]
     tables: list[list[str]] = []  # each table is a list of lines
     for cells in zip(*(line[1:] for line in grid)):
@@ -154,28 +151,13 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
         if not tables or len(tables[-1][0]) + 2 + size > width:
             tables.append(names)
         tables[-1] = [f"{line}  {cell:>{size}}" for line, cell in zip(tables[-1], cells)]
-    return "\n".join(["\n\n".join(map("\n".join, tables)), *legend(rows)])
+    return "\n".join(["\n\n".join(map("\n".join, tables)), *legend])
 
 
-def legend(rows: dict[str, Row]) -> list[str]:
-    """Explains the columns and the marks of a table, in lines of at most 80 characters."""
-    columns = {column for row in rows.values() for column in row}
-    keys = columns | {column.split()[0] for column in columns}
-    keys |= {"maj@" for column in columns if "maj@" in column}
-    marks = "±: standard error over prompts"
-    if any(isinstance(cell, Difference) for row in rows.values() for cell in row.values()):
-        marks += "; [...]: 95 % bootstrap interval, paired"
-    lines = [text for key, text in LEGEND.items() if key in keys] + [marks]
-    return lines if all(rows.values()) else [*lines, "-: the two runs have no items in common"]
-
-
-def _cell(column: str, cell: Figure | Difference | None) -> str:
-    if cell is None:
-        return "-"
+def _cell(column: str, cell: Estimate | Difference) -> str:
     scale, sign, form = (100, "", ".1f") if column.startswith(RATES) else (1, "+", ".2f")
-    if column.startswith(SMALL):
-        form = ".3f"
-    form = ".2g" if abs(cell.mean) > 1e4 else form  # an estimate that diverged
+    form = ".3f" if column.startswith(SMALL) else form
+    form = ".2g" if abs(cell.mean) > 1e4 else form  # the statistic has diverged
     if isinstance(cell, Difference):
         mean, low, high = (f"{scale * x:+{form}}" for x in cell[:3])
         return f"{mean} [{low}, {high}]"

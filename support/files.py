@@ -27,9 +27,9 @@ def parse_json(content: bytes | str, where) -> dict:
     try:
         value = json.loads(content, parse_constant=refuse, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from None
+        raise ValueError(f"{where}: not valid JSON; correct the file ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        raise ValueError(f"{where}: expected a JSON object {{...}}, found {type(value).__name__}")
     return value
 
 
@@ -54,7 +54,7 @@ def read_rows(path):
                     yield number, parse_json(line, f"{path}:{number}")
                 progress.update(raw.tell() - progress.n)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: broken gzip file ({error})") from None
+            raise ValueError(f"{path}: broken gzip file; compress it again ({error})") from None
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -88,13 +88,9 @@ def flush_to_disk(path) -> None:
 
 def digest(*parts) -> str:
     """SHA-256 in hex of the parts in their order: bytes, files (as Path) or JSON values."""
-    total = hashlib.sha256()
-    for part in parts:
-        if not isinstance(part, bytes | Path):
-            part = json.dumps(part).encode()
-        one = digest_file(part) if isinstance(part, Path) else hashlib.sha256(part).hexdigest()
-        total.update(one.encode())
-    return total.hexdigest()
+    parts = [p if isinstance(p, bytes | Path) else json.dumps(p).encode() for p in parts]
+    sums = [digest_file(p) if isinstance(p, Path) else hashlib.sha256(p).hexdigest() for p in parts]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def digest_file(path) -> str:

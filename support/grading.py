@@ -1,4 +1,4 @@
-"""Graders: read the result of an answer, compare it with the key, compute pass@k and maj@n."""
+"""Graders read the result of an answer, compare it with the key, and compute pass@k and maj@n."""
 
 import math
 import re
@@ -6,12 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
-import numpy as np
-
 # Accepts only plain decimal notation: the exact value of 1e9999999 takes minutes to compute.
 DECIMAL = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
-# A minus sign after a digit, a letter or a parenthesis is a subtraction.
-NUMBER_IN_TEXT = r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 # Matches a capital letter by itself, but neither the pronoun I nor the article A.
 CAPITAL = r"((?:[B-HJ-Z]|[AI](?!['’]|\s+(?!because|since|as\b|is\b)\w))\b)"
 LETTERS = (  # answer is (C), correct option: C; option C, **C**; C at the beginning; (C)
@@ -23,7 +19,7 @@ LETTERS = (  # answer is (C), correct option: C; option C, **C**; C at the begin
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The exact value of "-$1,234.50" or "3/4", so that 18.00 equals 18; None for other texts."""
+    """Returns the exact value of "-$1,234.50" or "3/4", or None for other texts."""
     found = re.fullmatch(rf"({DECIMAL})(?:/({DECIMAL}))?", re.sub(r"[$,\s]", "", text))
     try:
         return Fraction(found[1]) / Fraction(found[2] or 1) if found else None
@@ -36,19 +32,19 @@ def read_gsm8k_key(key: str) -> Fraction | None:
 
 
 def read_strict(text: str) -> Fraction | None:
-    """The first number after ####, as the authors of GSM8K grade."""
+    """Returns the first number after ####, as the authors of GSM8K grade."""
     found = re.search(r"####\s*(-?\$?\s?-?[\d.,]+)", text)
     return parse_number(found[1].rstrip(".,")) if found else None
 
 
 def read_flexible(text: str) -> Fraction | None:
-    """The last number of the text."""
-    found = re.findall(NUMBER_IN_TEXT, text)
+    """Returns the last number. A minus sign after a letter, a digit or ")" is a subtraction."""
+    found = re.findall(r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", text)
     return parse_number(found[-1]) if found else None
 
 
 def find_formula(text: str) -> str | None:
-    """The content of the last \\boxed{...} or \\fbox{...}, or the text after "final answer is"."""
+    """Returns the content of the last \\boxed{} or \\fbox{}, or what follows "final answer is"."""
     start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     if start < 0:
         found = re.findall(r"(?im)final answer is:?\s*(.+?)(?:\.?\s*I hope|\.?\s*$|\.\s)", text)
@@ -62,7 +58,7 @@ def find_formula(text: str) -> str | None:
 
 
 def normalize_formula(text: str) -> Fraction | str:
-    """The value of a number or fraction; else the formula as MATH and Minerva normalize it."""
+    """Returns the value of a number, or another formula as MATH and Minerva normalize it."""
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\\left|\\right|\\[!,;: ]|\^\s*\{?\\circ\}?|\\?[%$]", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text).strip().rstrip(".")
@@ -83,11 +79,11 @@ def read_math(text: str) -> Fraction | str | None:
 
 
 def read_letter(text: str) -> str | None:
-    """The letter that a text chooses, by the last match of the first matching form in LETTERS."""
+    """Returns the last letter that the first matching form in LETTERS finds, or None."""
     return next((found[-1] for form in LETTERS if (found := re.findall(form, text))), None)
 
 
-# grade -> function that reads the key, and named functions that read an answer (None: no result)
+# grade -> a function that reads the key, and functions that return an answer's result or None
 GRADERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
     "gsm8k": (read_gsm8k_key, {"strict": read_strict, "flexible": read_flexible}),
     "math": (lambda key: normalize_formula(find_formula(key) or key), {"math": read_math}),
@@ -96,23 +92,20 @@ GRADERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
 }
 
 
-def pass_at_k(correct: np.ndarray, n: int, k: int) -> np.ndarray:
-    """Unbiased estimates of pass@k (questions,), 1 - C(n - c, k) / C(n, k) of arXiv 2107.03374.
-    `correct` (questions,) holds c, how many of n answers are right. Raises ValueError if k > n."""
-    if k > n:
-        raise ValueError(f"pass@{k} needs {k} answers to each question, but there are {n}")
-    return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in correct])
+def pass_at_k(correct: int, n: int, k: int) -> float:
+    """Estimates pass@k without bias from `correct` right answers of n >= k (arXiv 2107.03374)."""
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def powers_of_two(n: int) -> list[int]:
-    """1, 2, 4, ... up to n, and n itself."""
+    """Returns 1, 2, 4, ... up to n, and n itself."""
     return sorted({2**i for i in range(n.bit_length())} | {n})
 
 
 def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
-    """The values of one question, for each reader of the grade. One answer has the value 1 if it is
-    right. Several have pass@k for k = 1, 2, 4, ..., n, and maj@n, which is 1 if the most frequent
-    result (the first if tied) is right."""
+    """Returns the values of one question for each reader of the grade. One answer has the value 1
+    if it is right. Several answers have pass@k for k = 1, 2, 4, ..., n, and maj@n, which is 1 if
+    the most frequent result (the first if tied) is right."""
     read_key, readings = GRADERS[grade]
     gold, n, values = read_key(key), len(texts), {}
     for name, read in readings.items():
@@ -121,14 +114,13 @@ def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
         if n == 1:
             values[name] = float(right)
         else:
-            for k in powers_of_two(n):
-                values[f"{name} pass@{k}"] = float(pass_at_k([right], n, k)[0])
+            values |= {f"{name} pass@{k}": pass_at_k(right, n, k) for k in powers_of_two(n)}
             values[f"{name} maj@{n}"] = float(Counter(results).most_common(1) == [(gold, right)])
     return values
 
 
 def grade_drawn(item, tokenizer, answer: list[int]) -> float:
-    """The reward of an answer (ids) to a `questions.Item`: 1 if the first reader of the grade finds
-    the right result and the answer ends with a stop id (it was not cut off); otherwise 0."""
+    """Returns the reward of an answer (ids) to a `questions.Item`: 1 if the first reader of the
+    grade finds the right result and the answer ends with a stop id, otherwise 0."""
     right, *_ = grade_values(item.grade, item.key, [tokenizer.decode(answer[:-1])]).values()
     return right if answer[-1] in tokenizer.stop_ids else 0.0

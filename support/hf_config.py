@@ -5,8 +5,8 @@ import dataclasses
 
 NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 QWEN = {"num_key_value_heads": 32, "use_sliding_window": False}
-# model_type -> its class in transformers, the features that this class does not let a config.json
-# choose, and the values that it gives to absent keys where they differ from those of Llama.
+# model_type -> its class in transformers, the features that the class fixes whatever config.json
+# says, and the values that the class gives to absent keys where they differ from those of Llama.
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {"sliding_window": None}, {}),
     "mistral": ("MistralForCausalLM", NO_BIAS, {"sliding_window": 4096, "num_key_value_heads": 8}),
@@ -22,29 +22,26 @@ INERT_KEYS = {"_name_or_path", "architectures", "auto_map", "dtype", "is_llama_c
 ONLY_VALUE = {"hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1,
               "partial_rotary_factor": 1.0}  # fmt: skip
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_SCALINGS = {"linear": ("factor",), "llama3": LLAMA3_ROPE}
+ROPE_SCALINGS = {"default": (), "linear": ("factor",), "llama3": LLAMA3_ROPE}
 
 
 def read_config(hf: dict, fields: tuple[dataclasses.Field, ...]) -> dict:
-    """Converts the content of a config.json of transformers 4 or 5 to arguments of ModelConfig.
-
-    fields: the fields of ModelConfig. Raises ValueError that names the key and its wrong value.
-    """
+    """Converts the content of a config.json of transformers 4 or 5 to arguments of ModelConfig,
+    which has these `fields`. Raises ValueError that names the key and its wrong value."""
     kind, names = hf.get("model_type"), {field.name for field in fields}
     _check(kind in [*FAMILIES], f"model_type {kind!r:.60} is not one of {', '.join(FAMILIES)}")
     _, fixed, absent = FAMILIES[kind]
-    hf = absent | hf
-    layers = hf.get("layer_types")
-    if isinstance(layers, list) and all(layer == "full_attention" for layer in layers):
-        hf["layer_types"] = None
+    hf, layers = absent | hf, hf.get("layer_types")
+    if isinstance(layers, list) and layers == ["full_attention"] * len(layers):
+        hf["layer_types"] = None  # model.py implements only this kind of layer
     if hf.get("use_sliding_window") is False and kind != "mistral":
         hf["sliding_window"] = None  # Qwen writes the size of a window that it does not use
     hf = {key: value for key, value in hf.items() if value is not None and value is not False}
     for key, value in hf.items():
-        only, named = ONLY_VALUE.get(key, fixed.get(key, value)), f"{key} = {value!r:.60}"
+        only, named = (fixed | ONLY_VALUE).get(key, value), f"{key} = {value!r:.60}"
         _check(value == only, f"{named} is not implemented for {kind}, only {only!r}")
         known = key in names | INERT_KEYS | ONLY_VALUE.keys()
-        _check(known, f"{named} is not a known key; remove it if it does not change the model")
+        _check(known, f"{named} is an unknown key (remove it if it does not change the model)")
     for key in ("hidden_size", "num_attention_heads"):
         _check_number(key, hf.get(key), int)
     heads, values = hf["num_attention_heads"], {}
@@ -54,8 +51,8 @@ def read_config(hf: dict, fields: tuple[dataclasses.Field, ...]) -> dict:
         values[field.name] = value = (hf | fixed).get(field.name, default)
         if field.type in (int, float):
             _check_number(field.name, value, field.type)
-        if field.type is bool:
-            _check(isinstance(value, bool), f"{field.name} must be true or false, not {value!r}")
+        valid = field.type is not bool or isinstance(value, bool)
+        _check(valid, f"{field.name} must be true or false, not {value!r:.60}")
     _check_number("sliding_window", hf.get("sliding_window", 1), int)
     bos, divisible = hf.get("bos_token_id", 0), heads % hf["num_key_value_heads"] == 0
     _check(type(bos) is int and bos >= 0, f"bos_token_id must be a token id, not {bos!r:.60}")
@@ -67,8 +64,8 @@ def read_config(hf: dict, fields: tuple[dataclasses.Field, ...]) -> dict:
 def write_config(values: dict) -> dict:
     """Converts the fields of a ModelConfig to a config.json that transformers 4 and 5 both read."""
     hf = {key: value for key, value in values.items() if key not in ("qkv_bias", "qk_norm")}
-    rope = values["rope_scaling"] or {"rope_type": "default"}
-    rope = {"rope_theta": values["rope_theta"]} | rope
+    rope = {"rope_theta": values["rope_theta"], "rope_type": "default"}
+    rope |= values["rope_scaling"] or {}
     classes = [FAMILIES[values["model_type"]][0]]
     return hf | ONLY_VALUE | {"architectures": classes, "rope_parameters": rope}
 
@@ -81,16 +78,13 @@ def _rope(hf: dict) -> dict:
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     _check_number("rope_theta", theta, float)
     _check(rope.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor is not implemented")
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
     _check(kind in [*ROPE_SCALINGS], f"rope type {kind!r:.60} is not default, linear or llama3")
-    scaling = {"rope_type": kind}
-    for key in ROPE_SCALINGS[kind]:
-        _check_number(f"rope_scaling.{key}", rope.get(key), float)
-        scaling[key] = rope[key]
-    ordered = kind != "llama3" or rope["low_freq_factor"] < rope["high_freq_factor"]
-    _check(ordered, "high_freq_factor must be above low_freq_factor")
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    scaling = {key: rope.get(key) for key in ROPE_SCALINGS[kind]}
+    for key, value in scaling.items():
+        _check_number(f"rope_scaling.{key}", value, float)
+    low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
+    _check(low < high, "high_freq_factor must be above low_freq_factor")
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind} | scaling if scaling else None}
 
 
 def _check_number(name: str, value: object, kind: type) -> None:
@@ -100,4 +94,4 @@ def _check_number(name: str, value: object, kind: type) -> None:
 
 def _check(valid: bool, message: str) -> None:
     if not valid:
-        raise ValueError(f"config.json: {message}")
+        raise ValueError(f"config.json: {message}; edit the file or use another model")

@@ -85,8 +85,7 @@ def load_job(options, world) -> Job:
     lengths = np.concatenate([pairs.lengths(), held_out.lengths()])  # (all pairs, 3)
     longest = int(max(lengths[:, 0] + lengths[:, 1:].max(axis=1), default=0))
     if longest > (context := model.config.max_position_embeddings):
-        raise ValueError(f"a prompt with its answer has {longest} tokens, but the model reads "
-                         f"{context}; lower --max_length")  # fmt: skip
+        raise ValueError(f"--max_length: a pair has {longest} tokens, lower it to {context}")
     if loss.shared_of_mismatched:
         mismatched = mismatched_pairs(pairs, longest, tokenizer.bos_id)
     init, adapter = Path(options.init), options.init_adapter

@@ -17,7 +17,7 @@ LORA_TARGETS = {"all": LINEARS, "attention": LINEARS[:4]}
 # Keys of an adapter_config.json that PEFT uses only to create or train an adapter.
 INERT_KEYS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "qalora_group_size",
               "lora_dropout", "megatron_core", "peft_version", "revision", "task_type"}  # fmt: skip
-# The values that are implemented. Other values of init_lora_weights change the base weights.
+# The implemented values of keys. Other values of init_lora_weights change the base weights.
 IMPLEMENTED = {"peft_type": ("LORA",), "bias": ("none",), "use_rslora": (True,),
                "init_lora_weights": (True, "gaussian", "orthogonal", "eva")}  # fmt: skip
 
@@ -40,7 +40,8 @@ class LoraConfig:
         for key, value in hf.items():
             off = not value and key != "peft_type"  # an empty value switches a feature off
             if key not in INERT_KEYS and not off and value not in IMPLEMENTED.get(key, ()):
-                raise ValueError(f"{file}: {key} = {value!r:.60} is not implemented")
+                what = f"{key} = {value!r:.60} is not implemented"
+                raise ValueError(f"{file}: {what}; merge the adapter into its base model with PEFT")
         if type(r) is not int or r < 1:
             raise ValueError(f"{file}: r must be an integer above 0, not {r!r:.60}")
         if type(alpha) not in (int, float) or not 0 < alpha < float("inf"):
@@ -51,7 +52,7 @@ class LoraConfig:
 
 
 def config_of(options) -> LoraConfig:
-    """The configuration of the adapters that the options ask for."""
+    """Returns the configuration of the adapters that the options request."""
     if options.init_adapter:
         return LoraConfig.from_pretrained(options.init_adapter)
     targets = options.lora_targets or DEFAULT_TARGETS
@@ -76,18 +77,17 @@ class LoraLinear(nn.Linear):
 
 
 def add_lora(model: nn.Module, lora: LoraConfig, dtype: torch.dtype = torch.float32) -> None:
-    """Freezes all weights of a model and adds float32 adapters to its target modules. Linear
-    modules store their weights in `dtype`, the precision of matrix products, because autocast
-    would round frozen weights to it at every use. Raises ValueError for a target that matches no
-    linear module of a block, and for a rank above the width of a target."""
+    """Freezes a model and adds float32 adapters to its target modules. The frozen weights of linear
+    modules are stored in `dtype`, because autocast would round float32 weights at every use. Raises
+    ValueError for a target that no linear module has, and for a rank above a target's width."""
     linears = {n: m.to(dtype) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     linears.pop("lm_head", None)
     found = {}
     for target in lora.target_modules:
-        matches = [name for name in linears if f".{name}".endswith(f".{target}")]
+        matches = {n: m for n, m in linears.items() if f".{n}".endswith(f".{target}")}
         if not matches:
             raise ValueError(f"LoRA target {target!r:.60}: choose from {', '.join(LINEARS)}")
-        found |= {name: linears[name] for name in matches}
+        found |= matches
     limit = min(min(linear.weight.shape) for linear in found.values())
     if not 0 < lora.r <= limit:
         raise ValueError(f"LoRA rank {lora.r}: must be from 1 to {limit}, a target's width")
@@ -117,18 +117,15 @@ def merge_lora(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def load_adapter(model: nn.Module, folder) -> None:
-    """Reads adapter_model.safetensors. Raises OSError, or ValueError as read_weights does."""
-    file = Path(folder) / ADAPTER_FILES[1]
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder}: has no {file.name}, the only supported format")
-    adapters = _adapters(model)
+    """Reads adapter_model.safetensors. Raises ValueError as read_weights does."""
+    adapters, files = _adapters(model), [Path(folder) / ADAPTER_FILES[1]]
     shapes = {name: tuple(p.shape) for name, p in adapters.items()}
-    for name, tensor in read_weights(folder, shapes, torch.float32, files=[file]).items():
+    for name, tensor in read_weights(folder, shapes, torch.float32, files=files).items():
         adapters[name].copy_(tensor)
 
 
 def save_adapter(model: nn.Module, folder, base: str) -> None:
-    """Writes the adapters for PEFT to load. base: the name or path of the base model."""
+    """Writes the adapters in PEFT's format. base: the name or path of the base model."""
     Path(folder).mkdir(exist_ok=True)
     save_tensors(Path(folder) / ADAPTER_FILES[1], _adapters(model), format="pt")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
@@ -136,6 +133,6 @@ def save_adapter(model: nn.Module, folder, base: str) -> None:
 
 
 def _adapters(model: nn.Module) -> dict[str, Tensor]:
-    """Returns PEFT's name -> weight of an adapter. The weights share memory with the model."""
+    """Maps PEFT's names to the adapters' weights, which share memory with the model."""
     named = model.named_parameters()
     return {f"base_model.model.{name}": p.detach() for name, p in named if ".lora_" in name}

@@ -19,51 +19,48 @@ def is_rlhf(options) -> bool:
 
 
 def draws(options) -> bool:
-    """Whether the policy draws the answers, so that --data holds questions."""
+    """Tells whether the policy draws the answers, so that --data holds questions."""
     return options.on_policy or is_rlhf(options)
 
 
 def prompts_per_step(options) -> int:
-    """The number of rows of --data in a step. A step of rlhf draws 2 * batch_size answers."""
+    """Returns the rows of --data in a step. A step of rlhf draws 2 * batch_size answers."""
     return 2 * options.batch_size // options.samples if is_rlhf(options) else options.batch_size
 
 
 def check_draws(options) -> None:
-    """Raises ValueError if no step can draw what the options ask for."""
+    """Raises ValueError if a step cannot draw answers as the options say."""
     if options.on_policy and (LOSSES[options.loss].shared_of_mismatched or is_rlhf(options)):
-        raise ValueError(f"--on_policy: --loss {options.loss} does not support it; leave it out")
-    answers = 2 * options.batch_size
-    if is_rlhf(options) and (options.samples % 2 or answers % options.samples):
-        raise ValueError(f"--samples {options.samples}: must be even and divide the {answers} "
-                         f"answers of a step, twice --batch_size {options.batch_size}")  # fmt: skip
+        raise ValueError(f"--on_policy: not supported by --loss {options.loss}; leave the flag out")
+    k, answers = options.samples, 2 * options.batch_size
+    if is_rlhf(options) and (k % 2 or answers % k):
+        raise ValueError(f"--samples {k}: must be even and divide {answers}, twice --batch_size")
 
 
 def load_questions(options, model, tokenizer) -> list[Item]:
-    """The questions of --data. Raises ValueError for other rows and prompts that are too long."""
-    questions = read_items(options.data)
-    if questions is None or questions[0].choices:
-        raise ValueError(f"{options.data}: rows must be questions with an answer to grade by")
-    lengths = [options.max_new_tokens] * len(questions)
-    prompt_ids(model, tokenizer, options.data, questions, "", lengths)
-    return questions
+    """Returns the questions of --data. Raises ValueError for other rows and for long prompts."""
+    items = read_items(options.data)
+    if items is None or items[0].choices:
+        raise ValueError(f"{options.data}: rows must be questions with prompt, answer and grade")
+    prompt_ids(model, tokenizer, options.data, items, "", [options.max_new_tokens] * len(items))
+    return items
 
 
 def draw_pairs(job, step: int, rows: list[int]) -> StepData:
-    """Draws --samples answers to each question job.questions[i], i in `rows`, and grades them. The
+    """Draws --samples answers to job.questions[i] for each i in `rows`, and grades the answers. The
     result depends only on the weights, the seed, the step and the rows.
 
-    The pairs are all answers two by two (rlhf), or a right and a wrong answer to each prompt. The
+    For rlhf, the pairs contain all answers; otherwise a pair is a right and a wrong answer. The
     metrics are the mean grade, the tokens drawn, and for rlhf the KL in nats. The return of an
-    answer is grade - beta log(pi / ref), whose mean is the objective E[grade] - beta KL. The
-    advantage is the return minus the mean return of the prompt's other answers (RLOO, arXiv
-    2402.14740)."""
+    answer is grade - beta log(pi / ref), and its mean is E[grade] - beta KL. The advantage is the
+    return minus the mean return of the prompt's other answers (RLOO, arXiv 2402.14740)."""
     options, model, tokenizer, k = job.options, job.model, job.tokenizer, job.options.samples
     dtype, pairs = getattr(torch, options.dtype), Pairs()
     items = [job.questions[i] for i in rows for _ in range(k)]  # one for each answer
     prompts = [item.ids(tokenizer, "") for item in items]
     policy = merge_lora(copy.deepcopy(model), dtype) if lora_of(model) else model
-    kwargs = {"seed": int(np.random.default_rng([options.seed, step]).integers(2**62))}
-    answers = draw(policy, prompts, options.max_new_tokens, stop_ids=tokenizer.stop_ids, **kwargs)
+    seed = int(np.random.default_rng([options.seed, step]).integers(2**62))
+    answers = draw(policy, prompts, options.max_new_tokens, stop_ids=tokenizer.stop_ids, seed=seed)
     grades = [grade_drawn(item, tokenizer, answer) for item, answer in zip(items, answers)]
     metrics = {"reward": sum(grades) / len(grades), "num_drawn": sum(map(len, answers))}
     for start in range(0, len(answers), k):
@@ -74,11 +71,11 @@ def draw_pairs(job, step: int, rows: list[int]) -> StepData:
         for i, j in zip(first, second):
             pairs.append(Pair(prompts[i], answers[i], answers[j]), items[i].line)
     layout = options.row_tokens, options.micro_tokens, dtype
-    ref_logps = pair_logps(job.reference, pairs, *layout)
+    data = StepData([], pair_logps(job.reference, pairs, *layout), pairs=pairs, metrics=metrics)
     if options.on_policy:
-        return StepData([], ref_logps, pairs=pairs, metrics=metrics)
-    logratios = (pair_logps(model, pairs, *layout) - ref_logps).view(-1, k)  # (prompts, k)
+        return data
+    logratios = (pair_logps(model, pairs, *layout) - data.ref_logps).view(-1, k)  # (prompts, k)
     metrics["kl"] = logratios.double().mean().item()
     returns = torch.tensor(grades).view(-1, k) - options.beta * logratios  # (prompts, k)
     advantages = (returns - returns.mean(dim=1, keepdim=True)) * k / (k - 1)
-    return StepData([], ref_logps, advantages.view(-1, 2), pairs=pairs, metrics=metrics)
+    return data._replace(advantages=advantages.view(-1, 2))

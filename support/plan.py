@@ -13,43 +13,42 @@ from model import Llama, ModelConfig
 from support.files import read_json
 from support.lora import add_lora, config_of
 
-# Vocabulary, width, inner width, layers, heads, key-value heads, width of a head.
+# The arguments are vocabulary, width, inner width, layers, heads, key-value heads, head width.
 PRESETS = {
     "llama-3.2-1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True),
     "llama-3.2-3b": ModelConfig(128256, 3072, 8192, 28, 24, 8, 128, tie_word_embeddings=True),
     "llama-3.1-8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128),
     "llama-3.1-70b": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128),
 }
-# Data-sheet values: memory in GB, dense TFLOP/s in bfloat16 and float32.
+# The values are from data sheets: memory in GB, dense TFLOP/s in bfloat16 and in float32.
 GPUS = {"h100": (80, 989, 67), "a100": (80, 312, 19.5), "h200": (141, 989, 67),
         "rtx4090": (24, 165, 82.6)}  # fmt: skip
-GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Needs(NamedTuple):
-    """Bytes in each GPU, by kind and at the peak of a step, and each GPU's work in a step."""
+    """The bytes that a step needs on each GPU, by kind and at the peak, and each GPU's FLOPs."""
 
     parameters: int
-    weights: float  # with several GPUs: the shard, and the weights gathered at a time
+    weights: float  # with several GPUs: the shard, and the weights that are gathered at a time
     gradients: float
     moments: float
     activations: float  # saved by the forward pass for the backward pass
-    head: float  # the logits of a chunk, and gradients of the head and of the states that it reads
+    head: float  # the logits of a chunk, and the gradients of the head and of its input states
     peak: float
     flops: float
 
 
 def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1) -> Needs:
-    """The needs of each GPU in a step of `passes` forward passes. rows, lengths: the tokens of each
-    row and of each answer in a pass. Does not count the overhead of the allocator and CUDA."""
-    with torch.device("meta"):  # all blocks are alike, so one is built
+    """Returns what each GPU needs in a step of `passes` forward passes. rows, lengths: the tokens
+    of each row and of each answer in a pass. The overhead of the allocator and CUDA is left out."""
+    with torch.device("meta"):  # all blocks are alike, so the model has a single block
         model = Llama(dataclasses.replace(config, num_hidden_layers=1))
         if options.lora_rank:
             add_lora(model, config_of(options), getattr(torch, options.dtype))
     half, recompute = options.dtype == "bfloat16", options.checkpointing == "on"
     on_gpu, sharded, several_passes = options.device != "cpu", gpus > 1, passes > 1
     compiled = on_gpu and options.compile != "off"
-    # s: bytes of a number in matrix products. n: tokens in a chunk of the head.
+    # s is the number of bytes of a number in matrix products, n the tokens in a chunk of the head.
     D, L, s = config.hidden_size, config.num_hidden_layers, 2 if half else 4
     T, N, squares = sum(rows), sum(lengths), sum(t * t for t in rows)
     n = max(part.stop - part.start for _, part in chunks_of_pairs(lengths, CHUNK_TOKENS))
@@ -60,7 +59,7 @@ def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1
     block, trains_head = list(layers.parameters()), head.requires_grad
     trained = sum(p.numel() for p in root + L * block if p.requires_grad)
     weights = sum(p.nbytes for p in root + L * block) / gpus
-    if sharded:  # gathers the root, two blocks (one is prefetched) and two block gradients
+    if sharded:  # FSDP gathers the root, two blocks (one is prefetched) and two block gradients
         blocks = 2 * sum(p.nbytes for p in block) / (2 if half and trains_head else 1)
         block_gradients = 8 * sum(p.numel() for p in block if p.requires_grad)
         weights += sum(p.nbytes for p in root) + blocks + block_gradients
@@ -73,7 +72,7 @@ def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1
     # The backward pass of an MLP holds gradients of two factors, the residual and the norm.
     at_work = T * (2 * config.intermediate_size * s + 8 * D) + recompute * saved
     grad_head = 4 * head.numel() * trains_head
-    logits = n * len(head) * (s + 4 * (half and on_gpu))  # a GPU also needs them in float32
+    logits = n * len(head) * (s + 4 * (half and on_gpu))  # a GPU also needs float32 logits
     logits += 2 * head.numel() * (half and head.dtype == torch.float32)  # the rounded head
     logits += 8 * D * (N + n)  # the states that the head reads, and their gradients
     gradients, moments = 4 * trained / gpus, 8 * trained / gpus
@@ -82,18 +81,17 @@ def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1
     copies = config.tie_word_embeddings + several_passes
     peak = weights + moments + max(start, gradients + max(at_work, grad_head * copies))
     flops = passes * _operations(config, options, linears, head, T, N, squares, compiled)
-    parameters = sum(p.numel() for p in root + L * block)
-    memory = weights, gradients, moments, activations, grad_head + logits, peak
-    return Needs(parameters, *memory, flops)
+    total = sum(p.numel() for p in root + L * block)
+    return Needs(total, weights, gradients, moments, activations, grad_head + logits, peak, flops)
 
 
 def _saved_by_token(config, linears: dict, trains_norms: bool, s: int) -> int:
-    """The bytes that autograd saves in a block for each token."""
+    """Returns the bytes that autograd saves in a block for each token."""
     H, K, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     inputs = {}  # the inputs of trained matrices
     for name, weight in linears.items():
         if weight.requires_grad:
-            # q, k and v share an input, and so do gate and up, unless autocast rounds it for each.
+            # q, k and v share an input, as do gate and up, unless autocast rounds a copy for each.
             alone = s == 2 or any(part in name for part in ("o_proj", "down_proj", "lora_B"))
             inputs[name if alone else name.split(".")[1]] = weight.shape[1]
     # A norm saves its input and, to train its weight, its output, both in float32.
@@ -103,15 +101,15 @@ def _saved_by_token(config, linears: dict, trains_norms: bool, s: int) -> int:
 
 
 def _operations(config, options, linears, head, T, N, squares, compiled) -> float:
-    """The FLOPs of a pass over T tokens with N targets. squares: sum of squared row lengths."""
+    """Returns the FLOPs of a pass with T tokens, N targets and `squares` pairs of query and key."""
     L, project = config.num_hidden_layers, 2 * N * head.numel()
     products = 2 * T * L * sum(w.numel() for w in linears.values())
     attention = 4 * L * config.num_attention_heads * config.head_dim * squares
     attention /= 2 if compiled else 1  # FlexAttention skips blocks of later tokens
-    # A product has one backward product for inputs and one for trained weights; attention has 5.
+    # A product has a backward product for its input and one for a trained weight; attention has 5.
     flops = 2 * products + 2 * T * L * sum(w.numel() for w in linears.values() if w.requires_grad)
     flops += 3.5 * attention + project * (2 + head.requires_grad)
-    if options.checkpointing == "on":  # eager code stops at the input of the block's last product
+    if options.checkpointing == "on":  # eager code does not recompute a block's last product
         last_product = 2 * T * L * config.hidden_size * config.intermediate_size
         flops += products + attention - (not compiled and head.requires_grad) * last_product
     if not LOSSES[options.loss].pairwise:  # an extra forward pass computes the shared scalar
@@ -120,7 +118,7 @@ def _operations(config, options, linears, head, T, N, squares, compiled) -> floa
 
 
 def needs_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) -> Needs:
-    """The needs under changed options. Half of a pair's --max_length tokens are prompt."""
+    """Returns the needs with changed options, for pairs whose prompt fills half of --max_length."""
     options = dataclasses.replace(options, **changes)
     prompt, answer = options.max_length // 2, options.max_length - options.max_length // 2
     pair = prompt + 2 * (answer - 1)
@@ -132,27 +130,25 @@ def needs_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) -
 
 
 def plan(options) -> str:
-    """A table of the memory and time of a step on one --gpu, for all combinations of three flags
-    that save memory, and of the fewest GPUs that hold the step. A > marks the given options."""
+    """Returns a table of the memory and time of a step on one --gpu, and of the fewest GPUs that
+    hold the step, for all combinations of three flags that save memory."""
     init, options = Path(options.init or options.plan), dataclasses.replace(options, device="cuda")
     config = PRESETS.get(options.plan) or ModelConfig.from_hf(read_json(init / "config.json"))
     memory, *peak_speeds = GPUS[options.gpu]
     rank = options.lora_rank or min(16, config.num_key_value_heads * config.head_dim)
-    counts, rows = [gpus for gpus in GPU_COUNTS if gpus <= options.batch_size], []
-    for flags in product((None, rank), ("float32", "bfloat16"), ("off", "on")):
-        lora_rank, dtype, checkpointing = flags
+    counts, rows = [gpus for gpus in (1, 2, 4, 8, 16, 32, 64) if gpus <= options.batch_size], []
+    flags = (None, rank), ("float32", "bfloat16"), ("off", "on")
+    for lora_rank, dtype, checkpointing in product(*flags):
         changes = {"lora_rank": lora_rank, "dtype": dtype, "checkpointing": checkpointing}
         found = [needs_of_longest_pairs(config, options, gpus, **changes) for gpus in counts]
         # A tenth of the memory stays free, because the needs are estimates.
-        fits = [gpus for gpus, each in zip(counts, found) if 1.1 * each.peak <= memory * 1e9]
+        fits = (gpus for gpus, each in zip(counts, found) if 1.1 * each.peak <= memory * 1e9)
         one, speed = found[0], 1e12 * options.mfu * peak_speeds[dtype == "float32"]
         label = f"rank {rank} {dtype}" if lora_rank else f"all {dtype}"
         label = label if checkpointing == "off" else "  recomputed"
         mark = ">" if changes.items() <= vars(options).items() else " "
         row = f"{mark} {label:17}" + "".join(f"{part / 1e9:7.1f}" for part in one[1:7])
-        rows.append(
-            f"{row}{one.flops / 1e15:7.2f}{one.flops / speed:7.1f}{fits[0] if fits else '-':>5}"
-        )
+        rows.append(f"{row}{one.flops / 1e15:7.2f}{one.flops / speed:7.1f}{next(fits, '-'):>5}")
     total = needs_of_longest_pairs(config, options, gpus=1, lora_rank=None).parameters
     pairs = f"{options.batch_size} pairs of up to {options.max_length} tokens"
     return f"""{init.name[-32:]}: {total:,} parameters,

@@ -1,7 +1,6 @@
 """Benchmarks: questions to answer and grade, and questions whose choices are scored by log-prob."""
 
-import json
-from pathlib import Path
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +11,7 @@ from support.grading import GRADERS, grade_values
 from support.rows import COLUMNS, messages_of, text_of
 from support.sampling import draw, stop_texts
 
-EVALUATION_FORMS = (
-    "rows to evaluate on are {question, answer} as in GSM8K, {prompt, answer, grade}, "
-    "{prompt, choices, gold}, or pairs"
-)
+FORMS = "write {question, answer}, {prompt, answer, grade}, {prompt, choices, gold} or pairs"
 
 
 class Item(NamedTuple):
@@ -30,7 +26,7 @@ class Item(NamedTuple):
     gold: int = 0  # the index of the right choice
 
     def ids(self, tokenizer, before: str) -> list[int]:
-        """The ids of the prompt after the text `before`, which conversations ignore."""
+        """The ids of the prompt after the text `before`, which does not apply to conversations."""
         if isinstance(self.prompt, list):
             return tokenizer.render(self.prompt, add_generation_prompt=True)
         return tokenizer.prompt_ids(before + self.prompt)
@@ -43,15 +39,14 @@ class Item(NamedTuple):
 
 def read_item(line: int, row: dict) -> Item:
     """The item of a row of any form. Raises ValueError if the row is malformed."""
-    json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate raises ValueError
     if row.keys() >= {"question", "answer"}:
-        row = {"prompt": f"Question: {text_of(row, 'question')}\nAnswer:", "grade": "gsm8k",
-               "answer": row["answer"], "stop": ["Question:"]}  # fmt: skip
+        prompt = f"Question: {text_of(row, 'question')}\nAnswer:"
+        row = {"prompt": prompt, "answer": row["answer"], "grade": "gsm8k", "stop": ["Question:"]}
     has_choices = row.keys() >= {"prompt", "choices", "gold"}
     if not has_choices and not row.keys() >= {"prompt", "answer", "grade"}:
-        raise ValueError(f"its columns are {', '.join(row) or 'none':.200}; {EVALUATION_FORMS}")
-    is_conversation = isinstance(row["prompt"], list)
-    prompt = messages_of(row, "prompt") if is_conversation else text_of(row, "prompt")
+        raise ValueError(f"its columns are {', '.join(row) or 'none':.200}; {FORMS}")
+    read = messages_of if isinstance(row["prompt"], list) else text_of
+    prompt = read(row, "prompt")
     if has_choices:
         choices, gold = _texts_of(row, "choices"), row["gold"]
         if len(choices) < 2 or not all(choice.strip() for choice in choices):
@@ -62,9 +57,8 @@ def read_item(line: int, row: dict) -> Item:
     key, grade = text_of(row, "answer"), row["grade"]
     if not isinstance(grade, str) or grade not in GRADERS:
         raise ValueError(f"there is no grade {grade!r:.40}; choose from {', '.join(GRADERS)}")
-    read_key, _ = GRADERS[grade]
-    if not key.strip() or read_key(key) is None:
-        raise ValueError(f"grade {grade} finds no result in the answer {key!r:.40}")
+    if not key.strip() or GRADERS[grade][0](key) is None:
+        raise ValueError(f"grade {grade} finds no result in {key!r:.40}; correct answer or grade")
     return Item(line, prompt, key, grade, _texts_of(row, "stop"))
 
 
@@ -72,12 +66,12 @@ def _texts_of(row: dict, column: str) -> tuple[str, ...]:
     texts = row.get(column, [])
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"{column!r} must be a list of texts that are not empty")
+    "".join(texts).encode()  # a lone surrogate raises ValueError
     return tuple(texts)
 
 
-def read_items(path: str | Path) -> list[Item] | None:
-    """The items of a JSONL file, or None for a file of pairs, which data.load_pairs reads. Raises
-    ValueError that names the file and the line."""
+def read_items(path) -> list[Item] | None:
+    """The items of a JSONL file, or None for pairs. Raises ValueError that names file and line."""
     items = []
     for line, row in read_rows(path):
         if not items and row.keys() & (COLUMNS - {"prompt"}):
@@ -87,31 +81,27 @@ def read_items(path: str | Path) -> list[Item] | None:
         except ValueError as error:
             raise ValueError(f"{path}:{line}: {error}") from None
         if bool(items[-1].choices) != bool(items[0].choices):
-            raise ValueError(f"{path}:{line}: questions to answer and choices belong in two files")
+            raise ValueError(f"{path}:{line}: put questions with and without choices in two files")
     if not items:
-        raise ValueError(f"{path}: the file is empty; {EVALUATION_FORMS}")
+        raise ValueError(f"{path}: the file is empty; {FORMS}")
     return items
 
 
 def examples(path: str | None, k: int, items: list[Item]) -> str:
-    """The first k rows of a file with their answers, as text to stand before each prompt of
-    `items`; "" without a file or if its rows have another form than `items`. Raises ValueError if
-    the file has fewer rows, if a prompt is a conversation, or if a row answers one of `items`."""
+    """The first k rows of a file with their answers, as text to put before each prompt of `items`;
+    "" without a file or if its rows have another form. Raises ValueError for unsuitable rows."""
     if path is None:
         return ""
-    shots = read_items(path)
-    if shots is None or k > len(shots):
-        raise ValueError(f"{path}: -k {k}, but the file has {len(shots or [])} rows to show")
-    shots = shots[:k]
+    shots = (read_items(path) or [])[:k]
+    if len(shots) < k:
+        raise ValueError(f"{path}: -k {k}, but the file has {len(shots)} shots; change -k or file")
     if len({item.grade for item in shots + items}) > 1:
         return ""
     if any(isinstance(item.prompt, list) for item in shots + items):
-        raise ValueError(f"{path}: --shots needs prompts of plain text, not conversations")
-    prompts = {item.prompt for item in items}
+        raise ValueError(f"{path}: conversations take no shots; leave out --shots")
     for shot in shots:
-        if shot.prompt in prompts:
-            raise ValueError(f"{path}:{shot.line}: this shot answers a question of --data; "
-                             "take --shots from a training split")  # fmt: skip
+        if any(shot.prompt == item.prompt for item in items):
+            raise ValueError(f"{path}:{shot.line}: is in --data; use --shots from a training split")
     return "".join(f"{shot.prompt}{shot.joined(shot.key)}\n\n" for shot in shots)
 
 
@@ -131,20 +121,18 @@ def prompt_ids(model, tokenizer, path, items: list[Item], before: str, lengths) 
 
 
 def answer_columns(model, tokenizer, path, items: list[Item], before: str, options):
-    """Generates options.n answers to each item and grades them.
-
-    Returns columns of figures, and the texts of each item's answers. The column "cut" is the share
-    of answers that neither ended nor reached a stop text; the text so far is graded."""
+    """Generates options.n answers to each item and grades them. Returns name -> Column, among them
+    "cut", the share of answers without an end token or stop text, and the texts of each item."""
     n, new = options.n, options.max_new_tokens
     prompts = prompt_ids(model, tokenizer, path, items, before, [new] * len(items))
     kwargs = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
     kwargs |= {"rows": options.batch_size, "stop_ids": tokenizer.stop_ids}
     kwargs["is_over"] = stop_texts(tokenizer, [item.stop for item in items for _ in range(n)])
-    answers = draw(model, [prompt for prompt in prompts for _ in range(n)], new, **kwargs)
+    answers = iter(draw(model, [ids for ids in prompts for _ in range(n)], new, **kwargs))
     texts, values = [], []
-    for number, item in enumerate(items):
+    for item in items:
         found, cut = [], 0
-        for answer in answers[number * n : (number + 1) * n]:
+        for answer in islice(answers, n):
             ended = answer[-1] in tokenizer.stop_ids
             text = tokenizer.decode(answer[:-1] if ended else answer)
             stop = min((text.find(s) for s in item.stop if s in text), default=None)
@@ -169,11 +157,8 @@ def choice_columns(items: list[Item], logps: list[np.ndarray]) -> dict[str, Colu
     values = []
     for item, scores in zip(items, logps):
         texts = [choice.strip() for choice in item.choices]
-        sizes = {
-            "acc": np.ones(len(texts)),
-            "acc_norm": np.array([len(text) for text in texts]),
-            "acc_bytes": np.array([len(text.encode()) for text in texts]),
-        }
+        sizes = {"acc": [1] * len(texts), "acc_norm": [len(text) for text in texts]}
+        sizes["acc_bytes"] = [len(text.encode()) for text in texts]
         best = {name: np.argmax(scores / size) for name, size in sizes.items()}
         values.append({name: float(choice == item.gold) for name, choice in best.items()})
     return columns_of(values)

@@ -1,4 +1,4 @@
-"""The report of `python data.py FILE`: counts of used and dropped rows, lengths, and one pair."""
+"""The report of `python data.py FILE` on rows, lengths and one pair. Imports data.py."""
 
 import textwrap
 
@@ -7,12 +7,11 @@ import numpy as np
 from data import Pair, Pairs, pack_batch, read_pairs, row_length
 
 QUANTILES = (0, 25, 50, 75, 95, 100)  # percent
-MAX_GRID_LINES = 12  # most lines of a prompt or an answer; the middle of a longer text is left out
+MAX_LINES = 12  # most lines of a prompt or an answer; the middle of a longer text is left out
 
 
 def describe_file(path, tokenizer, max_length: int) -> str:
-    """The report on a data file, in lines of fewer than 80 characters. Raises OSError, or
-    ValueError that names file and line."""
+    """The report on a data file, in lines of fewer than 80 characters. Raises like read_pairs."""
     pairs, report = read_pairs(path, tokenizer, max_length)
     forms = ", ".join(f"{count} of {form}" for form, count in report.forms.items())
     lines = [f"{report.rows} rows, of which used: {forms or 'none'}"]
@@ -20,39 +19,36 @@ def describe_file(path, tokenizer, max_length: int) -> str:
     lines += [f"{len(pairs)} pairs to train on, at most {max_length} tokens each"]
     if not pairs:
         return "\n".join(lines)
-    distinct = {hash(tuple(map(tuple, pair))) for pair in pairs}  # hashes save memory
-    lines += [f"{len(pairs) - len(distinct)} of them repeat an earlier pair"]
+    distinct = len({hash(tuple(map(tuple, pair))) for pair in pairs})  # hashes save memory
+    lines += [f"{len(pairs) - distinct} of them repeat an earlier pair"]
     lines += ["tokens    " + "".join(f"{f'{q} %':>8}" for q in QUANTILES)]
     for name, lengths in zip(Pair._fields, pairs.lengths().T):
-        lengths = lengths[lengths > 0]  # kto and sft rows lack an answer
+        lengths = lengths[lengths > 0]  # rows for kto and sft lack an answer
         quantiles = np.percentile(lengths, QUANTILES) if len(lengths) else []
         lines += [f"{name:10}" + "".join(f"{tokens:8.0f}" for tokens in quantiles)]
     shared = sum(row_length(pair) for pair in pairs)
     separate = sum(row_length((pair[0], answer)) for pair in pairs for answer in pair[1:] if answer)
     saving = f"{shared:,} tokens to compute instead of {separate:,} ({shared / separate - 1:+.0%})"
     lines += [f"prompts shared: {saving}", "", f"line {pairs.lines[0]}, scored tokens marked ^:"]
-    return "\n".join([*lines, *token_grid(pairs, 0, tokenizer)])
+    return "\n".join([*lines, *token_grid(pairs, tokenizer)])
 
 
-def token_grid(pairs: Pairs, index: int, tokenizer, width: int = 79) -> list[str]:
-    """A pair as pack_batch lays it out: lines of tokens, which begin with the position of their
-    first token, and below each of them a line with ^ under the tokens that are scored."""
-    batch, pair, grid = pack_batch(pairs, [[index]]), pairs[index], []
-    targets = iter(batch.targets.tolist())
+def token_grid(pairs: Pairs, tokenizer) -> list[str]:
+    """The first pair as pack_batch lays it out: each line of tokens begins with the position of its
+    first token, and is followed by a line with ^ under the tokens that are scored."""
+    targets, pair, grid = iter(pack_batch(pairs, [[0]]).targets.tolist()), pairs[0], []
     for name, ids in zip(Pair._fields, pair):
-        tokens, marks = [], []
+        lines = []  # a line of tokens and a line of marks by turns
         for offset, id in enumerate(ids):
             text = tokenizer.token_bytes[id].decode(errors="backslashreplace")
             text = repr(text)[1:-1].replace(" ", "·")
-            if not tokens or len(tokens[-1]) + len(text) >= width:
+            if not lines or len(lines[-2]) + len(text) >= 79:
                 position = offset + (0 if name == "prompt" else len(pair.prompt))
-                tokens.append(f"{name:8} {position:5}")
-                marks.append(" " * 14)
+                lines += [f"{name:8} {position:5}", " " * 14]
             mark = "^" if name != "prompt" and id == next(targets) else " "
-            tokens[-1] += f" {text}"
-            marks[-1] += f" {mark * len(text)}"
-        lines = [line.rstrip() for row in zip(tokens, marks) for line in row]
-        if len(lines) > MAX_GRID_LINES:
-            lines[MAX_GRID_LINES // 2 : -MAX_GRID_LINES // 2] = [f"{name:8}   ..."]
-        grid += [line for line in lines if line]
+            lines[-2] += f" {text}"
+            lines[-1] += f" {mark * len(text)}"
+        if len(lines) > MAX_LINES:
+            lines[MAX_LINES // 2 : -MAX_LINES // 2] = [f"{name:8}   ..."]
+        grid += [line.rstrip() for line in lines if line.strip()]
     return grid

@@ -1,4 +1,4 @@
-"""The forms that a row of a data file may have, told apart by their columns."""
+"""Reads a row of a data file. The columns of the row say which of several forms it has."""
 
 import dataclasses
 from collections import Counter
@@ -11,18 +11,17 @@ ROW_FORMS = (
 )
 # An Anthropic-HH transcript is one text, whose turns begin with these markers.
 ASSISTANT_TURN, HUMAN_TURN = "\n\nAssistant:", "\n\nHuman:"
-IDENTICAL = "chosen and rejected are identical"
 
 
 class UnusableError(ValueError):
-    """The row is well-formed but cannot be trained on. The reader drops and counts it."""
+    """A well-formed row cannot be trained on. The reader drops the row and counts it."""
 
 
 class Example(NamedTuple):
-    """A prompt and two answers, one of which may be None. The answers are messages, dicts with the
-    keys "role" and "content", if the prompt is a list of messages."""
+    """A prompt and two answers, one of which may be None. If the prompt is a list of messages, the
+    answers are messages too: dicts with the keys "role" and "content"."""
 
-    form: str  # the name of the row's form, as reports print it
+    form: str  # the name of the row's form in reports
     prompt: str | list[dict]
     chosen: str | dict | None
     rejected: str | dict | None
@@ -30,8 +29,8 @@ class Example(NamedTuple):
 
 
 def read_row(row: dict) -> Example:
-    """The example in a row. Raises ValueError if the row is malformed, UnusableError if an answer
-    is empty, if both are identical, or if the row does not split into a prompt and answers."""
+    """Returns the example in a row. Raises ValueError if the row is malformed, UnusableError if an
+    answer is empty, if the answers are identical, or if the row has no prompt before them."""
     if row.keys() >= {"chosen", "rejected"}:
         is_conversation = isinstance(row["chosen"], list)
         example = _read_conversations(row) if is_conversation else _read_texts(row)
@@ -39,20 +38,18 @@ def read_row(row: dict) -> Example:
         example = _read_completion(row)
     else:
         raise ValueError(f"its columns are {', '.join(row) or 'none':.200}; {ROW_FORMS}")
-    answers = {"chosen": example.chosen, "rejected": example.rejected}
-    for name, answer in answers.items():
+    for name, answer in (("chosen", example.chosen), ("rejected", example.rejected)):
         text = answer["content"] if isinstance(answer, dict) else answer
         if text is not None and not text.strip():
-            name = "" if None in answers.values() else f"{name} "
-            raise UnusableError(f"the {name}answer is empty")
+            raise UnusableError(f"the {name} answer is empty")
     if example.chosen == example.rejected:
-        raise UnusableError(IDENTICAL)
+        raise UnusableError("chosen and rejected are identical")
     return example
 
 
 def text_of(row: dict, column: str) -> str:
-    """The string in a column. Raises ValueError for other types and for a lone surrogate,
-    which UTF-8 cannot encode."""
+    """Returns the string in a column. Raises ValueError for another type, and for a string with a
+    lone surrogate, which UTF-8 cannot encode."""
     text = row[column]
     if not isinstance(text, str):
         raise ValueError(f"{column!r} must be a string, not {type(text).__name__}")
@@ -61,7 +58,7 @@ def text_of(row: dict, column: str) -> str:
 
 
 def messages_of(row: dict, column: str) -> list[dict]:
-    """The list of messages in a column. Raises ValueError for anything else."""
+    """Returns the list of messages in a column. Raises ValueError for anything else."""
     messages = row[column]
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{column!r} must be a list of messages, not {messages!r:.40}")
@@ -74,7 +71,7 @@ def messages_of(row: dict, column: str) -> list[dict]:
 
 
 def _read_texts(row: dict) -> Example:
-    """Reads a row of two texts, chosen and rejected, with a prompt unless they are transcripts."""
+    """Reads a prompt and two answers, or two transcripts, which contain the prompt."""
     chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
     if "prompt" in row:
         return Example("prompt, chosen, rejected", text_of(row, "prompt"), chosen, rejected)
@@ -86,71 +83,63 @@ def _read_texts(row: dict) -> Example:
 
 
 def _split_transcript(transcript: str, column: str) -> tuple[str, str]:
-    """The transcript up to the assistant's last turn, and the text of that turn."""
+    """Splits a transcript before the text of the assistant's last turn."""
     before, turn, answer = transcript.rpartition(ASSISTANT_TURN)
     if not turn:
-        form = f"is no transcript with {ASSISTANT_TURN!r}"
-        raise ValueError(f"no column 'prompt', and {column!r} {form}")
+        raise ValueError(f"a row without a 'prompt' needs {ASSISTANT_TURN!r} in {column!r}")
     if HUMAN_TURN in answer:
         raise UnusableError("the transcript does not end in an assistant's turn")
     return before + turn, answer
 
 
 def _read_conversations(row: dict) -> Example:
-    """Reads two conversations. Their common first messages are the prompt, and the first messages
-    that differ are the answers. Later messages are ignored."""
+    """Reads two conversations. The messages that both begin with are the prompt, and the first
+    messages that differ in role or content are the answers. Later messages are ignored."""
     form = "conversations"
     chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
     if "prompt" in row and chosen[0]["role"] == "assistant":
         form = "prompt and messages"
-        is_text = isinstance(row["prompt"], str)
-        prompt = [{"role": "user", "content": text_of(row, "prompt")}] if is_text else (
-            messages_of(row, "prompt"))  # fmt: skip
-        chosen, rejected = prompt + chosen, prompt + rejected
-    # Other keys of a message, such as an id, make no difference.
+        if isinstance(row["prompt"], str):
+            row = row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
+        chosen, rejected = (messages_of(row, "prompt") + side for side in (chosen, rejected))
     turns = [[(m["role"], m["content"]) for m in side] for side in (chosen, rejected)]
-    if turns[0] == turns[1]:
-        raise UnusableError(IDENTICAL)
     same = [ours == theirs for ours, theirs in zip(*turns)]
     shared = [*same, False].index(False)
     answers = [side[shared] for side in (chosen, rejected) if shared < len(side)]
     if shared == 0 or [answer["role"] for answer in answers] != ["assistant", "assistant"]:
-        raise UnusableError("the conversations do not part at an assistant's turn after a prompt")
+        raise UnusableError("conversations do not diverge at an assistant's turn after a prompt")
     return Example(form, chosen[:shared], *answers)
 
 
 def _read_completion(row: dict) -> Example:
-    """Reads a row with one answer, which is chosen unless the label is false."""
+    """Reads a row with one answer, which is the chosen answer unless the label is false."""
     form, label = "unpaired" if "label" in row else "supervised", row.get("label", True)
     if not isinstance(label, bool):
         raise ValueError(f"'label' must be true or false, not {label!r:.40}")
-    if row.keys() >= {"prompt", "completion"} and not isinstance(row["prompt"], list):
-        prompt, answer = text_of(row, "prompt"), text_of(row, "completion")
+    if not row.keys() >= {"prompt", "completion"}:
+        form = f"{form} messages"
+        *prompt, answer = messages_of(row, "messages")
+    elif isinstance(row["prompt"], list):
+        *prompt, answer = messages_of(row, "prompt") + messages_of(row, "completion")
     else:
-        if row.keys() >= {"prompt", "completion"}:
-            *prompt, answer = messages_of(row, "prompt") + messages_of(row, "completion")
-        else:
-            form = f"{form} messages"
-            *prompt, answer = messages_of(row, "messages")
-        if not prompt or answer["role"] != "assistant":
-            raise UnusableError(
-                "the conversation does not end in an assistant's turn after a prompt"
-            )
+        prompt, answer = text_of(row, "prompt"), text_of(row, "completion")
+    if isinstance(answer, dict) and (not prompt or answer["role"] != "assistant"):
+        raise UnusableError("the conversation does not end in an assistant's turn after a prompt")
     return Example(form, prompt, *((answer, None) if label else (None, answer)))
 
 
 @dataclasses.dataclass
 class Report:
-    """Counts the rows of a file that are used, truncated and dropped. Lists hold line numbers."""
+    """How the reader uses the rows of a file. Lists hold line numbers."""
 
-    rows: int = 0
-    forms: Counter = dataclasses.field(default_factory=Counter)  # the forms of the used rows
+    rows: int = 0  # number of rows in the file
+    forms: Counter = dataclasses.field(default_factory=Counter)  # form -> number of used rows
     unused: dict[str, None] = dataclasses.field(default_factory=dict)  # columns that no form has
-    truncated: list[int] = dataclasses.field(default_factory=list)
-    dropped: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # lines by reason
+    truncated: list[int] = dataclasses.field(default_factory=list)  # rows with a shorter prompt
+    dropped: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # reason -> lines
 
     def lines(self) -> list[str]:
-        """One line for unused columns, for each reason to drop rows, and for truncated rows."""
+        """Text lines on unused columns, on each reason to drop rows, and on truncated rows."""
         losses = {f"dropped, {reason}": lines for reason, lines in self.dropped.items()}
         if self.truncated:
             losses["cut, the prompt lost its oldest tokens to --max_length"] = self.truncated

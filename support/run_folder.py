@@ -1,8 +1,5 @@
-"""The folder of a run: its files, and the checkpoints from which the run resumes exactly.
-
-checkpoints/step-NNNNNN/ is a folder of a model, or only of its adapter, with training.safetensors,
-training.json and SHA256SUMS.
-"""
+"""Writes and reads run folders and their checkpoints, from which runs resume exactly. A checkpoint
+is the folder of a model or an adapter with training.safetensors, training.json and SHA256SUMS."""
 
 import contextlib
 import dataclasses
@@ -28,94 +25,73 @@ from support.lora import lora_of, save_adapter
 from support.tokenizers import TOKENIZER_FILES
 from support.weights import save_tensors
 
-FILES = ("init", "init_adapter", "data", "eval_data")  # files may move between runs, but not change
-# Options that a resumed run may change.
+FILES = ("init", "init_adapter", "data", "eval_data")  # may move before a resume, but not change
 MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out",
-              "tensorboard")  # fmt: skip
+              "tensorboard")  # options that a resumed run may change  # fmt: skip
 RECORD_KEYS = {"step", "num_tokens", "inputs", "metrics", "options"}  # the keys of training.json
 PROVENANCE = ("commit", "versions", "machine", "processes")  # keys of train_config.json
 RESULTS = ("summary.json", "eval.json", "config.json", "model*.safetensors*", "adapter",
            *TOKENIZER_FILES, "*.partial", "checkpoints/*.partial")  # fmt: skip
-PROGRESS = ("metrics.jsonl", "checkpoints", "tensorboard")  # a resumed run continues these
-
-
-# --- Files ----------------------------------------------------------------------------------------
 
 
 def check_out(options, sources: list) -> None:
-    """Raises ValueError if --out holds `sources`, which the run reads, or files that belong to no
-    run, or a run without --resume or --overwrite."""
+    """Raises ValueError if --out contains one of `sources`, which the run reads, or files that are
+    not those of a run, or a run without --resume or --overwrite."""
     folder = Path(options.out)
-    for source in filter(None, sources):
-        if Path(source).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"--out {folder}: contains {source}, which the run reads; choose "
-                             "another folder")  # fmt: skip
+    for path in filter(None, sources):
+        if Path(path).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--out {folder}: contains {path}, which the run reads; change --out")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder}: is a file; choose another name")
     found = [path for path in folder.glob("*") if path.suffix != ".partial"]
     if found and not (folder / "train_config.json").is_file():
         raise ValueError(f"--out {folder}: holds other files; choose an empty folder")
     if found and not (options.resume or options.overwrite):
-        finished = (folder / "summary.json").is_file()
-        state = "a finished run" if finished else "an unfinished run, which --resume continues"
-        raise ValueError(f"--out {folder}: holds {state}; --overwrite replaces it, another --out "
-                         "keeps it")  # fmt: skip
-
-
-def clear(folder: Path, checkpoints: bool) -> None:
-    """Removes the results of a run and, with `checkpoints`, also its metrics and checkpoints."""
-    for pattern in RESULTS + PROGRESS if checkpoints else RESULTS:
-        for path in list(folder.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise ValueError(f"--out {folder}: holds a run; use --resume, --overwrite or another --out")
 
 
 def begin(options, record: dict, processes: int) -> None:
-    """Prepares the folder for a run from the checkpoint of `record`, which is {} for a new run."""
+    """Removes the results of an earlier run and, unless the run resumes from the checkpoint of
+    `record`, its progress. Then writes train_config.json, whose commit is None without git."""
     folder = Path(options.out)
-    clear(folder, checkpoints=not record)
-    write_json(folder / "train_config.json", recorded(options) | provenance(processes))
-    file = folder / "metrics.jsonl"
-    rows = file.read_bytes()[: record["metrics"]["bytes"]] if record else b""
-    with written_whole(file) as partial:
-        partial.write_bytes(rows)
-
-
-def provenance(processes: int) -> dict:
-    """What the results of a run depend on besides its options. The commit is None without git."""
+    for pattern in RESULTS if record else (*RESULTS, "metrics.jsonl", "checkpoints", "tensorboard"):
+        for path in list(folder.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if record:
+        os.truncate(folder / "metrics.jsonl", record["metrics"]["bytes"])
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True).stdout if shutil.which("git") else b""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return dict(zip(PROVENANCE, (commit.decode().strip() or None, versions, machine, processes)))
+    values = commit.decode().strip() or None, versions, machine, processes
+    write_json(folder / "train_config.json", recorded(options) | dict(zip(PROVENANCE, values)))
 
 
 @contextlib.contextmanager
 def metrics_log(job):
-    """Yields the last row of metrics.jsonl, or {}, and a function that appends a row. --tensorboard
-    writes the same rows to event files; it discards events after the step of job.record."""
+    """Yields the last row of metrics.jsonl, or {}, and a function that appends a row. With
+    --tensorboard, the function also writes events; events after the resumed step are removed."""
     if not job.world.first:
         yield {}, lambda row: None
         return
-    folder, board = Path(job.options.out), None
+    folder, events = Path(job.options.out), contextlib.nullcontext()
     if job.options.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(folder / "tensorboard", purge_step=job.record.get("step", -1) + 1)
+        events = SummaryWriter(folder / "tensorboard", purge_step=job.record.get("step", -1) + 1)
 
     def log(row: dict) -> None:
         print(strict_json(row), file=file, flush=True)
         for name, value in row.items() if board else ():
             board.add_scalar(name, value, row["step"])
 
-    with open(folder / "metrics.jsonl", "a+", encoding="utf-8") as file:
+    with open(folder / "metrics.jsonl", "a+", encoding="utf-8") as file, events as board:
         file.seek(0)
         yield json.loads(([*file] or ["{}"])[-1]), log
-    if board:
-        board.close()
 
 
 def strict_json(row: dict) -> str:
-    """Returns a row as JSON, with null for infinity and NaN, which JSON does not have."""
+    """Returns a row as JSON. Infinity and NaN, which JSON lacks, become null."""
     finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
     return json.dumps(finite, allow_nan=False)
 
@@ -124,7 +100,7 @@ def strict_json(row: dict) -> str:
 
 
 class Progress(NamedTuple):
-    """The state of a run besides its weights. The order of the pairs follows from seed and step."""
+    """The state of a run besides its weights. Seed and step determine the order of the pairs."""
 
     step: int
     num_tokens: int
@@ -135,7 +111,7 @@ class Progress(NamedTuple):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder, the oldest first."""
+    """Returns the checkpoints of a run folder, the oldest first."""
     found = (p for p in folder.glob("checkpoints/step-*") if re.fullmatch("step-[0-9]+", p.name))
     return sorted(filter(Path.is_dir, found), key=lambda p: int(p.name[5:]))
 
@@ -145,21 +121,21 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def recorded(options) -> dict:
-    """The options as train_config.json and checkpoints store them, for --config and --resume."""
+    """Returns the options as train_config.json and checkpoints store them."""
     return dataclasses.asdict(options) | {"resume": False, "overwrite": False, "config": None}
 
 
 def put_moments(model, optimizer, moments: dict[str, Tensor], world) -> None:
     """Restores the state of AdamW from tensors under the names in `Progress.moments`."""
     for name, moment in moments.items():
-        key, _, parameter = name.partition(".")
-        parameter = model.get_parameter(parameter)
+        key, path = name.split(".", maxsplit=1)
+        parameter = model.get_parameter(path)
         optimizer.state[parameter][key] = world.place(moment, parameter)
 
 
 def save_checkpoint(job, optimizer, progress: Progress) -> None:
     """Writes a checkpoint of job.model and the optimizer, then removes the oldest beyond --keep.
-    A crash leaves the new checkpoint complete or absent, because older ones are removed last."""
+    After a crash, the new checkpoint is complete or absent, and the older checkpoints remain."""
     folder, options = Path(job.options.out), job.options
     states = {name: optimizer.state.get(p, {}) for name, p in job.model.named_parameters()}
     moments = {f"moments.{key}.{n}": x for n, state in states.items() for key, x in state.items()}
@@ -192,7 +168,7 @@ def save_checkpoint(job, optimizer, progress: Progress) -> None:
 
 
 def checksums(checkpoint: Path) -> list[str]:
-    """One line per file, in the format of sha256sum."""
+    """Returns a line for each file of a checkpoint, in the format of sha256sum."""
     files = sorted(file for file in checkpoint.iterdir() if file.name != "SHA256SUMS")
     return [f"{digest_file(file)}  {file.name}\n" for file in files]
 
@@ -203,18 +179,15 @@ def read_record(checkpoint: Path) -> dict:
     remedy = f"remove {checkpoint} to resume from the checkpoint before it"
     sums, found = checkpoint / "SHA256SUMS", set(checksums(checkpoint))
     stored = set(sums.read_text(errors="replace").splitlines(True)) if sums.is_file() else set()
-    if stored != found:
-        names = {line[66:].strip() for line in stored ^ found}
-        file = checkpoint / names.pop() if len(names) == 1 else sums
-        raise ValueError(f"{file}: does not match {sums.name}; {remedy}")
+    if changed := {line[66:].strip() for line in stored ^ found}:
+        raise ValueError(f"{checkpoint / min(changed)}: does not match {sums}; {remedy}")
     record = read_json(checkpoint / "training.json")
     if record.keys() != RECORD_KEYS or checkpoint.name != f"step-{record['step']:06}":
         raise ValueError(f"{checkpoint / 'training.json'}: is not a record of this step; {remedy}")
     file, metrics = checkpoint.parent.parent / "metrics.jsonl", record["metrics"]
     rows = file.read_bytes()[: metrics["bytes"]] if file.is_file() else b""
     if hashlib.sha256(rows).hexdigest() != metrics["sha256"]:
-        raise ValueError(f"{file}: has changed up to step {record['step']}; restore it, or start "
-                         "again with --overwrite")  # fmt: skip
+        raise ValueError(f"{file}: its rows have changed; restore it, or restart with --overwrite")
     return record
 
 
@@ -231,40 +204,32 @@ def load_progress(job) -> Progress:
 
 def check_resumed(job) -> None:
     """Raises ValueError if an input has changed, or if the checkpoint is beyond the last step."""
-    options, record = job.options, job.record
+    options, record, stop = job.options, job.record, job.stop
     for name, value in job.inputs.items():
         if value != record["inputs"].get(name):
             flag = name if getattr(options, name) else "data"  # held-out pairs may come from --data
-            kind = "folder" if name.startswith("init") else "file"
-            raise ValueError(f"--{flag} {getattr(options, flag)}: the {kind} has changed since the "
-                             f"run in {options.out} started; restore it, or start again with "
-                             "--overwrite")  # fmt: skip
-    if record["step"] > job.stop:
-        raise ValueError(f"{job.checkpoint}: is beyond the {job.stop} steps of this run; raise "
-                         "--epochs or --max_steps, or remove the checkpoint")  # fmt: skip
+            changed = f"--{flag} {getattr(options, flag)}: has changed since the run started"
+            raise ValueError(f"{changed}; restore the input, or start again with --overwrite")
+    if record["step"] > stop:
+        raise ValueError(f"{job.checkpoint}: is beyond step {stop}; raise --epochs or --max_steps")
 
 
-def resumed_options(flags: dict, cls, default_out) -> dict:
-    """The options of the run that --resume continues, changed by `flags` from the command line.
-    cls is their dataclass, and default_out(options) the default of --out. Raises ValueError."""
-    folder = Path(flags.get("out") or default_out(cls(**flags)))
+def resumed_options(flags: dict, cls: type, folder: Path) -> dict:
+    """Returns the options of `cls` with which --resume continues the run in `folder`. Raises
+    ValueError if there is no such run, if its checkpoint is damaged or if a flag may not change."""
     checkpoint, config = newest_checkpoint(folder), folder / "train_config.json"
     if not checkpoint and not config.is_file():
-        raise ValueError(f"--resume: there is no run in {folder}; leave out --resume to start one, "
-                         "or name the folder of an existing run with --out")  # fmt: skip
+        raise ValueError(f"--resume: there is no run in {folder}; correct --out or omit --resume")
     if not checkpoint and (folder / "summary.json").is_file():
-        raise ValueError(f"--resume: the run in {folder} is finished and has no checkpoints, which "
-                         "--save_every writes; start it again with --overwrite")  # fmt: skip
+        raise ValueError(f"--resume: {folder} is finished and has no checkpoints; use --overwrite")
     found = read_record(checkpoint)["options"] if checkpoint else read_json(config)
     stored = {f.name: check_value(f, found.get(f.name, f.default)) for f in dataclasses.fields(cls)}
     if "device" in flags:
         flags = flags | {"device": pick_device(flags["device"])}
-    for name, value in flags.items():
-        may_change = name in (*MAY_CHANGE, "resume", "overwrite", "config")
-        moved = name in FILES and stored[name] is not None
-        if value != stored[name] and not (may_change or moved):
-            raise ValueError(f"--{name} {value}: the run in {folder} has {stored[name]}; leave out "
-                             f"--{name} with --resume")  # fmt: skip
+    moved = [name for name in FILES if stored[name] is not None]
+    for name in sorted(flags.keys() - {*MAY_CHANGE, *moved, "resume", "overwrite", "config"}):
+        if flags[name] != stored[name]:
+            raise ValueError(f"--{name}: the resumed run has {stored[name]}; leave out --{name}")
     return stored | flags | {"out": str(folder)}
 
 
@@ -279,9 +244,7 @@ def catch_signals():
         received.append(number)
         os.write(2, b"\nstopping after this step; a second signal stops at once\n")
 
-    handlers = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, receive))
         yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -1,5 +1,4 @@
-"""The options of train.py: defaults that depend on other options, and flags that exclude each
-other. This module imports mio.py."""
+"""Parses the options of train.py, fills in defaults and checks flags together. Imports mio.py."""
 
 import dataclasses
 import importlib.util
@@ -13,7 +12,7 @@ CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6, "ma
 DEMONSTRATION = {"epochs": 3, "batch_size": 64, "max_length": 96, "lr": 1e-4,
                  "max_new_tokens": builtin_task.ANSWER_TOKENS}  # fmt: skip
 PLAN = {"gpu": "h100", "mfu": 0.4}
-# The text in --help for defaults that depend on other options.
+# What --help shows for defaults that depend on other options.
 SHOWN = {name: f"{CHECKPOINT[name]}, demonstration: {DEMONSTRATION[name]}" for name in CHECKPOINT}
 SHOWN |= {"beta": "the loss's own", "out": "out/LOSS", "eval_every": "a tenth of the steps"}
 SHOWN |= PLAN | {"lora_alpha": "twice the rank", "lora_targets": lora.DEFAULT_TARGETS}
@@ -22,8 +21,8 @@ LORA_FLAGS = {"lora_rank", "lora_alpha", "lora_targets", "lora_rslora"}
 
 
 def parse_options(argv: list[str] | None, cls: type, description: str, world):
-    """The parser and the options, an instance of the dataclass `cls`. Flags take precedence over
-    the file of --config. Bad input exits with a one-line error."""
+    """Returns the parser and the options, an instance of the dataclass `cls`. Flags take precedence
+    over the file of --config. Bad input exits with a one-line error."""
     parser = cli.Parser("train.py", description)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     cli.add_options(parser, cls, SHOWN)
@@ -35,13 +34,14 @@ def parse_options(argv: list[str] | None, cls: type, description: str, world):
         if "config" in flags:
             found, skipped = files.read_json(Path(flags["config"])), {*run_folder.PROVENANCE}
             for name in found.keys() - fields.keys() - skipped:
-                raise ValueError(f"{flags['config']}: there is no option {name!r}")
+                raise ValueError(f"{flags['config']}: there is no option {name!r}; remove this key")
             if "loss" in flags and flags["loss"] != found.get("loss", flags["loss"]):
-                skipped |= {"beta", "out", *LOSS_OPTIONS}  # which belong to the loss of the file
+                skipped |= {"beta", "out", *LOSS_OPTIONS}  # these belong to the loss of the file
             flags = {name: x for name, x in found.items() if name not in skipped} | flags
         flags = {name: cli.check_value(fields[name], value) for name, value in flags.items()}
         if flags.get("resume"):
-            flags = run_folder.resumed_options(flags, cls, default_out)
+            folder = Path(flags.get("out") or default_out(cls(**flags)))
+            flags = run_folder.resumed_options(flags, cls, folder)
         return parser, resolve(cls(**flags), world)
     except (OSError, ValueError) as error:
         parser.error(error)
@@ -52,7 +52,7 @@ def default_out(options) -> str:
 
 
 def resolve(options, world):
-    """Fills in the defaults that depend on other options. Raises ValueError like check_together."""
+    """Fills in defaults that depend on other options. Raises ValueError for unusable options."""
     check_together(options)
     loss, defaults = LOSSES[options.loss], {"out": default_out(options)}
     defaults |= CHECKPOINT if options.init or options.plan else DEMONSTRATION
@@ -74,30 +74,29 @@ def resolve(options, world):
 
 def check_together(options) -> None:
     """Raises ValueError for a flag that needs or excludes another flag."""
-    shortest = builtin_task.PAIR_TOKENS
-    loss, length = LOSSES[options.loss], options.max_length or shortest
+    loss, shortest = LOSSES[options.loss], builtin_task.PAIR_TOKENS
     given = {name for name, x in vars(options).items() if x or type(x) in (int, float)}
     if options.plan and (options.plan == "init") != ("init" in given):
-        raise ValueError("--plan: give a preset, or only --plan with --init FOLDER")
+        raise ValueError("--plan needs a preset or --init FOLDER; give one, but not both")
     if options.plan and (on_policy.draws(options) or options.init_adapter):
         raise ValueError("--plan: leave out --on_policy, --loss rlhf and --init_adapter")
     if not options.plan and ("init" in given) != ("data" in given):
         missing = "--data FILE.jsonl" if options.init else "--init FOLDER"
-        raise ValueError(f"{missing} is missing: --init and --data go together, or leave out both")
+        raise ValueError(f"{missing} is missing; give both --init and --data, or neither")
     if options.resume and options.overwrite:
-        raise ValueError("--resume continues a run, --overwrite replaces it: choose one")
+        raise ValueError("--resume continues a run and --overwrite replaces it; choose one")
     if options.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise ValueError("--tensorboard needs a package: pip install tensorboard")
+        raise ValueError("--tensorboard needs a package; run pip install tensorboard")
     for name in given & LORA_FLAGS if options.init_adapter else ():
-        raise ValueError(f"--{name}: the adapter of --init_adapter sets this; leave out the flag")
+        raise ValueError(f"--{name}: the adapter of --init_adapter sets it; leave out --{name}")
     needed = {"gpu": "plan", "mfu": "plan", "eval_data": "data", "init_adapter": "data"}
     for name, other in (needed | dict.fromkeys(LORA_FLAGS, "lora_rank")).items():
         if name in given and other not in given:
-            raise ValueError(f"--{name} needs --{other}")
+            raise ValueError(f"--{name} needs --{other}; add --{other} or leave out --{name}")
     unused = LOSS_OPTIONS - loss.options.keys()
     if not loss.uses_beta and options.beta != loss.beta:  # records of a run hold loss.beta
         unused.add("beta")
     for name in sorted(given & unused):
-        raise ValueError(f"--{name}: --loss {options.loss} does not use it; see --loss help")
-    if not (options.init or options.plan) and length < shortest:
-        raise ValueError(f"--max_length {length}: the demonstration's pairs need {shortest}")
+        raise ValueError(f"--{name}: --loss {options.loss} does not use it; leave out --{name}")
+    if not (options.init or options.plan) and (options.max_length or shortest) < shortest:
+        raise ValueError(f"--max_length: the demonstration needs at least {shortest}; raise it")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import regex  # a dependency of tiktoken
 import tiktoken
-from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from support.files import parse_json
@@ -28,52 +27,47 @@ LLAMA3_PATTERN = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 KNOWN_PATTERNS = (GPT2_PATTERN, LLAMA3_PATTERN, LLAMA3_PATTERN.replace("{1,3}", ""))  # Qwen's
-LONG_TEXT = 50_000  # characters; in longer texts tiktoken's regular expressions may fail
 LLAMA3_SPECIALS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
     "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
     "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(3, 249)),
 ]  # fmt: skip
-SPLIT_SECONDS = 10  # the most for one text; known models take far less
-# The parts of a regular expression that tokenizers (by Oniguruma) and `regex` read alike.
+SPLIT_SECONDS = 10  # time limit of a regular expression for one text; known models need far less
+# Parts of a regular expression that `regex` and Oniguruma (in tokenizers) interpret alike.
 ESCAPE = r"\\[pP]\{\^?\w+\}|\\[sSdDnrt]|\\[^\w]"
 PORTABLE = regex.compile(
     rf"(?:{ESCAPE}|\[\^?(?:{ESCAPE}|(?!&&)[^\[\]\\])+\]|\(\?(?:[:=!]|<[=!]|i:)|\)"
     r"|\{\d+(?:,\d*)?\}(?!\+)|[^\\\[\](){}.^$])+"
 )
-# GPT-2 writes a byte as a visible character: a printable byte as itself, others from 256 on.
+# GPT-2 writes a printable byte as its own character, and other bytes as characters 256, 257, ...
 HIDDEN = [byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "]
 BYTE_CHARS = [chr(256 + HIDDEN.index(b)) if b in HIDDEN else chr(b) for b in range(256)]
 BYTE_OF_CHAR = {char: byte for byte, char in enumerate(BYTE_CHARS)}
 FALLBACK_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's tokens of bytes
-SPACE = "▁"  # SentencePiece's space, also its prefix of a text that follows:
+SPACE = "▁"  # SentencePiece's space
+# Which schemes write SPACE before a text depends on what precedes the text: nothing, a token, text.
 PREFIXED = {"nothing": ("first", "always", "legacy"), "token": ("always", "legacy"), "text": ()}
-
-
-# --- Byte-pair encoding ---------------------------------------------------------------------------
 
 
 def _require(condition, what: str) -> None:
     if not condition:
-        raise ValueError(f"{what} is not supported; use BPE as Llama, Mistral, Qwen and GPT-2 do")
+        raise ValueError(f"{what} is not supported; use BPE as in Llama, Mistral, Qwen or GPT-2")
 
 
 def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], splits: list) -> Callable:
-    """Returns a function: piece of text -> ids. It uses tiktoken, which joins tokens in order.
-    `ids[i]` holds the ids for `tokens[i]`, several if it is only part of a character. If the last
-    of `splits` is one of KNOWN_PATTERNS, the function takes it over, because tiktoken is faster."""
-    ranks = {token: rank for rank, token in enumerate(tokens)}
+    """Returns a function: piece of text -> ids. tiktoken joins `tokens` in their order. `ids[i]`
+    holds the ids of `tokens[i]`, several if the token is only a part of a character. If the last of
+    `splits` is one of KNOWN_PATTERNS, tiktoken applies it, and this function removes it."""
     known = bool(splits) and splits[-1].pattern[1:-1] in KNOWN_PATTERNS
-    split = splits.pop() if known else None
-    pattern = split.pattern if known else r"[\s\S]+"
-    bpe = tiktoken.Encoding("mio", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    split = splits.pop() if known else regex.compile(r"[\s\S]+")
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    bpe = tiktoken.Encoding("mio", pat_str=split.pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode_piece(piece: str) -> tuple[int, ...]:
-        if known and len(piece) > LONG_TEXT:
-            found = [rank for part in split.findall(piece) for rank in bpe.encode_ordinary(part)]
-        else:
-            found = bpe.encode_ordinary(piece)
+        # tiktoken's regular expressions may overflow their stack on longer texts.
+        parts = split.findall(piece) if len(piece) > 50_000 else [piece]
+        found = [rank for part in parts for rank in bpe.encode_ordinary(part)]
         return tuple(id for rank in found for id in ids[rank])
 
     return functools.lru_cache(2**16)(encode_piece) if splits and not known else encode_piece
@@ -81,28 +75,23 @@ def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], splits: list)
 
 def merge(token: str, ranks: dict[tuple[str, str], int]) -> tuple[list[str], int]:
     """Byte-pair encoding as in the tokenizers library: joins the adjacent pair of lowest rank
-    first, the leftmost if tied. Returns the symbols left and the rank of the last pair, or -1."""
+    first, the leftmost if tied. Returns the final symbols and the rank of the last pair, or -1."""
     symbols, last = list(token), -1
-    while True:
-        pairs = enumerate(zip(symbols, symbols[1:]))
-        found = [(ranks[pair], i) for i, pair in pairs if pair in ranks]
-        if not found:
-            return symbols, last
+    while found := [(ranks[p], i) for i, p in enumerate(zip(symbols, symbols[1:])) if p in ranks]:
         last, i = min(found)
         symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+    return symbols, last
 
 
-def byte_pairs(
-    vocab: dict[str, int], merges: list, ignore_merges: bool, byte_level: bool
-) -> tuple[list[bytes], list[tuple[int, ...]]]:
-    """The tokens and ids that make `piece_encoder` encode as a tokenizer.json says. Symbols are
-    bytes, written as in BYTE_CHARS, if `byte_level`, else characters, with bytes for characters
-    outside the vocabulary. With `ignore_merges`, a piece that is a token is encoded as that token.
+def byte_pairs(vocab: dict, merges: list, ignore_merges: bool, byte_level: bool) -> tuple:
+    """Returns the tokens and ids that make `piece_encoder` encode as a tokenizer.json says. Symbols
+    are bytes (written as in BYTE_CHARS) if `byte_level`, else characters (or bytes of characters
+    outside the vocabulary). With `ignore_merges`, a piece that is a token becomes that token.
 
-    tiktoken joins any two neighbors whose concatenation is a token, while a tokenizer.json lists
-    the pairs that may be joined. Both agree if tiktoken is given only the tokens that `merge` forms
-    from their own symbols, at the rank of the pair that is joined last: until a merge crosses the
-    ends of a token, the merges inside it depend on its own symbols alone."""
+    tiktoken joins two neighbors whenever their concatenation is a token, while a tokenizer.json
+    lists the pairs that may be joined. Both agree if tiktoken gets only the tokens that `merge`
+    forms from their own symbols, at the rank of the last pair joined: until a merge crosses the
+    ends of a token, the merges inside the token depend on its own symbols alone."""
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     alphabet = BYTE_OF_CHAR.keys() if byte_level else {token for token in vocab if len(token) == 1}
     last_rank = {}
@@ -111,13 +100,12 @@ def byte_pairs(
             symbols, rank = merge(token, ranks)
             if len(symbols) == 1 or ignore_merges:
                 last_rank[token] = rank
-            # In longer pieces, tiktoken would join the two symbols, which no merge joins.
+            # Within a longer piece, tiktoken would join these two symbols, but no merge does.
             _require(len(symbols) != 2 or not ignore_merges, f"a missing merge of {token!r}")
     tokens = dict.fromkeys(bytes([byte]) for byte in range(256))
     for char in () if byte_level else alphabet:  # the bytes of a character are joined first
         tokens |= dict.fromkeys(char.encode()[:end] for end in range(2, len(char.encode()) + 1))
-    for token in sorted(last_rank, key=last_rank.get):
-        tokens[_to_bytes(token, byte_level)] = None
+    tokens |= dict.fromkeys(_to_bytes(t, byte_level) for t in sorted(last_rank, key=last_rank.get))
     known = {_to_bytes(t, byte_level): (id,) for t, id in vocab.items() if alphabet >= set(t)}
     byte_ids = [vocab[token] for token in (BYTE_CHARS if byte_level else FALLBACK_TOKENS)]
     ids = [known.get(token) or tuple(byte_ids[byte] for byte in token) for token in tokens]
@@ -130,40 +118,34 @@ def _to_bytes(token: str, byte_level: bool) -> bytes:
     return token.encode()
 
 
-# --- Chat templates: Jinja programs that format messages as one text ------------------------------
-
-
-class Generation(Extension):  # {% generation %} marks the model's turns; it is ignored
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def raise_exception(message):
     raise UnusableError(f"the chat template refuses the messages: {message}")
 
 
-ENVIRONMENT = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-)
-ENVIRONMENT.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-ENVIRONMENT.globals["raise_exception"] = raise_exception
-ENVIRONMENT.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-compile_template = functools.lru_cache(maxsize=8)(ENVIRONMENT.from_string)
+JINJA = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+JINJA.add_extension("jinja2.ext.loopcontrols")
+JINJA.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+JINJA.globals["raise_exception"] = raise_exception
+JINJA.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+
+
+@functools.lru_cache(8)
+def compile_template(source: str):
+    # In transformers, {% generation %} marks the model's turns. Here the tag only opens a scope.
+    return JINJA.from_string(regex.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source))
 
 
 def render_template(source: str, messages: list[dict], add_generation_prompt: bool, names) -> str:
-    """Renders a chat template as transformers does; `names` holds bos_token, eos_token and so on.
-    Raises UnusableError if the template refuses the messages and ValueError if it crashes."""
+    """Formats messages as one text with a chat template, a Jinja program, as transformers does.
+    `names` holds bos_token, eos_token and so on. Raises UnusableError if the template refuses the
+    messages, and ValueError if the template crashes."""
     values = {"messages": messages, "tools": None, "documents": None, **names}
     try:
         return compile_template(source).render(values, add_generation_prompt=add_generation_prompt)
     except UnusableError:
         raise
     except Exception as error:  # a template is a program, which may fail in any way
-        raise ValueError(f"the chat template fails: {str(error) or type(error).__name__}") from None
+        raise ValueError(f"the chat template fails ({error!r:.200}); correct it") from None
 
 
 # --- Tokenizers -----------------------------------------------------------------------------------
@@ -176,17 +158,17 @@ class Tokenizer:
     encode_piece: Callable[[str], tuple[int, ...]]  # byte-pair encoding
     token_bytes: dict[int, bytes]  # id -> text, added tokens included
     added: dict[str, int]  # added tokens: text -> id
-    reserved: dict[str, int]  # the added tokens that are special
+    reserved: dict[str, int]  # special added tokens: text -> id
     special: regex.Pattern  # finds all added tokens, in the output of a chat template
     literal: regex.Pattern  # finds the added tokens that are not special, in any text
     bos_id: int | None  # None if sequences start without one
     end_id: int  # ends an answer
-    stop_ids: frozenset[int]  # any of these ends a generated answer
+    stop_ids: frozenset[int]  # the ids of which each ends a generated answer
     names: dict[str, str]  # bos_token, eos_token and so on, for chat templates
     template: str | None  # the chat template
     files: dict[str, bytes]  # the files that `save` writes
-    form: str | None = None  # the Unicode normal form of text
-    splits: list[regex.Pattern] = ()  # are applied in turn to cut text into pieces
+    form: str | None = None  # Unicode normalization of text: "NFC" or None
+    splits: list[regex.Pattern] = ()  # patterns that cut text into pieces, in their order
     space: str = ""  # SentencePiece's prefix: a scheme in PREFIXED, or "never"; "" for byte level
     strip: bool = False  # decoding removes the prefix
 
@@ -195,7 +177,7 @@ class Tokenizer:
         return max(self.token_bytes) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids as transformers gives with add_special_tokens=False, split_special_tokens=True."""
+        """Ids as in transformers with add_special_tokens=False and split_special_tokens=True."""
         return self._encode(text, self.literal)
 
     def prompt_ids(self, text: str) -> list[int]:
@@ -207,8 +189,8 @@ class Tokenizer:
         return self._encode(text, self.literal, after="text")
 
     def _encode(self, text: str, added, mark: str = "", after: str = "nothing") -> list[int]:
-        """`added` finds added tokens in the text, `mark` is removed from the text between them, and
-        `after` says what precedes the text: "nothing", "text" or a "token"."""
+        """Encodes the added tokens that the pattern `added` finds, and the text between them
+        without `mark`. `after` says what precedes the text: "nothing", "text" or a "token"."""
         ids, start = [], 0
         for match in added.finditer(text):
             ids += self._encode_plain(text[start : match.start()].replace(mark, ""), after)
@@ -217,21 +199,18 @@ class Tokenizer:
         return ids + self._encode_plain(text[start:].replace(mark, ""), after)
 
     def _encode_plain(self, text: str, after: str) -> list[int]:
-        if self.form:
-            text = unicodedata.normalize(self.form, text)
-        if self.space:
-            text = text.replace(" ", SPACE)
-            has_prefix = self.space != "legacy" and text.startswith(SPACE)
-            if text and self.space in PREFIXED[after] and not has_prefix:
-                text = SPACE + text
+        text = unicodedata.normalize(self.form, text) if self.form else text
+        text = text.replace(" ", SPACE) if self.space else text
+        if text and self.space in PREFIXED[after]:
+            has_prefix = text.startswith(SPACE) and self.space != "legacy"
+            text = text if has_prefix else SPACE + text
         pieces = [text]
         try:
             for split in self.splits:  # the group in a pattern makes `split` keep the matches
                 parts = [split.split(piece, timeout=SPLIT_SECONDS) for piece in pieces]
                 pieces = [piece for part in parts for piece in part if piece]
         except TimeoutError:
-            message = f"tokenizer.json: its Split by {split.pattern!r:.60} takes too long"
-            raise ValueError(message) from None
+            raise ValueError("a Split in tokenizer.json takes too long; simplify it") from None
         return [id for piece in pieces for id in self.encode_piece(piece)]
 
     def decode(self, ids) -> str:
@@ -241,16 +220,16 @@ class Tokenizer:
         return text.removeprefix(" ") if self.strip else text
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
-        """Ids of a conversation, [{"role": ..., "content": ...}, ...], by the chat template: those
-        of transformers' apply_chat_template, but the text of a special token in a message stays
-        text. Raises ValueError if there is no template or it fails."""
+        """Ids of a conversation, [{"role": ..., "content": ...}, ...], in the chat template. They
+        equal those of transformers' apply_chat_template, but the text of a special token in a
+        message stays text. Raises ValueError if the template is missing or fails."""
         messages, mark = self._break_up(messages)
         text = render_template(self.template, messages, add_generation_prompt, self.names)
         return self._encode(text, self.special, mark)
 
     def turns(self, messages: list[dict], answers: list[dict]) -> tuple[list[int], list[list[int]]]:
-        """Ids of a conversation and ids of each answer to it, up to the token that ends the answer.
-        The conversation's ids followed by an answer's begin the ids of both rendered together.
+        """Ids of a conversation, and ids of each answer up to the token that ends the answer. The
+        ids of conversation and answer together begin the ids of both rendered as one conversation.
         Raises UnusableError if the template refuses the conversation."""
         broken, mark = self._break_up([*messages, *answers])
         messages, answers, answer_ids = broken[: len(messages)], broken[len(messages) :], []
@@ -268,16 +247,13 @@ class Tokenizer:
         return self._encode(head, self.special, mark), answer_ids
 
     def _break_up(self, messages: list[dict]) -> tuple[list[dict], str]:
-        """Messages in which a character, the mark, interrupts the text of special tokens until they
-        are encoded, and the mark, which no message contains: "" if none has such text."""
+        """Inserts a mark, a character that no message contains, into the text of special tokens, so
+        that this text is not read as a special token. Returns the changed messages and the mark."""
         if self.template is None:
-            remedy = "put a chat_template.jinja into its folder"
-            raise ValueError(f"messages need a chat template, and there is none; {remedy}")
+            raise ValueError("messages need a template; add a chat_template.jinja to the tokenizer")
         text = "".join(message["content"] for message in messages)
-        found = [token for token in self.reserved if token in text]
-        unused = (char for char in map(chr, range(0xFDD0, 0xFDF0)) if char not in text)
-        mark = next(unused, "") if found else ""
-        for token in found:
+        mark = next((char for char in map(chr, range(0xFDD0, 0xFDF0)) if char not in text), "")
+        for token in (token for token in self.reserved if token in text):
             broken = token[:1] + mark + token[1:]
             messages = [m | {"content": m["content"].replace(token, broken)} for m in messages]
         return messages, mark
@@ -306,7 +282,7 @@ def load_tokenizer(path) -> Tokenizer:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError, regex.error) as error:
-        raise ValueError(f"{path}: it, or a file beside it, is malformed ({error!r:.99})") from None
+        raise ValueError(f"{path}: invalid tokenizer ({error!r:.99}); restore its files") from None
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -315,7 +291,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _read(files: dict[str, bytes]) -> Tokenizer:
-    """Builds a tokenizer from the contents of its files, config.json among them."""
+    """Builds a tokenizer from the contents of its files, which may include config.json."""
     settings = {name: parse_json(files[name], name) for name in files if name.endswith(".json")}
     config = settings.get("special_tokens_map.json", {}) | settings.get("tokenizer_config.json", {})
     names = {key: value for key, value in config.items() if key.endswith("_token") and value}
@@ -340,7 +316,7 @@ def _read(files: dict[str, bytes]) -> Tokenizer:
     fields["token_bytes"] |= {id: text.encode() for text, id in added.items()}
     for id in (*stop_ids, *fields["token_bytes"]):
         if type(id) is not int or not 0 <= id < 2**31:
-            raise ValueError(f"{id!r:.60} is not an id, in it or as eos_token_id beside it")
+            raise ValueError(f"{id!r:.60} is not an id; correct tokenizer.json or eos_token_id")
     return Tokenizer(
         added=added, names=names, template=template, special=_any_of(added_tokens),
         bos_id=None if bos is None else added[bos], end_id=added[end], stop_ids=frozenset(stop_ids),
@@ -351,7 +327,7 @@ def _read(files: dict[str, bytes]) -> Tokenizer:
 
 
 def _any_of(added_tokens: list[dict]) -> regex.Pattern:
-    """A pattern that finds added tokens, the longest first; its group is the token's text."""
+    """Compiles a pattern that finds added tokens, the longest first, in a group without spaces."""
     parts = []
     for token in sorted(added_tokens, key=lambda token: -len(token["content"])):
         left, right = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
@@ -360,30 +336,25 @@ def _any_of(added_tokens: list[dict]) -> regex.Pattern:
 
 
 def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
-    """Reads lines of a base64 token and its rank, in order; returns the same as `_read_spec`."""
-    ranks, lines = {}, content.splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            remedy = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-            what = f"line {number} is not a tiktoken rank; to convert SentencePiece, use {remedy}"
-            raise ValueError(what) from None
+    """Reads lines of a base64 token and its rank. Returns the same three values as `_read_spec`."""
+    try:
+        lines = [line.split() for line in content.splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError:
+        remedy = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        raise ValueError(f"not a tiktoken file; convert SentencePiece with {remedy}") from None
     _require(list(ranks.values()) == list(range(len(lines))), "a rank other than 0, 1, 2, ...")
     _require(ranks.keys() >= {bytes([byte]) for byte in range(256)}, "a byte without a rank")
     numbered = enumerate(LLAMA3_SPECIALS, start=len(ranks))
     added_tokens = [{"id": id, "content": text, "special": True} for id, text in numbered]
-    ids = [(rank,) for rank in ranks.values()]
     splits = [regex.compile(f"({LLAMA3_PATTERN})")]
-    fields = {"encode_piece": piece_encoder(list(ranks), ids, splits),
-              "token_bytes": {rank: token for token, rank in ranks.items()},
-              "splits": splits}  # fmt: skip
+    encode_piece = piece_encoder(list(ranks), [(rank,) for rank in ranks.values()], splits)
+    fields = {"encode_piece": encode_piece, "splits": splits, "token_bytes": dict(enumerate(ranks))}
     return fields, added_tokens, LLAMA3_SPECIALS[0]
 
 
 def _read_spec(settings: dict) -> tuple[dict, list[dict], str | None]:
-    """Returns fields of Tokenizer, the added tokens, and the BOS token of texts or None."""
+    """Returns fields of Tokenizer, the added tokens, and the BOS token or None."""
     spec = settings["tokenizer.json"]
     model, added_tokens = spec["model"], spec.get("added_tokens") or []
     _require(model.get("type", "BPE") == "BPE", f"a model of type {model.get('type')}")
@@ -391,7 +362,7 @@ def _read_spec(settings: dict) -> tuple[dict, list[dict], str | None]:
         _require(not model.get(key), f"{key} = {model.get(key)!r}")
     for token in added_tokens:
         _require(token["content"] and not token.get("single_word"), f"the added token {token}")
-    vocab, ignore_merges = model["vocab"], bool(model.get("ignore_merges"))
+    vocab = model["vocab"]
     ids = vocab | {token["content"]: token["id"] for token in added_tokens}
     _require(len(set(ids.values())) == len(ids), "one id for two tokens")
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
@@ -409,24 +380,22 @@ def _read_spec(settings: dict) -> tuple[dict, list[dict], str | None]:
         decoders = {step["type"] for step in _steps(spec.get("decoder"), "decoders")}
         fields["strip"] = fields["space"] != "never" and bool(decoders & {"Strip", "Metaspace"})
         token_bytes |= {vocab[token]: bytes([i]) for i, token in enumerate(FALLBACK_TOKENS)}
-    tokens, ids = byte_pairs(vocab, merges, ignore_merges, byte_level)
-    fields["encode_piece"] = piece_encoder(tokens, ids, fields["splits"])
-    fields["token_bytes"] = token_bytes
-    for step in _steps(spec.get("post_processor"), "processors"):
-        if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
-            return fields, added_tokens, step["single"][0]["SpecialToken"]["id"]
-    return fields, added_tokens, None
+    pairs = byte_pairs(vocab, merges, bool(model.get("ignore_merges")), byte_level)
+    fields |= {"encode_piece": piece_encoder(*pairs, fields["splits"]), "token_bytes": token_bytes}
+    steps = _steps(spec.get("post_processor"), "processors")
+    first = [step["single"][0].get("SpecialToken") for step in steps if "single" in step]
+    return fields, added_tokens, next((token["id"] for token in first if token), None)
 
 
 def _steps(spec: dict | None, key: str) -> list[dict]:
-    """A normalizer, pre-tokenizer, post-processor or decoder as the list of its steps."""
+    """Lists the steps of a normalizer, pre-tokenizer, post-processor or decoder."""
     if spec is None:
         return []
     return [step for part in spec[key] for step in _steps(part, key)] if key in spec else [spec]
 
 
 def _read_byte_level(normalizer: list[dict], steps: list[dict]) -> dict:
-    """The fields of Tokenizer that say how text is cut: by regular expressions, match by match."""
+    """Returns the fields of Tokenizer that say how to normalize and split text for ByteLevel."""
     kinds = [step["type"] for step in normalizer]
     _require(kinds in ([], ["NFC"]), f"a normalizer {', '.join(kinds)}")
     *before, last = steps
@@ -435,12 +404,10 @@ def _read_byte_level(normalizer: list[dict], steps: list[dict]) -> dict:
     splits = []
     for step in before:
         kind, behavior = step["type"], step.get("behavior", "")
-        if kind == "Digits":
-            pattern = {"Regex": r"\p{N}" if step.get("individual_digits") else r"\p{N}+"}
-        else:
-            isolated = kind == "Split" and behavior == "Isolated" and not step.get("invert")
-            _require(isolated, f"a pre-tokenizer {kind} {behavior}")
-            pattern = step["pattern"]
+        isolated = kind == "Split" and behavior == "Isolated" and not step.get("invert")
+        _require(kind == "Digits" or isolated, f"a pre-tokenizer {kind} {behavior}")
+        digits = r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
+        pattern = {"Regex": digits} if kind == "Digits" else step["pattern"]
         pattern = pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
         portable = PORTABLE.fullmatch(pattern) and not regex.fullmatch(pattern, "")
         _require(portable, f"a Split by {pattern!r:.60}, which libraries read differently,")
@@ -451,21 +418,18 @@ def _read_byte_level(normalizer: list[dict], steps: list[dict]) -> dict:
 
 
 def _read_sentencepiece(steps: list[dict], settings: dict) -> dict:
-    """The fields of Tokenizer that say how text is changed and cut. `steps` are the normalizer,
-    which writes a space as SPACE, or a pre-tokenizer that does so."""
+    """Returns the fields of Tokenizer that say where SentencePiece writes SPACE and splits text."""
     config = settings.get("tokenizer_config.json", {})
     llama = settings.get("config.json", {}).get("model_type", "llama") == "llama"
     if llama and config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
         scheme = "always" if config.get("legacy") else "first"  # as transformers 5 does
         scheme = "never" if config.get("add_prefix_space") is False else scheme
         return {"space": scheme, "splits": []}
-    kinds = [step["type"] for step in steps]
-    _require(kinds in (["Prepend", "Replace"], ["Replace"], ["Metaspace"]), f"a sequence {kinds}")
-    for step in steps:
-        written = step.get("prepend") or step.get("content") or step.get("replacement")
-        exact = written == SPACE and step.get("pattern", {"String": " "}) == {"String": " "}
-        _require(exact, f"byte_fallback with a {step['type']} other than of a space by {SPACE}")
-    if kinds != ["Metaspace"]:
-        return {"space": "legacy" if len(kinds) == 2 else "never", "splits": []}
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if steps in ([prepend, replace], [replace]):
+        return {"space": "legacy" if len(steps) == 2 else "never", "splits": []}
+    is_metaspace = [(s["type"], s.get("replacement")) for s in steps] == [("Metaspace", SPACE)]
+    _require(is_metaspace, f"byte_fallback with the steps {steps!r:.200}")
     splits = [regex.compile(f"({SPACE}[^{SPACE}]*)")] if steps[0].get("split", True) else []
     return {"space": steps[0].get("prepend_scheme", "always"), "splits": splits}

@@ -1,4 +1,4 @@
-"""Reads runs for evaluation: options, data, model, reference; imports model.py and data.py."""
+"""Reads the options, data, model and reference of a run. Imports model.py and data.py."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -26,14 +26,14 @@ class Run(NamedTuple):
 
 def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
     """Reads a run and its data. `files` maps each data file to its questions, or to None for pairs.
-    Without files the data are the pairs that training held out and, in the demonstration, the
-    problems of the task. Raises OSError, or ValueError if there are no data or no reference."""
+    Without files, the data are the pairs that training held out and, in the demonstration, the
+    problems of the task. Raises OSError, or ValueError if data or reference are missing."""
     config = folder / "train_config.json"
     training = TRAINING | (read_json(config) if config.is_file() else {})
     for name, default in TRAINING.items():
         kind = str | None if default is None else type(default)
         if not isinstance(training[name], kind) or training["dtype"] not in ("float32", "bfloat16"):
-            raise ValueError(f"{config}: {name} or dtype is malformed; restore what train.py wrote")
+            raise ValueError(f"{config}: {name} or dtype is malformed; restore the original file")
     init, path, fraction = training["init"], training["data"], training["eval_fraction"]
     kwargs = {"tokenizer": load_tokenizer(folder), "max_length": training["max_length"]}
     is_demonstration = not files and (Path(init or folder) / "base.json").is_file()
@@ -49,30 +49,27 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
         data[title] = path, load_pairs(path, **kwargs) if items is None else items
     if not (data or is_demonstration):
         raise ValueError(f"{folder}: its training held out no pairs; name other data with --data")
-    lacks_reference = init and not Path(init).is_dir()
-    if lacks_reference and any(isinstance(rows, Pairs) for _, rows in data.values()):
-        raise ValueError(f"{folder}: its reference {init} is missing; run eval.py in the folder in "
-                         "which training was started, or correct train_config.json")  # fmt: skip
+    has_pairs = any(isinstance(rows, Pairs) for _, rows in data.values())
+    if has_pairs and init and not Path(init).is_dir():
+        raise ValueError(f"the reference {init} is missing; correct the path in {config}")
     return Run(folder, training, data, is_demonstration)
 
 
 def load_checkpoint(folder, device: str, dtype) -> tuple:
-    """Loads (model, tokenizer) from a folder. Raises OSError or ValueError that names the
-    file, also if the ids of the tokenizer exceed the vocabulary of the model."""
+    """Loads (model, tokenizer) from a folder. Raises OSError or ValueError that names the folder or
+    the file, also if an id of the tokenizer is not in the vocabulary of the model."""
     if not Path(folder).is_dir():
-        raise FileNotFoundError(
-            f"{folder}: there is no such folder; check the path, or download the checkpoint first"
-        )
+        raise FileNotFoundError(f"{folder}: there is no such folder; correct the path")
     tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, dtype, device)
     largest, size = max(tokenizer.vocab_size - 1, *tokenizer.stop_ids), model.config.vocab_size
     if largest >= size:
-        raise ValueError(f"{folder}: tokenizer or eos_token_id have ids up to {largest}, but "
+        raise ValueError(f"{folder}: the tokenizer and eos_token_id have ids up to {largest}, but "
                          f"the model has {size}; use the tokenizer of the weights")  # fmt: skip
     return model, tokenizer
 
 
 def load_reference(training: dict, device: str) -> Llama | None:
-    """The model that a run started from: a checkpoint, or a base model with an adapter."""
+    """Loads the model from which a run started, merged with its adapter if the run has one."""
     if training["init"] is None:
         return None
     model = Llama.from_pretrained(training["init"], device=device)

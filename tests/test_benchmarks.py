@@ -197,7 +197,7 @@ def test_answers_belong_to_their_items_and_those_without_an_end_are_cut(tmp_path
     assert found["exact pass@1"] == [0.5, 1] and found["cut"] == [1, 0]
 
 
-def test_an_item_without_a_figure_has_nan():
+def test_an_item_without_a_value_has_nan():
     columns = columns_of([{"strict": 1.0}, {"math": 0.0}, {"strict": 0.0}])
     found = {name: column.values.tolist() for name, column in columns.items()}
     assert found == {"strict": [1, pytest.approx(np.nan, nan_ok=True), 0],

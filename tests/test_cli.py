@@ -106,7 +106,7 @@ def test_an_error_is_one_line_with_exit_status_2(capsys):
     for message, line in (
         ("a\nb\r  c", "a b c"),
         ("an escape \x1b[31m and a bell \a", r"an escape \x1b[31m and a bell \x07"),
-        (missing, "gone.json: No such file"),
+        (missing, "gone.json: No such file; check the path and its permissions"),
         (OSError("without a file"), "without a file"),
         (ValueError("äöü 你好"), "äöü 你好"),
         ("x" * 5000, "x" * 1000),

@@ -58,7 +58,7 @@ def check_refuses_what_one_process_must_do(world, folder):
     for options in ((None, 9, False), ("init", 9, True)):
         with pytest.raises(ValueError, match="without torchrun"):
             world.check(*options)
-    with pytest.raises(ValueError, match="--batch_size 1: 2 processes need a pair each; raise"):
+    with pytest.raises(ValueError, match="--batch_size must be at least 2, the number of proc"):
         world.check("init", 1, False)
     world.check("init", 2, False)
 
@@ -301,7 +301,7 @@ def assert_same(one: Path, other: Path) -> None:
 RUNS = {"mio": "init", "dv": "tied", "kto": "lora"}
 HALF = ("--max_steps", "4", "--save_every", "2")
 REFUSED = {
-    "2 processes need a pair each": ("--batch_size", "1"),
+    "--batch_size must be at least 2": ("--batch_size", "1"),
     "without torchrun": ("--on_policy",),
     "gone.jsonl: No such file": ("--data", "gone.jsonl"),
 }

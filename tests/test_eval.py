@@ -189,7 +189,7 @@ def test_infinite_log_probs_cause_no_warnings():
     columns = preference_columns(logps, ref, Pairs([Pair([i], [2], [3]) for i in range(4)]), 1.0)
     rewards = torch.stack([torch.from_numpy(columns[f"T {s}"].values) for s in SIDES], dim=1)
     for column in (columns | information(rewards)).values():
-        column.figure(), column.difference(column)
+        column.estimate(), column.difference(column)
 
 
 # --- A file of pairs ------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_information_of_a_file_has_the_rewards_as_critic_and_bootstrap_errors(pa
     assert list(critic) == ["dv ≤0.693", "nwj ≤0.693", "js ≤0.4315"]
     for name, value in estimates(*rewards).items():
         (column,) = (column for title, column in critic.items() if title.startswith(name))
-        assert column.mean() == pytest.approx(value) and 0 < column.figure().error < 1
+        assert column.mean() == pytest.approx(value) and 0 < column.estimate().error < 1
         assert column.prompts is blocks["x"]["margin"].prompts
         assert column.names.tolist() == blocks["x"]["margin"].names.tolist()
     assert len(set(column.names)) == 23 and column.names[0].endswith(":1")

@@ -42,7 +42,7 @@ NOT_JSON = {
 
 @pytest.mark.parametrize("content", NOT_JSON.values(), ids=NOT_JSON)
 def test_what_is_not_strict_json_is_refused_by_name(content, tmp_path):
-    with pytest.raises(ValueError, match=r"^here: not valid JSON \(") as error:
+    with pytest.raises(ValueError, match=r"^here: not valid JSON; correct the file \(") as error:
         parse_json(content, "here")
     assert "\n" not in str(error.value)
     (tmp_path / "x.json").write_bytes(content)
@@ -52,7 +52,7 @@ def test_what_is_not_strict_json_is_refused_by_name(content, tmp_path):
 
 def test_json_that_is_not_an_object_is_refused_and_an_object_is_read(tmp_path):
     for content, kind in ((b"[1]", "list"), (b"null", "NoneType"), ("1", "int"), ('"a"', "str")):
-        with pytest.raises(ValueError, match=f"^here: expected a JSON object, found {kind}$"):
+        with pytest.raises(ValueError, match=f"^here: expected a JSON object .*, found {kind}$"):
             parse_json(content, "here")
     value = {"a": [1, 2.5, None, True], "b": {"a": "ünïcode\n"}, "c": {}}
     assert parse_json(json.dumps(value), "here") == value
@@ -87,8 +87,8 @@ def test_a_bad_row_is_refused_by_file_and_line_and_a_broken_archive_by_file(tmp_
     for content, message in (
         (b'{"a": 1}\n\n{', ":3: not valid JSON"),
         (b'{"a": 1}\n[1]\n', ":2: expected a JSON object"),
-        (b'{"a": 1}\n{"a": "\xff"}', ":2: not valid JSON .*utf-8"),
-        (b'{"a": NaN}', ":1: not valid JSON .*NaN"),
+        (b'{"a": 1}\n{"a": "\xff"}', ":2: not valid JSON.*utf-8"),
+        (b'{"a": NaN}', ":1: not valid JSON.*NaN"),
     ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=rf"x\.jsonl{message}"):
@@ -98,7 +98,7 @@ def test_a_bad_row_is_refused_by_file_and_line_and_a_broken_archive_by_file(tmp_
     not_deflated = archive[:10] + b"\xff" * (len(archive) - 18) + archive[-8:]
     for content in (cut_off, wrong_sum, not_deflated):
         (tmp_path / "x.jsonl.gz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"x\.jsonl\.gz: broken gzip file"):
+        with pytest.raises(ValueError, match=r"x\.jsonl\.gz: broken gzip file; compress it"):
             list(read_rows(tmp_path / "x.jsonl.gz"))
     with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
         list(read_rows(tmp_path / "gone.jsonl"))

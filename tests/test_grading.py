@@ -4,7 +4,6 @@ import math
 from fractions import Fraction
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from support.grading import (
@@ -198,13 +197,11 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
     """Against all ways to draw k of n answers."""
     from itertools import combinations
 
-    n, correct = 5, np.array([0, 1, 3, 5])
-    for k in range(1, n + 1):
-        draws = list(combinations(range(n), k))  # answers 0, ..., c - 1 are the right ones
-        expected = [np.mean([min(draw) < c for draw in draws]) for c in correct]
-        assert pass_at_k(correct, n, k) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="needs 6 answers to each question, but there are 5"):
-        pass_at_k(correct, n, 6)
+    for correct in (0, 1, 3, 5):
+        for k in range(1, 6):
+            draws = list(combinations(range(5), k))  # answers 0, ..., correct - 1 are right
+            share = sum(min(draw) < correct for draw in draws) / len(draws)
+            assert pass_at_k(correct, 5, k) == pytest.approx(share)
     assert [powers_of_two(n) for n in (1, 4, 6)] == [[1], [1, 2, 4], [1, 2, 4, 6]]
 
 

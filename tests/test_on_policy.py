@@ -156,7 +156,7 @@ def test_a_step_of_rlhf_draws_twice_as_many_answers_as_pairs(samples):
 
 def test_samples_that_do_not_divide_the_answers_of_a_step_are_refused():
     for samples in (3, 24, 10, 128):
-        with pytest.raises(ValueError, match=f"--samples {samples}: .*even.*64.*--batch_size 32"):
+        with pytest.raises(ValueError, match=f"--samples {samples}: .*even.*64.*--batch_size"):
             check_draws(options_of(samples=samples))
         check_draws(options_of(loss="mio", on_policy=True, samples=samples))  # one pair each
         check_draws(options_of(loss="mio", samples=samples))  # draws nothing
@@ -221,10 +221,10 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(argv, pairs_file, tmp_path)
         (["--loss", "rlhf", "--data", pairs_file], f"{pairs_file}: .*must be questions"),
         (["--on_policy", "--data", choices], f"{choices}: .*must be questions"),
         (["--on_policy", "--data", long], f"{long}:1: .*257.*256.*lower --max_new_tokens"),
-        (["--loss", "rlhf", "--samples", "3"], "--samples 3: must be even and divide the 12"),
-        (["--loss", "rlhf", "--samples", "8"], "--samples 8: .*--batch_size 6"),
-        (["--loss", "kto", "--on_policy"], "--on_policy: --loss kto does not support it"),
-        (["--loss", "rlhf", "--on_policy"], "--on_policy: --loss rlhf does not support it"),
+        (["--loss", "rlhf", "--samples", "3"], "--samples 3: must be even and divide 12"),
+        (["--loss", "rlhf", "--samples", "8"], "--samples 8: .*--batch_size"),
+        (["--loss", "kto", "--on_policy"], "--on_policy: not supported by --loss kto"),
+        (["--loss", "rlhf", "--on_policy"], "--on_policy: not supported by --loss rlhf"),
     ):
         assert re.search(message, refused(*argv, *flags)), message
         assert not (tmp_path / "out").exists()

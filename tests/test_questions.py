@@ -54,12 +54,12 @@ def test_rows_become_items(file):
 def test_a_file_of_pairs_has_no_items(file):
     for row in ({"prompt": "p", "chosen": "c", "rejected": "r"}, {"messages": MESSAGES}):
         assert read_items(file([row])) is None
-    with pytest.raises(ValueError, match="rows.jsonl: the file is empty; rows to evaluate on are"):
+    with pytest.raises(ValueError, match="rows.jsonl: the file is empty; write {question, ans"):
         read_items(file([]))
 
 
 BAD = {
-    "no form": ({"prompt": "a", "gold": 1}, "its columns are prompt, gold; rows to evaluate on"),
+    "no form": ({"prompt": "a", "gold": 1}, "its columns are prompt, gold; write {question, ans"),
     "prompt": (EXACT | {"prompt": 3}, "'prompt' must be a string, not int"),
     "messages": (EXACT | {"prompt": [{"role": "user"}]}, "a message is {role, content}"),
     "question": ({"question": None, "answer": "1"}, "'question' must be a string, not NoneType"),
@@ -73,14 +73,14 @@ BAD = {
     "one choice": (CHOICES[1] | {"choices": ["b"], "gold": 0}, "must be two or more texts"),
     "blank choice": (CHOICES[1] | {"choices": ["b", " "]}, "texts that are not blank"),
     "choices": (CHOICES[1] | {"choices": "ab"}, "'choices' must be a list of texts"),
-    "no number": ({"question": "a", "answer": "many"}, "no result in the answer 'many'"),
+    "no number": ({"question": "a", "answer": "many"}, "no result in 'many'; correct answer or"),
     "no letter": (EXACT | {"answer": "third", "grade": "letter"}, "grade letter finds no result"),
-    "blank key": (EXACT | {"answer": " "}, "grade exact finds no result in the answer ' '"),
+    "blank key": (EXACT | {"answer": " "}, "grade exact finds no result in ' '"),
     "key": (EXACT | {"answer": 4}, "'answer' must be a string, not int"),
     "stop": (EXACT | {"stop": "Q"}, "'stop' must be a list of texts that are not empty"),
     "empty stop": (EXACT | {"stop": [""]}, "'stop' must be a list of texts that are not empty"),
     "pair": ({"prompt": "p", "chosen": "c", "rejected": "r"}, "its columns are prompt, chosen"),
-    "mixed": (CHOICES[0], "questions to answer and choices belong in two files"),
+    "mixed": (CHOICES[0], "put questions with and without choices in two files"),
 }
 
 
@@ -126,13 +126,13 @@ def test_shots_that_cannot_be_shown_are_refused(file):
     items = read_items(file([EXACT]))
     pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
     for rows, k, fault in [
-        ([EXACT | {"prompt": "a"}] * 2, 3, "-k 3, but the file has 2 rows to show"),
-        ([pair] * 9, 3, "-k 3, but the file has 0 rows to show"),
-        ([EXACT | {"prompt": MESSAGES}], 1, "--shots needs prompts of plain text"),
-        ([EXACT | {"prompt": "a"}, EXACT], 2, "this shot answers a question of --data"),
+        ([EXACT | {"prompt": "a"}] * 2, 3, "-k 3, but the file has 2 shots; change -k"),
+        ([pair] * 9, 3, "-k 3, but the file has 0 shots; change -k or file"),
+        ([EXACT | {"prompt": MESSAGES}], 1, "conversations take no shots; leave out --shots"),
+        ([EXACT | {"prompt": "a"}, EXACT], 2, "is in --data; use --shots from a training split"),
     ]:
         shots = file(rows, "shots.jsonl")
-        line = ":2" if "answer" in fault else ""
+        line = ":2" if "--data" in fault else ""
         with pytest.raises(ValueError) as error:
             examples(shots, k, items)
         assert str(error.value).startswith(f"{shots}{line}: {fault}")

@@ -83,7 +83,7 @@ def test_an_answer_that_no_row_has_gets_no_quantiles(report_on):
 
 def test_a_grid_shows_the_ends_of_a_long_segment_and_the_positions_of_its_lines():
     prompt, rejected = list(b"x y" * 200), list(b"a\xff" * 48)
-    grid = token_grid(Pairs([Pair(prompt, [1, 257], rejected)]), 0, byte_tokenizer())
+    grid = token_grid(Pairs([Pair(prompt, [1, 257], rejected)]), byte_tokenizer())
     assert all(len(line) < 80 for line in grid)
     # 32 tokens of one character fit a line; 3 of the prompt's 19 lines are shown from each end.
     starts = [0, 32, 64, None, 512, 544, 576]

@@ -138,16 +138,15 @@ def test_more_keys_of_messages_do_not_part_conversations():
     chosen, rejected = ([m | {"id": side} for m in messages(Q, side)] for side in (YES, NO))
     example = read_row({"chosen": chosen, "rejected": rejected})
     assert example == Example("conversations", chosen[:1], chosen[1], rejected[1])
-    with pytest.raises(UnusableError, match="identical"):
+    with pytest.raises(UnusableError, match="do not diverge"):
         read_row({"chosen": chosen, "rejected": [m | {"id": NO} for m in chosen]})
 
 
 UNUSABLE = {
     "the chosen answer is empty": {"prompt": "p", "chosen": " \n", "rejected": "r"},
     "the rejected answer is empty": {"chosen": messages(Q, YES), "rejected": messages(Q, "a: ")},
-    "the answer is empty": {"messages": messages(Q, "a: ")},
-    "chosen and rejected are identical": {"chosen": messages(Q, YES), "rejected": messages(Q, YES)},
-    "the conversations do not part at an assistant's turn after a prompt": {
+    "chosen and rejected are identical": {"prompt": "p", "chosen": "c", "rejected": "c"},
+    "conversations do not diverge at an assistant's turn after a prompt": {
         "chosen": messages(Q, YES),
         "rejected": messages(Q),
     },
@@ -175,12 +174,13 @@ def test_an_unusable_row_is_named_with_its_reason(reason):
 @pytest.mark.parametrize(
     "row, reason",
     [
-        ({"prompt": "p", "chosen": "c", "rejected": "c"}, "identical"),
         ({"chosen": HH + "a", "rejected": HH + "a"}, "identical"),
-        ({"prompt": "p", "completion": "\t", "label": False}, "the answer is empty"),
+        ({"messages": messages(Q, "a: ")}, "the chosen answer is empty"),
+        ({"prompt": "p", "completion": "\t", "label": False}, "the rejected answer is empty"),
+        ({"chosen": messages(Q, YES), "rejected": messages(Q, YES)}, "do not diverge"),
         ({"messages": messages(YES)}, "after a prompt"),
         ({"chosen": messages(YES), "rejected": messages(NO)}, "after a prompt"),
-        ({"chosen": messages(Q, "u:a"), "rejected": messages(Q, "u:b")}, "do not part"),
+        ({"chosen": messages(Q, "u:a"), "rejected": messages(Q, "u:b")}, "do not diverge"),
     ],
 )
 def test_other_rows_are_unusable_for_the_same_reasons(row, reason):
@@ -222,7 +222,7 @@ MALFORMED = {
     '{"completion": "c"}': "its columns are completion; rows are {",
     '{"prompt": "p", "chosen": "c"}': "its columns are prompt, chosen; rows are {",
     '{"prompt": ["p"], "chosen": [], "rejected": []}': "'chosen' must be a list of messages",
-    '{"chosen": "a", "rejected": "b"}': "no column 'prompt', and 'chosen' is no transcript",
+    '{"chosen": "a", "rejected": "b"}': "a row without a 'prompt' needs",
     '{"prompt": "p", "chosen": "a", "rejected": [1]}': "'rejected' must be a string, not list",
     '{"prompt": "p", "completion": "a", "label": 1}': "'label' must be true or false, not 1",
     '{"prompt": 1, "completion": "a"}': "'prompt' must be a string, not int",
@@ -248,7 +248,7 @@ def test_a_malformed_row_is_named_by_file_and_line(line, tokenizer, tmp_path):
 def test_messages_need_a_chat_template(tmp_path):
     file = tmp_path / "x.jsonl"
     write_rows(file, [FORMS["messages"][0]])
-    with pytest.raises(ValueError, match=r"x\.jsonl:1: messages need a chat template"):
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: messages need a template; add a"):
         load_pairs(file, byte_tokenizer())
 
 

@@ -34,12 +34,8 @@ def inputs(finished):
 def test_a_run_is_replaced_only_with_overwrite(finished, inputs, tmp_path):
     out = shutil.copytree(finished / "out", tmp_path / "out")
     (out / "notes.txt").write_text("dear")
-    remedy = "--overwrite replaces it, another --out keeps it"
     error = refused(*inputs, "--out", out, "--loss", "dpo")
-    assert f"--out {out}: holds a finished run; {remedy}" in error
-    (out / "summary.json").unlink()
-    error = refused(*inputs, "--out", out, "--loss", "dpo")
-    assert f"--out {out}: holds an unfinished run, which --resume continues; {remedy}" in error
+    assert f"--out {out}: holds a run; use --resume, --overwrite or another --out" in error
     assert read_json(out / "train_config.json")["loss"] == "mio" and metrics(out)
     flags = ("--loss", "dpo", "--overwrite", "--max_steps", "1", "--out")
     train.main([*map(str, inputs), *flags, str(out)])
@@ -57,7 +53,7 @@ def test_a_folder_with_other_files_or_with_inputs_is_refused(finished, inputs, t
     init, data = finished / "init", finished / "pairs.jsonl"
     for place, source in ((init, init), (finished, init), (data, data)):
         error = refused(*inputs, "--out", place, "--overwrite")
-        assert f"--out {place}: contains {source}, which the run reads; choose another" in error
+        assert f"--out {place}: contains {source}, which the run reads; change --out" in error
     adapter = ["--init_adapter", tmp_path / "mine", "--out", tmp_path / "mine"]
     assert f"contains {tmp_path / 'mine'}" in refused(*inputs, *adapter)
     held_out = ["--eval_data", tmp_path / "mine" / "x.jsonl", "--out", tmp_path]
@@ -76,7 +72,9 @@ def test_a_bad_folder_is_refused_before_the_demonstration_makes_anything(tmp_pat
     before = sorted(tmp_path.rglob("*"))
     for out in ("mine", "mine/thesis.txt", "base", "theirs/run"):
         assert "--out" in refused("--out", tmp_path / out)
-    assert "--max_length 40" in refused("--out", tmp_path / "run", "--max_length", "40")
+    assert "--max_length: the demonstration needs" in refused(
+        "--out", tmp_path / "run", "--max_length", "40"
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -93,7 +91,7 @@ def test_an_empty_folder_is_free_and_so_is_what_a_killed_run_was_writing(inputs,
 # --- What is in it --------------------------------------------------------------------------------
 
 
-def test_clear_leaves_what_a_resumed_run_goes_on_with(finished, tmp_path):
+def test_a_resumed_run_removes_results_and_a_new_run_removes_progress_too(finished, tmp_path):
     out, names = shutil.copytree(finished / "out", tmp_path / "out"), {"train_config.json", "mine"}
     for name in (
         "mine",
@@ -104,11 +102,12 @@ def test_clear_leaves_what_a_resumed_run_goes_on_with(finished, tmp_path):
         (out / name).touch()
     for name in ("tensorboard", "adapter", "checkpoints/step-000007.1.partial"):
         (out / name).mkdir()
-    run_folder.clear(out, checkpoints=False)
+    options = train.Options(out=str(out))
+    run_folder.begin(options, {"metrics": {"bytes": 100}}, processes=1)
     kept = names | {"metrics.jsonl", "checkpoints", "tensorboard"}
     assert {path.name for path in out.iterdir()} == kept
     assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-000002", "step-000003"}
-    run_folder.clear(out, checkpoints=True)
+    run_folder.begin(options, {}, processes=1)
     assert {path.name for path in out.iterdir()} == names
 
 
@@ -121,14 +120,13 @@ def test_a_run_goes_on_from_the_rows_of_its_checkpoint(finished, tmp_path):
     assert config["processes"] == 3 and config["seed"] == 0 and config["commit"] != ""
     assert set(run_folder.PROVENANCE) == set(config) - set(vars(options))
     run_folder.begin(options, {}, processes=1)
-    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == b""
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-def test_without_git_the_commit_is_null(inputs, tmp_path, monkeypatch):
+def test_without_git_the_commit_is_null(finished, inputs, tmp_path, monkeypatch):
     """A held-out pair alone has a mean without a standard error, which is null, too."""
-    assert (
-        run_folder.provenance(1)["commit"] is None or len(run_folder.provenance(1)["commit"]) == 40
-    )
+    commit = read_json(finished / "out" / "train_config.json")["commit"]
+    assert commit is None or len(commit) == 40
     monkeypatch.setenv("PATH", "")
     flags = ("--eval_fraction", "0.04", "--max_steps", "1", "--out", str(tmp_path / "out"))
     folder = train.main([*map(str, inputs), *flags])

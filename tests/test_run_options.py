@@ -123,12 +123,12 @@ INPUTS = ("--init", "init", "--data", "pairs.jsonl")
         ((*INPUTS, "--loss", "exo", "--epsilon", "0"), "must be at least 1e-12 and at most 0.49"),
         ((*INPUTS, "--device", "warp"), "--device warp: not available"),
         ((*INPUTS, "--nope", "1"), "unrecognized arguments: --nope 1"),
-        (("--init", "init"), "--data FILE.jsonl is missing: --init and --data go together"),
-        (("--data", "pairs.jsonl"), "--init FOLDER is missing: --init and --data go together"),
+        (("--init", "init"), "--data FILE.jsonl is missing; give both --init and --data"),
+        (("--data", "pairs.jsonl"), "--init FOLDER is missing; give both --init and --data, or"),
         (("--init", "", "--data", "pairs.jsonl"), "--init FOLDER is missing"),
         (("--init", "init", "--data", ""), "--data FILE.jsonl is missing"),
         (("--resume", "--overwrite"), "--resume: there is no run in"),
-        ((*INPUTS, "--mfu", "0.3"), "--mfu needs --plan"),
+        ((*INPUTS, "--mfu", "0.3"), "--mfu needs --plan; add --plan or leave out --mfu"),
         ((*INPUTS, "--gpu", "h100"), "--gpu needs --plan"),
         (("--eval_data", "x"), "--eval_data needs --data"),
         (("--init_adapter", "x"), "--init_adapter needs --data"),
@@ -140,8 +140,8 @@ INPUTS = ("--init", "init", "--data", "pairs.jsonl")
             "--lora_rank: the adapter of --init_",
         ),
         ((*INPUTS, "--init_adapter", "x", "--lora_rslora"), "--lora_rslora: the adapter of"),
-        (("--max_length", "56"), "--max_length 56: the demonstration's pairs need 57"),
-        (("--config", "gone.json"), "gone.json: No such file"),
+        (("--max_length", "56"), "--max_length: the demonstration needs at least 57; raise it"),
+        (("--config", "gone.json"), "gone.json: No such file or directory; check the path"),
     ],
 )
 def test_flags_that_cannot_be_used_are_refused_in_one_line(flags, message, monkeypatch, tmp_path):
@@ -162,7 +162,7 @@ def test_flags_that_a_loss_does_not_use_are_refused():
             if flag[2:] in used:
                 assert getattr(parse("--loss", name, flag, value), flag[2:]) == 0.3
             else:
-                message = f"{flag}: --loss {name} does not use it; see --loss help"
+                message = f"{flag}: --loss {name} does not use it; leave out {flag}"
                 assert message in refused("--loss", name, flag, value)
 
 
@@ -174,13 +174,13 @@ def test_losses_without_beta_refuse_it_and_an_option_of_zero_is_refused_too():
 
 def test_tensorboard_needs_its_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "--tensorboard needs a package: pip install tensorboard" in refused("--tensorboard")
+    assert "--tensorboard needs a package; run pip install tensorboard" in refused("--tensorboard")
 
 
 def test_resume_and_overwrite_exclude_each_other(tmp_path):
     (tmp_path / "train_config.json").write_text("{}")
     error = refused("--out", tmp_path, "--resume", "--overwrite")
-    assert "--resume continues a run, --overwrite replaces it: choose one" in error
+    assert "--resume continues a run and --overwrite replaces it; choose one" in error
 
 
 # --- A file of options ----------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_a_config_file_is_read_and_flags_take_precedence(checkpoint, pairs_file,
 def test_a_config_file_with_bad_options_is_refused(tmp_path):
     file = tmp_path / "c.json"
     for content, message in (
-        ({"lrr": 1}, f"{file}: there is no option 'lrr'"),
+        ({"lrr": 1}, f"{file}: there is no option 'lrr'; remove this key"),
         ({"epochs": 2.7}, "--epochs 2.7: expected int"),
         ({"epochs": True}, "--epochs True: expected int"),
         ({"lr": "fast"}, "--lr fast: expected float"),

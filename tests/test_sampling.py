@@ -1,8 +1,7 @@
-"""Sampling many prompts: order, seeds, parts, and stop texts against a full decoding."""
+"""Sampling many prompts: order, seeds, parts, and stop texts."""
 
 from types import SimpleNamespace
 
-import numpy as np
 from conftest import tiny_model
 
 from support import sampling
@@ -36,15 +35,21 @@ def test_answers_come_back_to_their_prompts_and_unfinished_ones_are_empty(monkey
 
 
 def test_as_many_rows_are_generated_at_a_time_as_the_cache_may_hold(monkeypatch):
-    monkeypatch.setattr(sampling, "GENERATION_ROWS", 2)
-    monkeypatch.setattr(sampling, "GENERATION_TOKENS", 60)
-    model, prompts = fake_model(lambda ids: [1]), [[1] * n for n in (20, 5, 1, 60, 10, 2)]
+    sizes, read = [], sampling._read_prompts
+
+    def recorded(model, prompts, new_tokens):
+        sizes.append([len(prompt) for prompt in prompts])
+        return read(model, prompts, new_tokens)
+
+    monkeypatch.setattr(sampling, "_read_prompts", recorded)
+    monkeypatch.setattr(sampling, "GENERATION_ROWS", 4)
+    monkeypatch.setattr(sampling, "GENERATION_TOKENS", 30)
+    model, prompts = tiny_model(), [[1] * n for n in (20, 5, 1, 60, 10, 2)]
     draw(model, prompts, max_new_tokens=5)
-    assert [call["rows"] for call in model.calls] == [60 // 7, 60 // 15, 1]
-    model.calls.clear()
+    assert sizes == [[1, 2], [5, 10], [20], [60]]  # at most 30 // 15 rows, then at least 1
+    sizes.clear()
     draw(model, prompts, max_new_tokens=5, rows=3)
-    assert [call["rows"] for call in model.calls] == [3, 3, 3]
-    assert all(call["is_over"] is None for call in model.calls)
+    assert sizes == [[1, 2, 5], [10], [20, 60]]
 
 
 def test_the_stop_texts_of_a_prompt_end_its_own_answer(monkeypatch):
@@ -83,7 +88,7 @@ def test_real_answers_do_not_depend_on_rows_and_end_at_their_stop_texts(monkeypa
     assert draw(model, [], 24) == []
 
 
-def test_a_long_draw_shows_answers_and_tokens_per_second(capsys):
+def test_a_long_draw_shows_a_progress_bar(capsys):
     def generate(prompts, max_new_tokens, progress, **_):
         for _ in prompts:
             progress([1, 2, 3])
@@ -99,20 +104,10 @@ def test_a_long_draw_shows_answers_and_tokens_per_second(capsys):
     assert "1001/1001" in capsys.readouterr().err
 
 
-def test_a_stop_text_is_found_as_early_as_a_full_decoding_finds_it():
-    tokenizer, random, decoded = byte_tokenizer(), np.random.default_rng(0), []
-    spy = SimpleNamespace(decode=lambda ids: decoded.append(len(ids)) or tokenizer.decode(ids))
-    stops = [("bb",), ("ab", "é\n"), ("é é é", "Q")] * 40
-    is_over = stop_texts(spy, stops)
-    for i, stop in enumerate(stops):
-        answer = [*("".join(random.choice([*"abé \n"], 300)) + stop[-1]).encode()]
-        looks = [*range(1 + i % 7, len(answer), 1 + i % 11), len(answer)]
-        found = next(at for at in looks if any(s in tokenizer.decode(answer[:at]) for s in stop))
-        decoded.clear()
-        assert next(at for at in looks if is_over(i, answer[:at])) == found
-        # No look decodes the whole answer again.
-        assert sum(decoded) <= 2 * found + 20 * len(decoded)
-    # A look that begins within a character sees a broken one that the answer does not contain.
-    is_over, answer = stop_texts(tokenizer, [("\ufffd",)]), [*("é" * 30).encode()]
-    assert not any(is_over(0, answer[:at]) for at in range(2, 60, 2))
+def test_a_stop_text_ends_an_answer_as_soon_as_the_text_contains_it():
+    tokenizer = byte_tokenizer()
+    is_over = stop_texts(tokenizer, [("bb",), ("Q", "é\n"), ()])
+    answer = [*"é ab b\né\nbb".encode()]
+    ends = [[at for at in range(len(answer) + 1) if is_over(i, answer[:at])] for i in range(3)]
+    assert ends == [[13], [11, 12, 13], []]  # in bytes, which are the tokens here
     assert stop_texts(tokenizer, [(), ()]) is None

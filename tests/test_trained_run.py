@@ -92,7 +92,7 @@ def test_a_run_without_data_or_reference_is_refused(make_run, checkpoint, pairs_
     with pytest.raises(ValueError, match="init: its training held out no pairs"):
         read_run(checkpoint, {})
     moved = make_run("moved", init="gone")
-    with pytest.raises(ValueError, match="moved: its reference gone is missing; run eval.py in"):
+    with pytest.raises(ValueError, match="reference gone is missing; correct the path in .*moved"):
         read_run(moved, {str(pairs_file): None})
     files = {str(questions): read_items(questions)}
     assert list(read_run(moved, files).data) == ["gsm.jsonl"]  # questions need no reference
@@ -102,7 +102,7 @@ def test_a_run_without_data_or_reference_is_refused(make_run, checkpoint, pairs_
 def test_model_and_tokenizer_must_belong_together(checkpoint, tmp_path):
     model, tokenizer = load_checkpoint(checkpoint, "cpu", torch.bfloat16)
     assert model.head_weight.dtype == torch.bfloat16 and tokenizer.end_id == 257
-    with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder; correct"):
         load_checkpoint(tmp_path / "nowhere", "cpu", torch.float32)
     tiny_model(vocab_size=257, bos_token_id=None, eos_token_id=None).save_pretrained(checkpoint)
     with pytest.raises(ValueError, match="ids up to 257, but the model has 257; use the tokenizer"):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model import Llama
@@ -59,7 +60,7 @@ def test_a_weight_file_has_the_permissions_and_metadata_of_transformers(tmp_path
     save_tensors(tmp_path / "a.safetensors", STATE, format="pt")
     (tmp_path / "b").touch()
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
-    with weights.opened(tmp_path / "a.safetensors") as file:
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 
@@ -73,19 +74,19 @@ def test_a_tied_checkpoint_may_not_bring_a_head(tmp_path):
     tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file(load_file(file) | {"lm_head.weight": torch.zeros(258, 32)}, file)
-    with pytest.raises(ValueError, match="unexpected tensor lm_head.weight"):
+    with pytest.raises(ValueError, match="lm_head.weight has shape .* needs no such tensor"):
         Llama.from_pretrained(tmp_path)
 
 
 def test_tensors_that_are_not_those_of_the_model_are_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     for changes, message in [
-        ({"b": None}, f"{tmp_path}: tensor b is missing, 1 in all"),
-        ({"f": torch.zeros(2)}, f"{file}: unexpected tensor f"),
-        ({"b": torch.zeros(4, 3)}, f"{file}: b has shape (4, 3), the configuration needs (3, 4)"),
+        ({"b": None}, f"{tmp_path}: b is missing, 1 in all; copy the folder"),
+        ({"f": torch.zeros(2)}, f"{file}: f has shape (2,), but the configuration needs no such"),
+        ({"b": torch.zeros(4, 3)}, "b has shape (4, 3), but the configuration needs (3, 4)"),
         ({"b": torch.zeros(0)}, f"{file}: b has shape (0,)"),
-        ({"b": torch.zeros(3, 4, dtype=torch.int32)}, f"{file}: b has the unsupported type"),
-        ({"b": torch.zeros(3, 4).to(torch.float8_e4m3fn)}, f"{file}: b has the unsupported type"),
+        ({"b": torch.zeros(3, 4, dtype=torch.int32)}, f"{file}: b has type torch."),
+        ({"b": torch.zeros(3, 4).to(torch.float8_e4m3fn)}, f"{file}: b has type torch."),
         ({"b": torch.full((3, 4), float("nan"))}, f"{file}: b has values that are not finite"),
         ({"b": STATE["b"].where(STATE["b"] != 5, float("inf"))}, "not finite"),
         ({"b": STATE["b"].where(STATE["b"] != 5, -float("inf"))}, "not finite"),
@@ -101,11 +102,9 @@ def test_tensors_that_are_not_those_of_the_model_are_refused(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(ValueError) as error:
             read(tmp_path)
-        assert str(error.value).startswith(
-            f"{file}: not a complete safetensors file; copy it again ("
-        )
+        assert str(error.value).startswith(f"{file}: is damaged or missing; copy it again (")
     file.unlink()
-    with pytest.raises(FileNotFoundError, match="has no model.safetensors and no model.safetens"):
+    with pytest.raises(ValueError, match="model.safetensors: is damaged or missing; copy it"):
         read(tmp_path)
 
 
@@ -117,13 +116,13 @@ def test_an_index_that_does_not_describe_the_folder_is_refused(tmp_path):
     save_file({name: STATE[name] for name in "de"}, folder / "2.safetensors")
     good = {name: "1.safetensors" if name in "abc" else "2.safetensors" for name in STATE}
     for weight_map, message in [
-        (None, "index.json: weight_map must map tensor names to file names"),
+        (None, "index.json: weight_map must name files of this folder; copy it again"),
         ([], "weight_map must"),
-        ({}, "weight_map must"),
+        ({}, "a is missing, 5 in all"),
         ({"a": 1}, "weight_map must"),
-        (good | {"e": "3.safetensors"}, "index.json: the shard '3.safetensors' is not a file of"),
-        (good | {"e": "../outside.safetensors"}, "is not a file of this folder"),
-        ({"a": "1.safetensors"}, "tensor d is missing, 2 in all"),
+        (good | {"e": "3.safetensors"}, "3.safetensors: is damaged or missing"),
+        (good | {"e": "../outside.safetensors"}, "must name files of this folder"),
+        ({"a": "1.safetensors"}, "d is missing, 2 in all"),
     ]:
         content = json.dumps({"weight_map": weight_map})
         (folder / "model.safetensors.index.json").write_text(content)
@@ -133,5 +132,5 @@ def test_an_index_that_does_not_describe_the_folder_is_refused(tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": good}))
     assert read(folder).keys() == STATE.keys()
     save_file({name: STATE[name] for name in "cde"}, folder / "2.safetensors")
-    with pytest.raises(ValueError, match="2.safetensors: unexpected tensor c"):  # in both shards
+    with pytest.raises(ValueError, match="2.safetensors: c has shape .* no such"):  # in both shards
         read(folder)
