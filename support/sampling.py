@@ -28,6 +28,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
     # One uniform draw per token and prompt, so an answer does not depend on the other rows.
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(max_new_tokens, len(prompts), generator=generator).to(device)
+    stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     look_every = 8 if device.type == "cuda" or is_over else 1  # steps between two checks
     answers: dict[int, list[int]] = {}
     for start in range(0, len(prompts), rows):
@@ -42,11 +43,13 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
             new = torch.cat((new, token[:, None]), dim=1)
             is_last = step + 1 == max_new_tokens
             if step % look_every == 0 or is_last:
-                for i, ids in zip(live, new.tolist()):
-                    if i in answers:
+                ended = torch.isin(new, stop).any(dim=1).nonzero()[:, 0].tolist()  # rows
+                for row in range(len(live)) if is_last or is_over else ended:
+                    if (i := live[row]) in answers:
                         continue
+                    ids = new[row].tolist()
                     size = next((n for n, id in enumerate(ids, 1) if id in stop_ids), None)
-                    if is_last or size or (is_over and is_over(i, ids)):
+                    if is_last or size or is_over(i, ids):
                         answers[i] = ids[:size]
                         if progress:
                             progress(answers[i])

@@ -276,10 +276,10 @@ def test_a_lower_max_length_makes_a_long_pair_fit(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="lower it to 256"):
         job_of(checkpoint, file, *flags)
     job_of(checkpoint, file, *flags, "--max_length", "256")
-    with pytest.raises(ValueError, match="has 257 tokens"):
+    with pytest.raises(ValueError, match="has 257 tokens, lower it to 256"):
         job_of(checkpoint, file, *flags, "--max_length", "257")
     held_out = write_rows(tmp_path / "short.jsonl", PAIR_ROWS)
-    with pytest.raises(ValueError, match="lower --max_length"):
+    with pytest.raises(ValueError, match="lower it to 256"):
         job_of(checkpoint, held_out, "--eval_data", file)
 
 
