@@ -149,7 +149,7 @@ def preference_row(logps: Tensor, ref_logps: Tensor, pairs: Pairs) -> Row:
     return {name: columns[name].estimate() for name in names}
 
 
-def pair_blocks(model, tokenizer, reference, path, title, pairs: Pairs, options, training) -> dict:
+def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options, training) -> dict:
     """The columns of a file of pairs: title -> columns of preferences and of the critic."""
     layout = *LAYOUT, getattr(torch, training["dtype"])
     if reference and reference.config.vocab_size != (size := model.config.vocab_size):
@@ -180,37 +180,37 @@ def pair_blocks(model, tokenizer, reference, path, title, pairs: Pairs, options,
         logps, ref = (torch.cat(answer_logps(m, rows, *layout)) for m in (model, reference))
         names = names[list(first.values())[: len(prompts)]]
         critic["KL"] = Column((logps - ref).double().numpy(), names=names)
-    blocks = {title: columns, f"{title}: critic": critic}
-    return {title: block for title, block in blocks.items() if block}
+    by_title = {title: columns, f"{title}: critic": critic}
+    return {title: columns for title, columns in by_title.items() if columns}
 
 
 def evaluate(run: Run, shots: dict[str, str], options: "Options") -> tuple[dict, dict]:
     """Evaluates a run on all of its data. `shots` maps a file to the text before its prompts.
     Returns title -> columns of a table, and title -> answers or log-probs of choices, by item."""
-    blocks, answers, dtype = {}, {}, getattr(torch, options.dtype)
+    by_title, answers, dtype = {}, {}, getattr(torch, options.dtype)
     load = functools.cache(lambda dtype: load_checkpoint(run.folder, options.device, dtype))
     reference = functools.cache(lambda: load_reference(run.training, options.device))
     for title, (path, rows) in run.data.items():
         if isinstance(rows, Pairs):
             models = *load(torch.float32), reference()
-            blocks |= pair_blocks(*models, path, title, rows, options, run.training)
+            by_title |= pair_columns(*models, path, title, rows, options, run.training)
             continue
         model, tokenizer = load(dtype)
         questions = model, tokenizer, path, rows, shots[path]
         title += f", {options.k} shots" if shots[path] else ""
         if rows[0].choices:
             logps = answer_logps(model, choice_rows(*questions), *LAYOUT, dtype)
-            blocks[title] = choice_columns(rows, [x.double().numpy() for x in logps])
+            by_title[title] = choice_columns(rows, [x.double().numpy() for x in logps])
             answers[title] = [x.tolist() for x in logps]
         else:
             title += f", temperature {options.temperature:g}" if options.temperature else ", greedy"
-            blocks[title], answers[title] = answer_columns(*questions, options)
+            by_title[title], answers[title] = answer_columns(*questions, options)
     if run.is_demonstration:
         samples = options.n if options.n > 1 else SAMPLES
         values = task_values(*load(torch.float32), TEST_PROBLEMS, samples)
         columns = {name: Column(np.array(value)) for name, value in values.items()}
-        blocks = {"problems": columns} | blocks
-    return blocks, answers
+        by_title = {"problems": columns} | by_title
+    return by_title, answers
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -292,8 +292,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     except (OSError, ValueError) as error:
         parser.error(error)
     tables = {}
-    for title in dict.fromkeys(title for blocks, _ in results.values() for title in blocks):
-        columns = {name: blocks[title] for name, (blocks, _) in results.items() if title in blocks}
+    for title in dict.fromkeys(title for found, _ in results.values() for title in found):
+        columns = {name: found[title] for name, (found, _) in results.items() if title in found}
         tables[title] = compared(columns)
         print(f"{title}\n\n{table(tables[title], markdown=not sys.stdout.isatty())}\n")
     provenance = {
@@ -304,11 +304,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     }
     records, means = {}, {}
     for name, run in names.items():
-        blocks, answers = results[name]
+        by_title, answers = results[name]
         figures = {title: rows[name] for title, rows in tables.items() if name in rows}
         record = provenance | {
             "figures": {t: {c: f._asdict() for c, f in row.items()} for t, row in figures.items()},
-            "items": {t: {c: x.values.tolist() for c, x in b.items()} for t, b in blocks.items()},
+            "items": {t: {c: x.values.tolist() for c, x in b.items()} for t, b in by_title.items()},
             "answers": answers,
         }
         records[run] = json.loads(json.dumps(record), parse_constant=lambda nan: None)

@@ -17,7 +17,7 @@ from data import Pair, Pairs, load_pairs, make_batches
 from eval import (
     answer_logps,
     information,
-    pair_blocks,
+    pair_columns,
     pair_logps,
     preference_columns,
     preference_metrics,
@@ -195,27 +195,27 @@ def test_infinite_log_probs_cause_no_warnings():
 # --- A file of pairs ------------------------------------------------------------------------------
 
 
-def blocks_of(models, file, title="x", kl_samples=0, beta=1.0, **training):
+def columns_by_title(models, file, title="x", kl_samples=0, beta=1.0, **training):
     tokenizer = byte_tokenizer()
     options = SimpleNamespace(kl_samples=kl_samples, max_new_tokens=5, seed=3, batch_size=None)
     training = {"dtype": "float32", "beta": beta, "init": "base"} | training
     pairs = load_pairs(file, tokenizer)
-    return pair_blocks(models[0], tokenizer, models[1], file, title, pairs, options, training)
+    return pair_columns(models[0], tokenizer, models[1], file, title, pairs, options, training)
 
 
 def test_information_of_a_file_has_the_rewards_as_critic_and_bootstrap_errors(pairs_file):
-    blocks = blocks_of((tiny_model(), tiny_model(seed=1)), pairs_file, beta=0.01)
-    assert list(blocks) == ["x", "x: critic"]
-    rewards = [torch.from_numpy(blocks["x"][f"T {side}"].values) for side in SIDES]
-    critic = blocks["x: critic"]
+    by_title = columns_by_title((tiny_model(), tiny_model(seed=1)), pairs_file, beta=0.01)
+    assert list(by_title) == ["x", "x: critic"]
+    rewards = [torch.from_numpy(by_title["x"][f"T {side}"].values) for side in SIDES]
+    critic = by_title["x: critic"]
     assert list(critic) == ["dv ≤0.693", "nwj ≤0.693", "js ≤0.4315"]
     for name, value in estimates(*rewards).items():
         (column,) = (column for title, column in critic.items() if title.startswith(name))
         assert column.mean() == pytest.approx(value) and 0 < column.estimate().error < 1
-        assert column.prompts is blocks["x"]["margin"].prompts
-        assert column.names.tolist() == blocks["x"]["margin"].names.tolist()
+        assert column.prompts is by_title["x"]["margin"].prompts
+        assert column.names.tolist() == by_title["x"]["margin"].names.tolist()
     assert len(set(column.names)) == 23 and column.names[0].endswith(":1")
-    assert list(blocks_of((tiny_model(), None), pairs_file)) == ["x"]
+    assert list(columns_by_title((tiny_model(), None), pairs_file)) == ["x"]
 
 
 def test_kl_is_the_log_ratio_of_an_answer_sampled_once_for_each_prompt(tmp_path, monkeypatch):
@@ -228,7 +228,7 @@ def test_kl_is_the_log_ratio_of_an_answer_sampled_once_for_each_prompt(tmp_path,
     monkeypatch.setattr(evaluation, "draw", draw)
     file = write_rows(tmp_path / "pairs.jsonl", [PAIR_ROWS[0], *PAIR_ROWS[:3]])
     pairs, models = load_pairs(file, byte_tokenizer()), (tiny_model(), tiny_model(seed=1))
-    kl = blocks_of(models, file, kl_samples=9)["x: critic"]["KL"]
+    kl = columns_by_title(models, file, kl_samples=9)["x: critic"]["KL"]
     assert [name.rpartition(":")[2] for name in kl.names] == ["1", "3", "4"]
     for value, pair in zip(kl.values, pairs[1:]):
         logps = [single_logp(model, pair.prompt, answer) for model in models]
@@ -236,15 +236,15 @@ def test_kl_is_the_log_ratio_of_an_answer_sampled_once_for_each_prompt(tmp_path,
     ((prompts, max_new_tokens, how),) = calls
     assert prompts == [pair.prompt for pair in pairs[1:]] and max_new_tokens == 5
     assert how == {"stop_ids": {257}, "seed": 3, "rows": None}
-    assert len(blocks_of(models, file, kl_samples=2)["x: critic"]["KL"].values) == 2
+    assert len(columns_by_title(models, file, kl_samples=2)["x: critic"]["KL"].values) == 2
     short = [tiny_model(max_position_embeddings=max(map(len, prompts)) + 2) for _ in models]
-    blocks_of(short, file, kl_samples=9)
+    columns_by_title(short, file, kl_samples=9)
     assert calls[-1][1] == 2  # the context has room for two tokens
 
 
 def test_a_reference_with_another_vocabulary_is_refused(pairs_file):
     with pytest.raises(ValueError, match="base: has 300 ids, but the model to compare has 258"):
-        blocks_of((tiny_model(), tiny_model(vocab_size=300)), pairs_file)
+        columns_by_title((tiny_model(), tiny_model(vocab_size=300)), pairs_file)
 
 
 # --- The command ----------------------------------------------------------------------------------
