@@ -68,7 +68,7 @@ class Pairs(Sequence):
         return taken
 
     def lengths(self) -> np.ndarray:
-        """The number of tokens of each prompt, chosen answer and rejected answer: (pairs, 3)."""
+        """Returns the tokens of each prompt, chosen answer and rejected answer: (pairs, 3)."""
         return np.diff(np.array(self.ends)).reshape(len(self), 3)
 
 
@@ -100,8 +100,8 @@ def truncate(pair: Pair, max_length: int, bos_id: int | None) -> Pair:
 
 
 def read_pairs(path, tokenizer: Tokenizer, max_length: int) -> tuple[Pairs, Report]:
-    """The usable pairs of a JSONL file, plain or .gz, and a report on all of its rows. Raises
-    OSError, or ValueError that names file and line."""
+    """Returns the usable pairs of a JSONL file, plain or .gz, and a report on all of its rows.
+    Raises OSError, or ValueError that names file and line."""
     pairs, report = Pairs(), Report()
     # A chat template may write the BOS token of a tokenizer that adds none itself.
     bos_id = tokenizer.added.get(tokenizer.names.get("bos_token"), tokenizer.bos_id)
@@ -212,7 +212,7 @@ def attention_rule(batch: Batch, window: int | None = None) -> Callable:
 
 
 def row_masks(batch: Batch, window: int | None = None) -> list[Tensor]:
-    """The attention rule for each row of t tokens as a dense mask: (1, 1, t, t) bool."""
+    """Returns the attention rule for each row of t tokens as a dense mask: (1, 1, t, t) bool."""
     masks, start, rule = [], 0, attention_rule(batch, window)
     for tokens in batch.row_tokens:
         place = torch.arange(start, start + tokens, device=batch.pair.device)
@@ -222,7 +222,7 @@ def row_masks(batch: Batch, window: int | None = None) -> list[Tensor]:
 
 
 def row_length(pair: Sequence) -> int:
-    """The number of tokens that a prompt and its answers, one or more, occupy in a packed row."""
+    """Returns the number of tokens of a packed row with a prompt and its answers, one or more."""
     prompt, *answers = pair
     return len(prompt) + sum(len(answer) - 1 for answer in answers if answer)
 
@@ -285,7 +285,7 @@ def pack_batch(pairs: Sequence, rows: list[list[int]], min_tokens: int = 0) -> B
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch's pairs (count,), a pure function of its arguments."""
+    """Returns the order of an epoch's pairs (count,), a pure function of its arguments."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
@@ -293,7 +293,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def answer_states(model: nn.Module, batch: Batch) -> Tensor:
-    """The hidden states that predict the tokens of the answers, end to end: (N, D)."""
+    """Returns the hidden states that predict the tokens of the answers, end to end: (N, D)."""
     window = model.config.sliding_window
     if needs_fixed_length(model):
         T = batch.tokens.shape[1]
@@ -305,7 +305,7 @@ def answer_states(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def needs_fixed_length(model: nn.Module) -> bool:
-    """Whether batches must be padded: FlexAttention compiles its kernels for one length."""
+    """Tells whether batches must be padded: FlexAttention compiles its kernels for one length."""
     return model.compiled and model.head_weight.is_cuda
 
 

@@ -41,11 +41,10 @@ def answer_logps(
     model: Llama, rows: Sequence, row_tokens: int, micro_tokens: int, dtype: torch.dtype,
     batches: Callable[..., list[Batch]] = make_batches,
 ) -> list[Tensor]:  # fmt: skip
-    """Summed log-probabilities of the answers of each row, (answers,) in nats, on the CPU.
+    """Returns summed log-probabilities of the answers of each row, (answers,) in nats, on the CPU.
 
     rows: the ids of a prompt and of any number of answers. Packing, head and precision are those of
-    training. `batches` may leave rows to other processes; their log-probs are 0 here.
-    """
+    training. `batches` may leave rows to other processes; their log-probs are 0 here."""
     device = model.head_weight.device
     logps = [torch.zeros(len(row) - 1) for row in rows]
     with tqdm(total=len(rows), desc="log-probs", unit="row", leave=False) as bar:
@@ -62,15 +61,15 @@ def answer_logps(
 
 @torch.no_grad()
 def batch_logps(model: Llama, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Summed log-probabilities of the answers of a batch: (S,) in nats."""
+    """Returns summed log-probabilities of the answers of a batch: (S,) in nats."""
     with autocast(batch.tokens.device, dtype):
         hidden, head = answer_states(model, batch), model.head_weight  # (N, D), (V, D)
         return chunked_logps(hidden, head, batch.targets, batch.lengths, compiled=model.compiled)
 
 
 def pair_logps(model: Llama, pairs: Pairs, *layout) -> Tensor:
-    """Summed log-probabilities of chosen and rejected answers, (pairs, 2) in nats, on the CPU.
-    layout: row_tokens, micro_tokens, dtype and, optionally, batches, as in answer_logps."""
+    """Returns summed log-probabilities of chosen and rejected answers, (pairs, 2) in nats, on the
+    CPU. layout: row_tokens, micro_tokens, dtype and, optionally, batches, as in answer_logps."""
     logps = answer_logps(model, pairs, *layout)
     return torch.stack(logps) if logps else torch.empty(0, 2)
 
@@ -93,12 +92,11 @@ def preference_values(logps: Tensor, ref_logps: Tensor | None, beta: float) -> d
 
 
 def information(rewards: Tensor) -> dict[str, Column]:
-    """Three estimates of mutual information, in nats, with the rewards (pairs, 2) as critic.
+    """Returns three estimates of mutual information in nats, with the rewards (pairs, 2) as critic.
 
     `dv` and `nwj` are minus the losses of these names: lower bounds, at most log 2. `js`, log 4
     minus mio, estimates twice the Jensen-Shannon divergence, at most 0.4315. All three are 0 for
-    the reference.
-    """
+    the reference."""
 
     def bound(name: str, rewards: Tensor) -> Tensor:
         zero = torch.zeros(len(rewards), dtype=torch.float64)
@@ -114,8 +112,8 @@ def information(rewards: Tensor) -> dict[str, Column]:
 
 
 def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float) -> dict[str, float]:
-    """Means of preference_values over the pairs that have them, and the estimates of information
-    as mi/dv, mi/js, mi/nwj."""
+    """Returns means of preference_values over the pairs that have them, and the estimates of
+    information as mi/dv, mi/js, mi/nwj."""
     values = preference_values(logps, ref_logps, beta)
     means = {name: Column(value.double().numpy()).mean() for name, value in values.items()}
     estimates = information(beta * (logps - ref_logps))
@@ -142,15 +140,15 @@ def preference_columns(
 
 
 def preference_row(logps: Tensor, ref_logps: Tensor, pairs: Pairs) -> Row:
-    """By how many nats the log-probs (pairs, 2) of chosen and rejected answers moved, and for which
-    share of pairs the chosen answer gained more."""
+    """Returns by how many nats the log-probs (pairs, 2) of chosen and rejected answers moved, and
+    for which share of pairs the chosen answer gained more."""
     columns = preference_columns(logps, ref_logps, pairs, beta=1.0)
     names = [name for name in ("Δ chosen", "Δ rejected", "reward") if name in columns]
     return {name: columns[name].estimate() for name in names}
 
 
 def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options, training) -> dict:
-    """The columns of a file of pairs: title -> columns of preferences and of the critic."""
+    """Returns the columns of a file of pairs: title -> columns of preferences and of the critic."""
     layout = *LAYOUT, getattr(torch, training["dtype"])
     if reference and reference.config.vocab_size != (size := model.config.vocab_size):
         sizes = f"has {reference.config.vocab_size} ids, but the model to compare has {size}"

@@ -270,8 +270,8 @@ class Loss:
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def arguments(self, settings) -> dict[str, float]:
-        """The arguments beta and options of `pair_loss`. `settings` has an attribute for each of
-        them, which is None for an option that keeps its default."""
+        """Returns the arguments beta and options of `pair_loss`. `settings` has an attribute for
+        each of them, which is None for an option that keeps its default."""
         given = {name: getattr(settings, name) for name in self.options}
         given = {name: value for name, value in given.items() if value is not None}
         return {"beta": settings.beta} | self.options | given

@@ -54,17 +54,16 @@ class ModelConfig:
         return cls(**read_config(hf, dataclasses.fields(cls)))
 
     def to_hf(self) -> dict:
-        """The content of a config.json that transformers 4 and 5 both read."""
+        """Returns the content of a config.json that transformers 4 and 5 both read."""
         return write_config(dataclasses.asdict(self))
 
 
 def rotary_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angle by which each position rotates each pair of a head's features.
+    """Returns cosine and sine of the angles by which positions rotate pairs of a head's features.
 
-    positions (B, T) -> two float32 tensors (B, 1, T, E), which broadcast over heads.
-    Sources: RoFormer (arXiv 2104.09864) in Hugging Face's half-split layout; the llama3 scaling,
-    which slows down the low frequencies, is that of transformers' `modeling_rope_utils`.
-    """
+    positions (B, T) -> two float32 tensors (B, 1, T, E), which broadcast over heads. Sources:
+    RoFormer (arXiv 2104.09864) in Hugging Face's half-split layout; the llama3 scaling, which slows
+    down the low frequencies, is that of transformers' `modeling_rope_utils`."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     frequencies = 1.0 / config.rope_theta ** (exponents / config.head_dim)  # (E/2,)
     scaling = config.rope_scaling or {"rope_type": "default"}
@@ -225,8 +224,8 @@ class Llama(nn.Module):
         self, tokens: Tensor, positions: Tensor | None = None, mask: Mask = None,
         cache: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Hidden states after the final norm: tokens (B, T) -> (B, T, D). positions: (B, T), or
-        None for 0, 1, 2, ... mask: as in `attend`; a list or a BlockMask must already respect a
+        """Returns hidden states after the final norm: tokens (B, T) -> (B, T, D). positions (B, T):
+        0, 1, 2, ... by default. mask: as in `attend`; a list or a BlockMask must already respect a
         sliding window. cache: (layers, 2, B, K, capacity, E) stores keys and values."""
         assert tokens.dim() == 2, f"tokens must be (B, T), not {tuple(tokens.shape)}"
         if positions is None:

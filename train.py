@@ -148,12 +148,12 @@ def train_step(
 
 
 def of_answers(values: Tensor | None, batch: Batch, device: torch.device) -> Tensor | None:
-    """The values (pairs, 2) of a batch's answers, in the order of batch.lengths: (2B,)."""
+    """Returns the values (pairs, 2) of a batch's answers, in the order of batch.lengths: (2B,)."""
     return None if values is None else values[batch.index].flatten().to(device)
 
 
 def shared_term(model: Llama, data: StepData, options: Options, world: World) -> Tensor:
-    """The scalar () that couples the pairs of a step in dv and kto, computed without gradient."""
+    """Computes the scalar () that couples the pairs of a step in dv and kto, without gradient."""
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     batches, ref_logps = data.mismatched or (data.batches, data.ref_logps)
     logps = [evaluation.batch_logps(model, batch.to(device), dtype) for batch in batches]
@@ -172,7 +172,7 @@ def make_optimizer(model: Llama, options: Options) -> torch.optim.AdamW:
 
 
 def learning_rate(options: Options, step: int, steps: int) -> float:
-    """The learning rate of step 1, 2, ...: it rises linearly, then follows the schedule above 0."""
+    """Returns the rate of step 1, 2, ..., which rises linearly, then follows the schedule."""
     warmup = math.ceil(options.warmup * steps)
     if step <= warmup:
         return options.lr * step / warmup
@@ -251,7 +251,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
 
 
 def step_data(job: Job, progress: Progress, step: int) -> StepData:
-    """The data of a step. Drawn answers depend on the weights, other data on seed and step only."""
+    """Returns the data of a step. Drawn answers depend on the weights, other data on the seed."""
     epoch, place = divmod(step - 1, job.per_epoch)
     size, layout = prompts_per_step(job.options), job.layout
     rows = epoch_order(len(job.questions or job.pairs), job.options.seed, epoch).tolist()
@@ -317,8 +317,8 @@ def mean(values: Tensor) -> float:
 
 
 def training_metrics(job: Job, data: StepData, logps: Tensor) -> dict[str, float]:
-    """Means over the pairs of a step, without missing answers. The result is empty for rlhf, whose
-    answers are not chosen and rejected ones."""
+    """Returns means over the pairs of a step, without missing answers. The result is empty for
+    rlhf, whose answers are not chosen and rejected ones."""
     if data.advantages is not None:
         return {}
     present = torch.from_numpy(data.pairs.lengths()[data.index, 1:] > 0)  # (B, 2)
@@ -329,7 +329,7 @@ def training_metrics(job: Job, data: StepData, logps: Tensor) -> dict[str, float
 
 
 def held_out_metrics(job: Job, logps: Tensor, start_logps: Tensor) -> dict[str, float]:
-    """The metrics of the held-out pairs, from log-probs now and at step 0, (pairs, 2) each. The
+    """Returns metrics of the held-out pairs from log-probs now and at step 0, (pairs, 2) each. The
     loss is NaN for kto, whose K needs mismatched pairs, and for rlhf, which needs advantages."""
     if not job.held_out:
         return {}

@@ -58,7 +58,7 @@ class Column(NamedTuple):
     names: np.ndarray | None = None  # (items,) the same in two runs; None: identified by position
 
     def known(self) -> tuple[np.ndarray, np.ndarray]:
-        """The values of the items that have one, and their prompts, renumbered as 0, 1, ..."""
+        """Returns the values that are not NaN, and the numbers 0, 1, ... of their prompts."""
         present = ~np.isnan(self.values).any(axis=tuple(range(1, self.values.ndim)))
         prompts = np.arange(len(present)) if self.prompts is None else self.prompts
         return self.values[present], np.unique(prompts[present], return_inverse=True)[1]
@@ -71,7 +71,7 @@ class Column(NamedTuple):
 
     @np.errstate(invalid="ignore")
     def estimate(self) -> Estimate:
-        """The statistic with its standard error over prompts (clustered as in arXiv 2411.00640)."""
+        """Returns the statistic and its error, clustered by prompt as in arXiv 2411.00640."""
         values, prompts = self.known()
         n, G, mean, error = len(values), len(set(prompts)), self.mean(), None
         if G > 1 and self.statistic is np.mean:
@@ -106,8 +106,8 @@ def task_row(values: dict[str, list[float]]) -> Row:
 
 
 def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np.ndarray:
-    """Bootstrap over prompts: (RESAMPLES,) values of the statistic. A resample draws G of the G
-    prompts with replacement and takes all items of each. prompts: (items,) 0, 1, ..."""
+    """Returns (RESAMPLES,) bootstrap values of the statistic. A resample draws G of the G prompts
+    with replacement and takes all items of each. prompts: (items,) 0, 1, ..."""
     random, G = np.random.default_rng(0), prompts.max() + 1
     draws = (np.bincount(random.integers(0, G, G), minlength=G) for _ in range(RESAMPLES))  # (G,)
     return np.array([statistic(np.repeat(values, drawn[prompts], axis=0)) for drawn in draws])
@@ -127,8 +127,8 @@ def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
 
 
 def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
-    """The text of a table: a line for each row, a line with the numbers of items n, and a legend.
-    Without `markdown`, columns that exceed `width` characters continue in another table below."""
+    """Returns a table as text: a line for each row, a line with the numbers of items n, a legend.
+    Without `markdown`, columns that exceed `width` characters continue in a table below."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     grid = [["", *(f"{column} %" if column.startswith(RATES) else column for column in columns)]]
     for name, row in rows.items():

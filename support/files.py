@@ -87,7 +87,7 @@ def flush_to_disk(path) -> None:
 
 
 def digest(*parts) -> str:
-    """SHA-256 in hex of the parts in their order: bytes, files (as Path) or JSON values."""
+    """Returns the SHA-256 (hex) of all parts in order: bytes, files (as Path) or JSON values."""
     parts = [p if isinstance(p, bytes | Path) else json.dumps(p).encode() for p in parts]
     sums = [digest_file(p) if isinstance(p, Path) else hashlib.sha256(p).hexdigest() for p in parts]
     return hashlib.sha256("".join(sums).encode()).hexdigest()

@@ -45,7 +45,7 @@ class Job(NamedTuple):
 
     @property
     def layout(self) -> tuple[int, int, bool]:
-        """The last arguments of data.make_batches."""
+        """Returns the last arguments of data.make_batches."""
         return self.options.row_tokens, self.options.micro_tokens, needs_fixed_length(self.model)
 
     @property
@@ -55,12 +55,12 @@ class Job(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """The steps of all epochs, over which the schedule of the learning rate extends."""
+        """Returns the steps of all epochs, over which the schedule of the learning rate extends."""
         return self.options.epochs * self.per_epoch
 
     @property
     def stop(self) -> int:
-        """The last step of this run, which --max_steps may lower."""
+        """Returns the last step of this run, which --max_steps may lower."""
         limit = self.options.max_steps
         return self.steps if limit is None else min(self.steps, limit)
 
@@ -107,7 +107,7 @@ def load_job(options, world) -> Job:
 
 
 def load_models(options, checkpoint: Path | None, world):
-    """The policy, the tokenizer, and the reference if the policy draws answers, otherwise None."""
+    """Loads policy, tokenizer, and the reference, which is None unless the policy draws answers."""
     device = "cpu" if world.count > 1 else options.device  # sharding moves one block at a time
     draws, adapter, reference = on_policy.draws(options), options.init_adapter, None
     if options.lora_rank or adapter:
@@ -136,7 +136,7 @@ def load_models(options, checkpoint: Path | None, world):
 
 
 def mismatched_pairs(pairs: Pairs, max_length: int, bos_id: int | None) -> Pairs:
-    """Each prompt with the answers of the next row that has another prompt, for kto's K."""
+    """Pairs each prompt with the answers of the next row that has another prompt, for kto's K."""
     mismatched = Pairs()
     for i, pair in enumerate(pairs):
         others = (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs)))
@@ -155,7 +155,7 @@ def check_answers(pairs: Pairs, needed: str, path, loss: str) -> None:
 
 
 def describe(job: Job) -> str:
-    """A summary of the run, printed before training so that a wrong flag is noticed early."""
+    """Summarizes the run before training starts, so that a wrong flag is noticed early."""
     options, loss = job.options, LOSSES[job.options.loss]
     used = loss.options.keys() | ({"beta"} if loss.uses_beta else set())
     arguments = [f", {n} {x:g}" for n, x in loss.arguments(options).items() if n in used]
@@ -178,7 +178,7 @@ def describe(job: Job) -> str:
 
 
 def logps_of(job: Job, pairs: Pairs) -> Tensor:
-    """Log-probs of pairs under job.model (pairs, 2), in nats, computed as in training."""
+    """Returns log-probs of pairs under job.model (pairs, 2), in nats, computed as in training."""
     dtype, world = getattr(torch, job.options.dtype), job.world
     logps = world.sum(pair_logps(job.model, pairs, *job.layout[:2], dtype, world.batches))
     world.reshard(job.model)
@@ -186,7 +186,7 @@ def logps_of(job: Job, pairs: Pairs) -> Tensor:
 
 
 def first_progress(job: Job) -> run_folder.Progress:
-    """The state at step 0: log-probs of training and held-out pairs under the initial weights."""
+    """Computes the state at step 0: the log-probs of all pairs under the initial weights."""
     compared = job.pairs if LOSSES[job.options.loss].needs_reference else None
     refs = [reference_logps(job, pairs) if pairs else None for pairs in (compared, job.mismatched)]
     return run_folder.Progress(0, 0, *refs, logps_of(job, job.held_out), {})
@@ -197,8 +197,8 @@ def hash_pairs(pairs: Pairs) -> str:
 
 
 def reference_logps(job: Job, pairs: Pairs) -> Tensor:
-    """Log-probs of training pairs under the initial weights (pairs, 2), in nats. They are
-    cached in a file, whose name is a hash of weights, token ids and precision."""
+    """Returns the log-probs of training pairs under the initial weights (pairs, 2), in nats. They
+    are cached in a file, whose name is a hash of weights, token ids and precision."""
     options, cached = job.options, None
     key = digest(job.inputs["init"], job.inputs["init_adapter"], hash_pairs(pairs), options.dtype)
     file = Path(options.out).parent / "cache" / f"reference-{key[:16]}.safetensors"

@@ -26,19 +26,19 @@ class Item(NamedTuple):
     gold: int = 0  # the index of the right choice
 
     def ids(self, tokenizer, before: str) -> list[int]:
-        """The ids of the prompt after the text `before`, which does not apply to conversations."""
+        """Returns the ids of the text `before` (only if the prompt is a text) and the prompt."""
         if isinstance(self.prompt, list):
             return tokenizer.render(self.prompt, add_generation_prompt=True)
         return tokenizer.prompt_ids(before + self.prompt)
 
     def joined(self, text: str) -> str:
-        """The answer, after a space unless the prompt or the answer already has white space."""
+        """Returns the answer, with a space before it if no white space parts it from the prompt."""
         bare = isinstance(self.prompt, list) or self.prompt[-1:].isspace() or text[:1].isspace()
         return text if bare else " " + text
 
 
 def read_item(line: int, row: dict) -> Item:
-    """The item of a row of any form. Raises ValueError if the row is malformed."""
+    """Returns the item of a row of any form. Raises ValueError if the row is malformed."""
     if row.keys() >= {"question", "answer"}:
         prompt = f"Question: {text_of(row, 'question')}\nAnswer:"
         row = {"prompt": prompt, "answer": row["answer"], "grade": "gsm8k", "stop": ["Question:"]}
@@ -71,7 +71,7 @@ def _texts_of(row: dict, column: str) -> tuple[str, ...]:
 
 
 def read_items(path) -> list[Item] | None:
-    """The items of a JSONL file, or None for pairs. Raises ValueError that names file and line."""
+    """Reads the items of a JSONL file; None for pairs. Raises ValueError with file and line."""
     items = []
     for line, row in read_rows(path):
         if not items and row.keys() & (COLUMNS - {"prompt"}):
@@ -88,8 +88,8 @@ def read_items(path) -> list[Item] | None:
 
 
 def examples(path: str | None, k: int, items: list[Item]) -> str:
-    """The first k rows of a file with their answers, as text to put before each prompt of `items`;
-    "" without a file or if its rows have another form. Raises ValueError for unsuitable rows."""
+    """Returns the first k rows of a file with their answers as text to put before each prompt of
+    `items`; "" without a file or with rows of another form. Raises ValueError for unfit rows."""
     if path is None:
         return ""
     shots = (read_items(path) or [])[:k]
@@ -106,7 +106,7 @@ def examples(path: str | None, k: int, items: list[Item]) -> str:
 
 
 def prompt_ids(model, tokenizer, path, items: list[Item], before: str, lengths) -> list[list[int]]:
-    """The ids of each item's prompt after the text `before`. `lengths` (items,) limit the tokens of
+    """Returns the ids of `before` and each item's prompt. `lengths` (items,) limit the tokens of
     the answers. Raises ValueError with file and line if the sum exceeds the model's context."""
     limit, ids = model.config.max_position_embeddings, []
     for item, length in zip(items, lengths):
@@ -144,7 +144,7 @@ def answer_columns(model, tokenizer, path, items: list[Item], before: str, optio
 
 
 def choice_rows(model, tokenizer, path, items: list[Item], before: str) -> list[list[list[int]]]:
-    """The ids of each item's prompt and of its choices, which continue the prompt's text."""
+    """Returns the ids of each item's prompt and of its choices, which continue the prompt."""
     choices = [[tokenizer.continue_ids(item.joined(c)) for c in item.choices] for item in items]
     longest = [max(map(len, ids)) for ids in choices]
     prompts = prompt_ids(model, tokenizer, path, items, before, longest)

@@ -11,7 +11,7 @@ MAX_LINES = 12  # most lines of a prompt or an answer; the middle of a longer te
 
 
 def describe_file(path, tokenizer, max_length: int) -> str:
-    """The report on a data file, in lines of fewer than 80 characters. Raises like read_pairs."""
+    """Reports on a data file, in lines of fewer than 80 characters. Raises like read_pairs."""
     pairs, report = read_pairs(path, tokenizer, max_length)
     forms = ", ".join(f"{count} of {form}" for form, count in report.forms.items())
     lines = [f"{report.rows} rows, of which used: {forms or 'none'}"]
@@ -34,8 +34,8 @@ def describe_file(path, tokenizer, max_length: int) -> str:
 
 
 def token_grid(pairs: Pairs, tokenizer) -> list[str]:
-    """The first pair as pack_batch lays it out: each line of tokens begins with the position of its
-    first token, and is followed by a line with ^ under the tokens that are scored."""
+    """Shows the first pair as pack_batch lays it out. Each line of tokens begins with the position
+    of its first token; in the line below, ^ marks the tokens that are scored."""
     targets, pair, grid = iter(pack_batch(pairs, [[0]]).targets.tolist()), pairs[0], []
     for name, ids in zip(Pair._fields, pair):
         lines = []  # a line of tokens and a line of marks by turns

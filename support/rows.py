@@ -139,7 +139,7 @@ class Report:
     dropped: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # reason -> lines
 
     def lines(self) -> list[str]:
-        """Text lines on unused columns, on each reason to drop rows, and on truncated rows."""
+        """Returns text on unused columns, on each reason to drop rows, and on truncated rows."""
         losses = {f"dropped, {reason}": lines for reason, lines in self.dropped.items()}
         if self.truncated:
             losses["cut, the prompt lost its oldest tokens to --max_length"] = self.truncated

@@ -214,7 +214,7 @@ class Tokenizer:
         return [id for piece in pieces for id in self.encode_piece(piece)]
 
     def decode(self, ids) -> str:
-        """The text of ids. Invalid UTF-8 becomes U+FFFD; unknown ids are skipped."""
+        """Returns the text of ids. Invalid UTF-8 becomes U+FFFD; unknown ids are skipped."""
         text = b"".join(self.token_bytes.get(id, b"") for id in ids).decode(errors="replace")
         text = text.replace(SPACE, " ") if self.space else text
         return text.removeprefix(" ") if self.strip else text
