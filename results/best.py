@@ -1,7 +1,7 @@
-"""Makes results/best.md and .png: python results/best.py
+"""Makes results/best.md and results/best.png: python results/best.py
 
 Tunes every loss on the same small grid, on validation problems of one seed, and compares the tuned
-losses on test problems of the other seeds. All losses share the bases, the pairs and their order.
+losses on test problems of the other seeds. Within a seed, all losses share base, pairs and order.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from support.distributed import World
 from support.figures import Column
 
 LOSSES = ("dpo", "mio", "bce", "nwj", "dv", "ipo", "kto", "simpo", "orpo", "rpo", "apo_zero", "sft")
-RATES, SCALES = (1e-4, 3e-4), (0.25, 1.0)  # learning rates; factors of the demonstration's beta
+RATES, SCALES = (1e-4, 3e-4), (0.25, 1.0)  # learning rates, and factors of the demonstration's beta
 TUNED_ON, TESTED_ON, PAIRS, EPOCHS = 0, (1, 2, 3, 4), 2000, 2
 
 TEXT = """# Best against best
@@ -24,16 +24,16 @@ TEXT = """# Best against best
 
 **Question.** Which loss solves the most problems if each loss is tuned on the same grid?
 
-**Expected before the run.** At matched settings sft and dpo were ahead of mio
+**Expected before the run.** At matched settings sft and dpo solved more problems than mio
 ([demonstration.md](demonstration.md)). Tuning, with a smaller beta for mio, should close the gap,
 and most losses should end within two points of each other.
 
-`python results/best.py`: {provenance}. Each run trains on {pairs:,} pairs for {epochs} epochs. The
-grid combines the learning rates {rates} with {scales} times the demonstration's beta. For each
-loss, the setting with the highest greedy accuracy on 1,000 validation problems of seed {tuned_on}
-is run again on seeds {seeds}, on which nothing was tuned. The gain is the greedy accuracy on 1,000
-test problems minus that of the base ({base}), in points. Δ is the change of held-out log-probs, in
-nats. Cells are means of seeds (lowest, highest).
+`python results/best.py` made this page ({provenance}). Each run trains on {pairs:,} pairs for
+{epochs} epochs. The grid combines the learning rates {rates} with {scales} times the
+demonstration's beta. For each loss, the setting with the highest greedy accuracy on 1,000
+validation problems of seed {tuned_on} is run again on the other seeds {seeds}. The gain is the
+greedy accuracy on 1,000 test problems minus that of the base ({base}), in points. Δ is the mean
+change of held-out summed log-probs, in nats. Each cell is the mean over seeds (lowest, highest).
 
 ![Gains by loss](best.png)
 
@@ -41,18 +41,18 @@ nats. Cells are means of seeds (lowest, highest).
 |---|---|---|---|---|---|---|
 {table}
 
-The next table shows the difference of each loss from mio on the same test problems, in points, with
-a 95 % bootstrap interval that is paired by problem:
+The next table shows the accuracy of each loss minus the accuracy of mio on the same test problems,
+in points, with a 95 % bootstrap interval that is paired by problem:
 
 | | points |
 |---|---|
 {differences}
 
-**What it does not show.** There are {count} seeds, and the intervals are over problems, not over
-base models. Each loss has four settings, or two if it has no beta. The best setting has the lowest
-learning rate of the grid for {edge} of {losses} losses and the smallest beta for {small}. A wider
-grid could therefore help, above all for the losses that end below the base. This is one small task
-of one kind, with short training.
+**What it does not show.** The losses are compared on {count} seeds, and the intervals are computed
+over problems, not over base models. Each loss has four settings, or two if the loss has no beta.
+The best setting has the lowest learning rate of the grid for {edge} of {losses} losses and the
+smallest beta for {small} losses. A wider grid could therefore help, above all the losses that end
+below the base. The experiment covers one small task with short training.
 """
 
 
@@ -121,8 +121,8 @@ def main() -> None:
             differences.append(f"| {loss} | {100 * d.mean:+.1f} [{100 * d.low:+.1f}, "
                                f"{100 * d.high:+.1f}] |")  # fmt: skip
     text = TEXT.format(
-        verdict=f"By mean gain {order[0]} is first of {len(order)} losses, mio is number "
-        f"{order.index('mio') + 1}, and dpo is number {order.index('dpo') + 1}.",
+        verdict=f"By mean gain in accuracy, {order[0]} is number 1 of {len(order)} losses, mio is "
+        f"number {order.index('mio') + 1}, and dpo is number {order.index('dpo') + 1}.",
         provenance=provenance(made), rates=" and ".join(f"{r:g}" for r in RATES),
         scales=" and ".join(f"{s:g}" for s in SCALES), tuned_on=TUNED_ON, pairs=PAIRS,
         epochs=EPOCHS, seeds=", ".join(map(str, TESTED_ON)), table="\n".join(rows),

@@ -1,8 +1,8 @@
-"""Makes results/beyond.md and .png: python results/beyond.py [--small]
+"""Makes results/beyond.md and results/beyond.png: python results/beyond.py [--small]
 
-Measures pass@k of base and trained models up to k = 64, and compares the cost of answers drawn from
-the policy with that of pairs drawn once from the base. With --small, as in .ci/run,
-the script only makes two runs of two steps, samples 8 answers to each problem, and writes no page.
+Measures pass@k up to k = 64 of the base and of trained models, and compares the cost of drawing
+answers from the policy at every step with the cost of training on pairs drawn once from the base.
+With --small, the script makes two runs of two steps, prints pass@k of one run and writes no page.
 """
 
 import concurrent.futures
@@ -29,15 +29,16 @@ SEEDS, SAMPLES = (0, 1, 2), 64
 TEXT = """# Beyond the base?
 
 **Question.** Does the gain in pass@k at k = 1 last up to k = 64, or do the trained models only find
-more reliably what the base finds anyway, as the paper's abstract says of RLHF? How much do answers
-that are drawn from the policy at every step gain, and how much do they cost?
+more reliably the answers that the base also finds, as the paper's abstract says of RLHF? How much
+does training on answers drawn from the policy at every step gain and cost?
 
-**Expected before the run.** All losses gain at k = 1. Their pass@k curves meet or cross that of the
-base before k = 64. The on-policy runs gain more and cost several times as much.
+**Expected before the run.** All losses raise pass@1. The pass@k curves of the trained models meet
+or cross the curve of the base before k = 64. The on-policy runs gain more and cost several times as
+much as runs on fixed pairs.
 
-`python results/beyond.py`: {provenance}. There are {seeds} seeds and {samples} answers at
-temperature 1 to each of 1,000 held-out problems. pass@k is computed with the unbiased estimator.
-Cells are means of seeds (lowest, highest).
+`python results/beyond.py` made this page ({provenance}). On each of {seeds} seeds, each model draws
+{samples} answers at temperature 1 to each of 1,000 held-out problems. pass@k is computed with the
+unbiased estimator. Each cell is the mean over seeds (lowest, highest).
 
 ![pass@k](beyond.png)
 
@@ -47,13 +48,12 @@ Cells are means of seeds (lowest, highest).
 |---|---|---|---|
 {costs}
 
-**What it shows.** From the highest pass@{samples} to the lowest, the order is: {order}. At k =
-{samples}, {above} of {models} trained models are above the base on every seed, and {below} are
-below the base on every seed.
+**What it shows.** Ranked by pass@{samples}, the order is: {order}. In pass@{samples}, {above} of
+{models} trained models are above the base on every seed, and {below} are below on every seed.
 
 **What it does not show.** The base solves {reach:.0f} % of this task at k = {samples}, so little is
-left to be found. Each loss has one setting, which was not tuned for it. The seconds are times
-of complete runs, two at a time; some of them include making the base model and the pairs.
+left to gain. Each loss has one setting, which was not tuned for that loss. The seconds are times of
+complete runs, of which two ran at a time; some runs include making the base model and the pairs.
 """
 
 
@@ -64,7 +64,7 @@ def folders(loss: str, seed: int) -> str:
 
 
 def solved(folder: str, samples: int) -> dict[int, float]:
-    """Maps k to the share of problems solved, as eval.py measures it."""
+    """Returns a dict from k to pass@k (0 to 1), which eval.py estimates from `samples` answers."""
     file = ROOT / folder / f"pass-{samples}.json"
     if not file.exists():
         run(["eval.py", folder, "--n", str(samples), "--kl_samples", "0", "--out", str(file)])

@@ -1,7 +1,7 @@
-"""Makes results/demonstration.md from nothing: python results/demonstration.py
+"""Makes results/demonstration.md and results/demonstration.png: python results/demonstration.py
 
-Within a seed every loss starts from the same base and sees the same pairs in the same order, with
-the same learning rate. The beta of mio is twice that of dpo. Finished runs are not repeated.
+Within a seed all losses share the base model, the pairs, the order of the pairs and the learning
+rate. The beta of mio is twice the beta of dpo. Finished runs are not repeated.
 """
 
 import statistics
@@ -18,27 +18,27 @@ COLUMNS = {"greedy": "greedy, %", "pass@1": "pass@1, %", "pass@8": "pass@8, %",
 
 TEXT = """# Three losses from the same base, on the same pairs
 
-**Question.** Does the chosen log-prob fall under DPO and not under MIO if both start with the same
-gradient, and which model answers better afterwards?
+**Question.** Does the chosen log-prob fall under DPO and not under MIO if both losses start with
+the same gradient, and which trained model solves more problems?
 
 **Expected before the run.** Chosen log-probs fall under DPO and rise under MIO. In accuracy sft is
-ahead of both, and dpo is behind mio. A prototype of the task, with other base models, had shown
-these effects. That dpo is ahead of mio here was known after three of the five seeds.
+ahead of mio and dpo, and dpo is behind mio. A prototype of the task, with other base models, had
+shown these effects. The result that dpo is ahead of mio was known after three of the five seeds.
 
-`python results/demonstration.py`: {seeds} seeds of `python train.py --loss LOSS --seed SEED`,
-{provenance}. mio has beta {mio_beta:g} and dpo has beta {dpo_beta:g}; all three train at learning
-rate {lr:g} for {epochs} epochs. These values were chosen among five settings of mio and three of
-dpo, on validation problems of an earlier base model; sft was not tuned.
+`python results/demonstration.py` runs `python train.py --loss LOSS --seed SEED` on {seeds} seeds
+({provenance}). mio has beta {mio_beta:g} and dpo has beta {dpo_beta:g}; all three losses train at
+learning rate {lr:g} for {epochs} epochs. These hyperparameters were chosen among five settings of
+mio and three of dpo, on validation problems of an earlier base model; sft was not tuned.
 
 ![Curves](demonstration.png)
 
-The curves show held-out pairs: each curve is the mean of {seeds} seeds in a band from the lowest
-seed to the highest. They are drawn by `{plot}`.
+The curves show metrics of held-out pairs: each curve is the mean of {seeds} seeds, with a band from
+the lowest seed to the highest. The curves are drawn by `{plot}`.
 
 {table}
 
 Cells are means ± standard errors, over {n} test problems or, for Δ, over the held-out pairs. Δ is
-the change of an answer's summed log-prob.
+the change of an answer's summed log-prob from the base.
 
 | gain over the base, greedy, points | mean of seeds | sd over seeds | by seed |
 |---|---|---|---|
@@ -50,9 +50,9 @@ the change of an answer's summed log-prob.
 
 {compared}
 
-**What it does not show.** This is one small task with one kind of test problem. All losses use one
-learning rate; beyond the few settings named above, the betas were not tuned separately for
-each loss. The page says nothing about large models.
+**What it does not show.** The experiment covers one small task with one kind of test problem. All
+losses use one learning rate; beyond the few settings named above, the betas were not tuned
+separately for each loss. The page says nothing about large models.
 """
 
 
@@ -64,7 +64,7 @@ def cell(figure: dict | None, percent: bool) -> str:
 
 
 def verdict(found: dict) -> str:
-    """The outcome in sentences that are computed from the results."""
+    """Returns sentences that state the outcome, with numbers computed from the results."""
     parts = []
     for loss in LOSSES:
         moves = [found[loss, seed]["table"][loss]["Δ chosen"]["mean"] for seed in SEEDS]
@@ -72,7 +72,7 @@ def verdict(found: dict) -> str:
         parts.append(f"Under {loss} the chosen log-prob rose on {up} of {len(SEEDS)} seeds "
                      f"({', '.join(f'{move:+.2f}' for move in moves)}).")  # fmt: skip
     order = sorted(LOSSES, key=lambda loss: -statistics.mean(gains(found, loss)))
-    parts.append(f"By mean greedy accuracy the order is {', '.join(order)}.")
+    parts.append(f"Ranked by mean greedy accuracy, the order is {', '.join(order)}.")
     return " ".join(parts)
 
 

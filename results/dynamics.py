@@ -1,4 +1,4 @@
-"""Makes results/dynamics.md and .png: python results/dynamics.py
+"""Makes results/dynamics.md and results/dynamics.png: python results/dynamics.py
 
 Measures how far held-out chosen and rejected log-probs move over four epochs under mio and dpo, on
 a grid of learning rates and betas. The beta of dpo is half that of mio, so that both losses start
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pool import COLORS, SEEDS, bases, first, moved, on_pairs, provenance, spread, train_all
 
-LOSSES = {"mio": 1.0, "dpo": 0.5}  # loss -> the beta that SCALES multiply
+LOSSES = {"mio": 1.0, "dpo": 0.5}  # each loss and its beta, which SCALES multiply
 SCALES, RATES, PAIRS, EPOCHS = (0.25, 1.0, 4.0), (1e-4, 3e-4), 1000, 4
 CELLS = [(rate, scale) for rate in RATES for scale in SCALES]
 SIDES = ("chosen", "rejected")
@@ -22,14 +22,14 @@ MIO. At which learning rates and betas does the chosen log-prob fall on this tas
 
 **Expected before the run.** Under DPO the chosen log-prob falls more at smaller betas and larger
 learning rates, and rises at large betas. Under MIO the chosen log-prob rises at the demonstration's
-beta and above, and falls a little at a quarter of that beta: MIO pulls a chosen answer up more
-strongly as the answer falls, but only once T_w, which is beta times the log-ratio, is below about
+beta and above, and falls a little at a quarter of that beta: MIO pulls a chosen log-prob up more
+strongly as the log-prob falls, but only once T_w, which is beta times the log-ratio, is below about
 -1.
 
-`python results/dynamics.py`: {provenance}.
-Each run of seeds {seeds} trains on {pairs:,} pairs for {epochs} epochs, with 32 pairs a step. The
-table shows the change of an answer's summed log-prob, in nats, averaged over 200 held-out pairs:
-the mean of seeds (lowest, highest).
+`python results/dynamics.py` made this page ({provenance}). Each run of seeds {seeds} trains on
+{pairs:,} pairs for {epochs} epochs, with 32 pairs a step. The table shows the change of an answer's
+summed log-prob, in nats, averaged over 200 held-out pairs. Each cell is the mean over seeds
+(lowest, highest).
 
 ![Curves](dynamics.png)
 
@@ -38,14 +38,14 @@ the mean of seeds (lowest, highest).
 {table}
 
 **What it shows.** Averaged over seeds, the chosen log-prob ends below its start in {fell_dpo} of
-{cells} settings under dpo and in {fell_mio} under mio. At equal initial gradients the chosen
-log-prob ends lower under dpo than under mio in {lower} of {cells} settings and in {lower_runs} of
-{runs} pairs of runs. In {late_dpo} of the {fell_dpo} settings in which dpo lowers the chosen
-log-prob, the mean over seeds is lowest in the last quarter of training. The rejected log-prob falls
-further under dpo in {further} of {cells} settings.
+{cells} settings under dpo and in {fell_mio} of {cells} under mio. At equal initial gradients the
+chosen log-prob ends lower under dpo than under mio in {lower} of {cells} settings and in
+{lower_runs} of {runs} pairs of runs. In {late_dpo} of the {fell_dpo} settings in which dpo lowers
+the chosen log-prob, the mean over seeds is lowest in the last quarter of training. The rejected
+log-prob falls further under dpo than under mio in {further} of {cells} settings.
 
-**What it does not show.** This is one small task and one small model. The page says nothing about
-how many problems are solved; [best.md](best.md) reports accuracies.
+**What it does not show.** The experiment covers one small task and one small model. The page says
+nothing about how many problems the models solve; [best.md](best.md) reports accuracies.
 """
 
 

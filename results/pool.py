@@ -1,5 +1,5 @@
-"""Functions that the scripts in this folder share: they run train.py, two runs at a time with one
-thread each, and read the results.
+"""Functions that the scripts in this folder share. The functions run train.py, two runs at a time
+with one thread each, and read the results.
 
 Finished runs are not repeated. `python results/pool.py FOLDER` grades a checkpoint's greedy
 answers to 1,000 validation and 1,000 test problems and writes graded.json into the folder.
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # for the scripts: the project has no package to install
+sys.path.insert(0, str(ROOT))  # so that scripts can import the project's modules
 WORKERS, SEEDS = 2, (0, 1, 2, 3, 4)
 COLORS = {"dpo": "#D55E00", "mio": "#0072B2"}  # from the palette of Okabe and Ito
 
@@ -28,7 +28,7 @@ def run(command: list[str]) -> str:
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment,
                           capture_output=True, text=True)  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(command)} failed; fix this error:\n{done.stderr[-2000:]}")
     return done.stdout
 
 
@@ -68,7 +68,7 @@ def bases() -> dict[int, str]:
 
 
 def first(file: str, count: int) -> str:
-    """Writes the first `count` lines of a file to a file beside it and returns the new path."""
+    """Copies the first `count` lines of a file to a new file beside it, and returns its path."""
     path = ROOT / file
     few = path.with_name(f"{path.stem}-{count}.jsonl")
     if not few.exists():
@@ -78,9 +78,9 @@ def first(file: str, count: int) -> str:
 
 
 def on_pairs(base: str, count: int, seed: int, **flags) -> list[str]:
-    """Flags of a run that trains on the first `count` pairs of a base. The run starts from a copy
-    of the base in start/. The copy lacks base.json, because train.py would otherwise evaluate the
-    run on all problems of the demonstration."""
+    """Returns the flags of a run that trains on the first `count` pairs of a base. The run starts
+    from a copy of the base in start/. The copy lacks base.json, because train.py would otherwise
+    evaluate the run on all problems of the demonstration."""
     start = ROOT / base / "start"
     if not start.exists():
         start.mkdir()
@@ -93,8 +93,8 @@ def on_pairs(base: str, count: int, seed: int, **flags) -> list[str]:
 
 
 def graded(folder: str) -> dict[str, np.ndarray]:
-    """Returns, for the splits `validation` and `test`, an array with 1 for each problem that the
-    checkpoint's greedy answer solves and 0 for each other problem. Grades the folder if needed."""
+    """Returns, for each of the splits `validation` and `test`, an array (1000,) with 1 where the
+    checkpoint's greedy answer is right and 0 elsewhere. Makes graded.json first if missing."""
     file = ROOT / folder / "graded.json"
     if not file.exists():
         run(["results/pool.py", folder])
@@ -102,26 +102,26 @@ def graded(folder: str) -> dict[str, np.ndarray]:
 
 
 def metric(folder: str, name: str) -> tuple[list[int], list[float]]:
-    """The steps at which metrics.jsonl has the metric `name`, and its values."""
+    """Returns the steps at which metrics.jsonl has the metric `name`, and the metric's values."""
     rows = [json.loads(line) for line in (ROOT / folder / "metrics.jsonl").read_text().splitlines()]
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def moved(folder: str, side: str) -> tuple[list[int], list[float]]:
-    """The steps, and the change since step 0 of the held-out log-prob of a side, in nats."""
+    """Returns steps, and the change since step 0 of a side's mean held-out log-prob, in nats."""
     steps, values = metric(folder, f"eval_logps/{side}")
     return steps, [value - values[0] for value in values]
 
 
 def spread(values: list[float], digits: int = 2, sign: str = "+") -> str:
-    """The mean over seeds with the lowest and the highest value, as text."""
+    """Returns the text "mean (lowest, highest)" of `values`, which has one value for each seed."""
     one = f"{{:{sign}.{digits}f}}".format
     return f"{one(np.mean(values))} ({one(min(values))}, {one(max(values))})"
 
 
 def provenance(found: dict[str, dict]) -> str:
-    """The commits, the torch version, the machine and the total minutes of runs, as text."""
+    """Returns the commits, the torch version, the machine and the minutes of all runs as text."""
     configs = [one["train_config"] for one in found.values()]
     commits = sorted({(config["commit"] or "unknown")[:12] for config in configs})
     seconds = sum(one["summary"]["seconds"] for one in found.values())

@@ -1,7 +1,6 @@
 """Makes results/real_text.md and .png: python results/real_text.py CHECKPOINT PAIRS.jsonl
 
-Compares dpo with mio on real text. Each of three seeds has its own held-out split and its own order
-of the training pairs.
+Compares dpo with mio on real text. Each of three seeds has its own held-out split and pair order.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ BETAS = {"dpo": 0.1, "mio": 0.2}
 
 TEXT = """# dpo and mio on real text
 
-**Question.** The small task shows how dpo and mio change chosen and rejected log-probs. Do the
+**Question.** The demonstration shows how dpo and mio change chosen and rejected log-probs. Do the
 log-probs of a Llama checkpoint of {parameters} parameters change in the same way on {rows} pairs of
 real text, and under which loss is the reward accuracy on held-out pairs higher?
 
@@ -28,12 +27,12 @@ on GSM8K's training text.
 
 **Expected before the run.** At betas as small as 0.1 for dpo and 0.2 for mio, both losses may lower
 the chosen log-prob, dpo more than mio. The reward accuracies of both losses agree within the
-standard error, which is about {error:.0f} points at {held_out} pairs.
+standard error, which is about {error:.0f} points at {held_out} held-out pairs.
 
-`python results/real_text.py CHECKPOINT PAIRS.jsonl` (sha256 {hashes}): {provenance}. Each run
-trains for {epochs} epoch with {batch} pairs a step, learning rate {rate:g}, and beta 0.1 for dpo
-and 0.2 for mio. A tenth of the pairs, split by prompts, is held out, and each of the seeds {seeds}
-holds out a different tenth. Cells are means of seeds (lowest, highest).
+`python results/real_text.py CHECKPOINT PAIRS.jsonl` made this page from two files (sha256 {hashes};
+{provenance}). Each run trains for {epochs} epoch with {batch} pairs a step, learning rate {rate:g},
+and beta 0.1 for dpo and 0.2 for mio. Each of the seeds {seeds} holds out a different tenth of the
+pairs, split by prompts. Each cell is the mean over seeds (lowest, highest).
 
 ![Curves](real_text.png)
 
@@ -41,14 +40,15 @@ holds out a different tenth. Cells are means of seeds (lowest, highest).
 |---|---|---|---|---|
 {table}
 
-The reward accuracies of dpo and mio by seed, on the same held-out pairs, are {by_seed}.
+For seeds {seeds}, the reward accuracies of dpo and mio on the same held-out pairs are {by_seed}.
 
 **What it shows.** The chosen log-prob ends below its start on {fell_dpo} of {count} seeds under dpo
-and on {fell_mio} of {count} under mio. The chosen log-prob ends lower under dpo than under mio on
-{lower} of {count} seeds. The difference in reward accuracy, mio minus dpo, is {difference} points.
+and on {fell_mio} of {count} under mio; it ends lower under dpo than under mio on {lower} of {count}
+seeds. The mean (lowest, highest) difference in reward accuracy, mio minus dpo, is {difference}
+points.
 
-**What it does not show.** The page does not say how well the models answer. The experiment has one
-small checkpoint, one learning rate, one pair of betas, and {held_out} held-out pairs a seed.
+**What it does not show.** Answers to questions were not graded. The experiment has one small
+checkpoint, one learning rate, one pair of betas, and {held_out} held-out pairs a seed.
 """
 
 

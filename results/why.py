@@ -1,9 +1,9 @@
-"""Makes results/why.md and .png: python results/why.py
+"""Makes results/why.md and results/why.png: python results/why.py
 
-Measures the effect of each part of mio by training without its ½ sp(T_w), with the rejected answers
-alone as the marginal, and with means instead of sums. Also measures how the log-probs of rare and
-likely chosen answers change. `python results/why.py --loss mio_free ...` runs train.py with the
-losses declared here.
+Measures the effect of each part of mio by training without the term ½ sp(T_w), with the rejected
+answers alone as the marginal, and with means over tokens instead of sums. The script also measures
+how the log-probs of rare and of likely chosen answers change. `python results/why.py --loss
+mio_free ...` runs train.py with the losses that this file adds.
 """
 
 import dataclasses
@@ -49,11 +49,13 @@ def mio_means(chosen: Answers, rejected: Answers) -> Tensor:
 
 
 LOSSES |= {
-    "mio_free": dataclasses.replace(LOSSES["mio"], function=mio_free, start=1.5 * math.log(2)),
+    "mio_free": dataclasses.replace(
+        LOSSES["mio"], function=mio_free, initial_loss=1.5 * math.log(2)
+    ),
     "mio_means": dataclasses.replace(LOSSES["mio"], function=mio_means, uses="means"),
 }
 
-# The flags of train.py list the losses that are declared when it is imported.
+# train.py takes the choices of --loss from LOSSES when imported, so LOSSES is extended before.
 import train  # noqa: E402
 from data import LAYOUT, load_pairs  # noqa: E402
 from eval import pair_logps  # noqa: E402
@@ -61,29 +63,29 @@ from support.trained_run import load_checkpoint  # noqa: E402
 
 PAIRS, EPOCHS, RATE = 3000, 2, 1e-4
 VARIANTS = {"mio": "mio", "without ½ sp(T_w)": "mio_free", "rejected-only marginal": "bce",
-            "means for sums": "mio_means", "dpo": "dpo"}  # fmt: skip
+            "means instead of sums": "mio_means", "dpo": "dpo"}  # fmt: skip
 HALVES = ("rare", "likely")
 
 TEXT = """# Which part of mio does what?
 
 **Question.** (1) What is the effect of three parts of mio: the term ½ sp(T_w), the mixture
-marginal, and sums over tokens instead of means? (2) Which loss starves chosen answers that the base
-model finds unlikely: DPO, whose weight vanishes as the margin grows, or MIO, whose pull ends at T_w
-= log 2?
+marginal, and sums over tokens instead of means? (2) Which loss fails to raise chosen answers that
+the base model finds unlikely: DPO, whose weight vanishes as the margin grows, or MIO, whose pull
+ends at T_w = log 2?
 
-**Expected before the run.** (1) Without ½ sp(T_w) the chosen log-prob rises further, because
-nothing stops it, and accuracy rises, too. The rejected-only marginal pushes the rejected answer
-twice as hard, so the rejected answer falls further and drags the chosen answer down. Means over
-tokens, at a beta that gives the same reward on average, change little where answers have similar
-lengths. (2) MIO raises rare chosen answers more than likely ones, which have little to gain. Under
-DPO rare chosen answers fall furthest. However, where the probability of each answer is a free
-parameter, MIO raises rare answers less than DPO does.
+**Expected before the run.** (1) Without ½ sp(T_w) the chosen log-prob rises further, because no
+term limits the rise, and accuracy rises, too. The rejected-only marginal pushes the rejected answer
+twice as hard, so the rejected log-prob falls further and drags the chosen log-prob down. Means over
+tokens, at a beta that gives the same reward on average, change little if answers have similar
+lengths. (2) MIO raises rare chosen answers more than likely chosen answers, which have little to
+gain. Under DPO rare chosen answers fall furthest. However, if the probability of each answer is a
+free parameter, MIO raises rare answers less than DPO does.
 
-`python results/why.py`: {provenance}. Each run trains on {pairs:,} pairs for {epochs} epochs at
-learning rate {rate:g}. Beta is {half:g} for dpo, {means:.0f} for means (the mean length of an
-answer in tokens) and 1 otherwise. Cells are means of seeds {seeds} (lowest, highest). The gain is
-the increase in greedy accuracy over the base on 1,000 test problems, in points. Δ is the change of
-held-out summed log-probs, in nats.
+`python results/why.py` made this page ({provenance}). Each run trains on {pairs:,} pairs for
+{epochs} epochs at learning rate {rate:g}. Beta is {half:g} for dpo, {means:.0f} for token means
+(the mean length of an answer in tokens) and 1 otherwise. Each cell is the mean over seeds {seeds}
+(lowest, highest). The gain is the increase in greedy accuracy over the base on 1,000 test problems,
+in points. Δ is the change of held-out summed log-probs, in nats.
 
 | | gain | Δ chosen | Δ rejected |
 |---|---|---|---|
@@ -91,8 +93,8 @@ held-out summed log-probs, in nats.
 
 "Rare" pairs are the half whose chosen answer has a log-prob per token below the median under the
 base; "likely" pairs are the other half. Training pairs and held-out pairs are both split in this
-way. The medians of the summed log-probs in the two halves of the training pairs are {rare:.1f} and
-{likely:.1f} nats.
+way. The median summed log-prob of chosen answers is {rare:.1f} nats in the rare half of the
+training pairs and {likely:.1f} nats in the likely half.
 
 ![Rare and likely chosen answers](why.png)
 
@@ -104,13 +106,13 @@ way. The medians of the summed log-probs in the two halves of the training pairs
 
 **What it does not show.** All chosen answers are right answers that the base drew. The base gives
 even the rarest of these answers, so the page says nothing about chosen answers that the base would
-never give. Betas and learning rate are matched, not tuned for each variant. The halves differ in
-more than likelihood: rare answers belong to harder problems.
+never give. Betas and learning rate are matched, not tuned for each variant. The rare and the likely
+half differ in more than likelihood: rare answers belong to harder problems.
 """
 
 
 def likelihood(base: str, file: str) -> tuple[Tensor, Tensor, list]:
-    """Log-probs of the chosen answers of a file: (pairs,) sums, (pairs,) means, and the pairs."""
+    """Returns summed and per-token log-probs (pairs,) of a file's chosen answers, and the pairs."""
     model, tokenizer = load_checkpoint(ROOT / base, "cpu", torch.float32)
     pairs = load_pairs(ROOT / file, tokenizer, 96)
     sums = pair_logps(model, pairs, *LAYOUT, torch.float32)[:, 0]
@@ -118,8 +120,8 @@ def likelihood(base: str, file: str) -> tuple[Tensor, Tensor, list]:
 
 
 def halves(base: str) -> dict[str, float]:
-    """Writes the rare and the likely half of a base's pairs. Returns the median of the summed
-    log-probs in each half, in nats."""
+    """Writes the rare and the likely half of a base's pairs. Returns the median summed
+    log-prob of the chosen answers in each half, in nats."""
     few = first(f"{base}/pairs.jsonl", PAIRS)
     sums, means, pairs = likelihood(base, few)
     lines = (ROOT / few).read_text(encoding="utf-8").splitlines(True)
@@ -133,7 +135,7 @@ def halves(base: str) -> dict[str, float]:
 
 
 def by_half(base: str, folder: str) -> dict[str, float]:
-    """The mean change of held-out chosen log-probs in each half, in nats."""
+    """Returns the mean change of chosen log-probs in each half of the held-out pairs, in nats."""
     file = ROOT / folder / "halves.json"
     if not file.exists():
         held_out = f"{base}/heldout_pairs.jsonl"
@@ -171,7 +173,7 @@ def draw(moves: dict) -> None:
 
 
 def verdict(gains: dict, moves: dict, sides: dict) -> str:
-    """The outcome in sentences whose numbers are computed from the results."""
+    """Returns sentences that state the outcome, with numbers computed from the results."""
     whole = ", ".join(f"{name} {np.mean(values):+.1f}" for name, values in gains.items())
     parts = [f"The mean gains, in points, are: {whole}."]
     plain, free, other = (np.array([moves[name, side] for side in ("chosen", "rejected")])
@@ -182,8 +184,8 @@ def verdict(gains: dict, moves: dict, sides: dict) -> str:
                  f"{(other < plain)[1].sum()} of {len(SEEDS)} seeds.")  # fmt: skip
     for loss in ("dpo", "mio"):
         rare, likely = (np.mean([s[half] for s in sides[loss, "all"]]) for half in HALVES)
-        parts.append(f"Trained on all pairs, {loss} changes the log-prob of rare chosen answers by "
-                     f"{rare:+.2f} nats and that of likely ones by {likely:+.2f}.")  # fmt: skip
+        parts.append(f"If {loss} trains on all pairs, held-out log-probs change by {rare:+.2f} nats"
+                     f" for rare and by {likely:+.2f} nats for likely chosen answers.")  # fmt: skip
     return " ".join(parts)
 
 
