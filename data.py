@@ -40,7 +40,7 @@ class Pairs(Sequence):
 
     def __init__(self, pairs: Iterable[Pair] = ()):
         self.ids = array("i")  # prompt, chosen, rejected of each pair, end to end
-        self.ends = array("q", [0])  # where each of these parts ends
+        self.ends = array("q", [0])  # 0, then the end of each of these parts in `ids`
         self.lines = array("i")  # the line number of each pair in its file; 0 if there is no file
         for pair in pairs:
             self.append(pair)
@@ -68,14 +68,13 @@ class Pairs(Sequence):
         return taken
 
     def lengths(self) -> np.ndarray:
-        """Returns the tokens of each prompt, chosen answer and rejected answer: (pairs, 3)."""
+        """Returns how many tokens each prompt, chosen and rejected answer has: (pairs, 3)."""
         return np.diff(np.array(self.ends)).reshape(len(self), 3)
 
 
 def encode_example(example: Example, tokenizer: Tokenizer) -> Pair:
-    """Encodes the prompt and each answer by itself, so that training and generation tokenize
-    a text alike, and appends one end token to an answer. In a conversation the chat template
-    decides how an answer ends."""
+    """Encodes prompt and answers separately, as generation does, and appends the end token to each
+    answer. In a conversation, the chat template decides how an answer ends."""
     answers = example.chosen, example.rejected
     if isinstance(example.prompt, list):
         prompt, found = tokenizer.turns(example.prompt, [a for a in answers if a is not None])
@@ -87,9 +86,9 @@ def encode_example(example: Example, tokenizer: Tokenizer) -> Pair:
 
 
 def truncate(pair: Pair, max_length: int, bos_id: int | None) -> Pair:
-    """Drops the oldest tokens of the prompt after the BOS token; answers stay complete.
-    `max_length` counts the tokens of the prompt and of the longer answer. Raises UnusableError if
-    no token of the prompt would be left."""
+    """Drops the oldest tokens of the prompt, except its BOS token, until the prompt and the longer
+    answer together have at most `max_length` tokens. Answers stay complete. Raises UnusableError if
+    no token of the prompt besides BOS would be left."""
     room = max_length - max(len(pair.chosen), len(pair.rejected))
     if room >= len(pair.prompt):
         return pair
@@ -128,8 +127,8 @@ def read_pairs(path, tokenizer: Tokenizer, max_length: int) -> tuple[Pairs, Repo
 
 def load_pairs(path, tokenizer: Tokenizer, max_length: int = 1024) -> Pairs:
     """Reads a JSONL file, plain or .gz, of any row form (support/rows.py), and prints to standard
-    error which rows were dropped or truncated. Raises OSError, or ValueError that names file and
-    line of a malformed row, or says why no row is left."""
+    error which rows were dropped or truncated. Raises OSError, ValueError that names file and line
+    of a malformed row, and ValueError that says why no row can be used."""
     pairs, report = read_pairs(path, tokenizer, max_length)
     if not pairs:
         why = "; ".join(report.lines()) or f"the file is empty; {ROW_FORMS}"
@@ -140,8 +139,8 @@ def load_pairs(path, tokenizer: Tokenizer, max_length: int = 1024) -> Pairs:
 
 
 def split_pairs(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
-    """Splits off about `fraction` of the pairs as held-out pairs; no prompt is on both sides.
-    Raises ValueError if there are too few prompts."""
+    """Returns the training pairs and the held-out pairs, about `fraction` of all. No prompt is in
+    both. Raises ValueError if there are too few prompts."""
     by_prompt: dict[int, list[int]] = {}
     for index, pair in enumerate(pairs):
         by_prompt.setdefault(hash(tuple(pair.prompt)), []).append(index)
@@ -160,23 +159,23 @@ def split_pairs(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]
 
 # --- Packed batches: the two answers of a pair share the prompt's computation ---------------------
 
-LAYOUT = (128, 4096)  # default numbers of tokens in a row (row_tokens), a pass (micro_tokens)
+LAYOUT = (128, 4096)  # default row_tokens, micro_tokens: most tokens in a row, in a forward pass
 
 
 class Batch(NamedTuple):
-    """B complete pairs in rows that lie end to end; each pair is laid out once as prompt, chosen,
-    rejected. The last token of an answer is a target but no input, so it is not laid out. T counts
-    the tokens of all rows, plus padding if a fixed length was asked for."""
+    """B complete pairs in rows that lie end to end; each pair is laid out as prompt, chosen,
+    rejected. The last token of an answer is a target but not an input, so it is not laid out. T is
+    the number of tokens in all rows, plus padding if the batch has a fixed length."""
 
     tokens: Tensor  # (1, T) ids
-    positions: Tensor  # (1, T); the rejected answer continues from the end of the prompt
+    positions: Tensor  # (1, T); both answers start at the position after the prompt
     pair: Tensor  # (T,) number of the pair within the batch, -1 for padding
-    segment: Tensor  # (T,) 0 prompt, k the k-th answer: 1 chosen, 2 rejected
+    segment: Tensor  # (T,) 0 for the prompt, k for the k-th answer: 1 chosen, 2 rejected
     source: Tensor  # (N,) which of the T hidden states predicts each target
     targets: Tensor  # (N,) the ids of the answers end to end: chosen_0, rejected_0, chosen_1, ...
     lengths: Tensor  # (S,) number of tokens of each answer, S = 2B for pairs; stays on the CPU
     row_tokens: list[int]  # number of tokens of each row
-    index: list[int]  # (B,) the pairs' numbers in the list they came from
+    index: list[int]  # (B,) the index of each pair in the list that was packed
 
     def to(self, device: torch.device) -> "Batch":
         tensors = self[:6]
@@ -186,7 +185,7 @@ class Batch(NamedTuple):
 
 
 class StepData(NamedTuple):
-    """What an optimizer step trains on. Batch.index selects the rows of the tensors."""
+    """What an optimizer step trains on. Batch.index selects the rows of the (pairs, 2) tensors."""
 
     batches: list[Batch]
     ref_logps: Tensor | None = None  # (pairs, 2) nats
@@ -198,9 +197,9 @@ class StepData(NamedTuple):
 
 
 def attention_rule(batch: Batch, window: int | None = None) -> Callable:
-    """Which tokens attend to which, as a mask_mod of FlexAttention: a token attends to the earlier
-    tokens of its own pair that belong to the prompt or to its own segment, and with a sliding
-    window only to those fewer than `window` positions back."""
+    """Returns a mask_mod of FlexAttention: a token attends to itself and to the earlier tokens of
+    its pair that belong to the prompt or to its own segment. With a sliding window, the token
+    attends only to tokens fewer than `window` positions back."""
     pair, segment, position = batch.pair, batch.segment, batch.positions[0]
 
     def rule(_batch, _head, query, key):
@@ -212,7 +211,7 @@ def attention_rule(batch: Batch, window: int | None = None) -> Callable:
 
 
 def row_masks(batch: Batch, window: int | None = None) -> list[Tensor]:
-    """Returns the attention rule for each row of t tokens as a dense mask: (1, 1, t, t) bool."""
+    """Returns a dense bool mask (1, 1, t, t) of the attention rule for each row of t tokens."""
     masks, start, rule = [], 0, attention_rule(batch, window)
     for tokens in batch.row_tokens:
         place = torch.arange(start, start + tokens, device=batch.pair.device)
@@ -222,14 +221,14 @@ def row_masks(batch: Batch, window: int | None = None) -> list[Tensor]:
 
 
 def row_length(pair: Sequence) -> int:
-    """Returns the number of tokens of a packed row with a prompt and its answers, one or more."""
+    """Returns how many tokens a prompt and its answers, one or more, occupy in a packed row."""
     prompt, *answers = pair
     return len(prompt) + sum(len(answer) - 1 for answer in answers if answer)
 
 
 def pack(sizes: list[int], row_tokens: int) -> list[list[int]]:
-    """Packs items into rows of `row_tokens` tokens by first-fit decreasing. Returns the items of
-    each row; an item longer than a row gets a row of its own."""
+    """Packs items of these sizes into rows of up to `row_tokens` tokens by first-fit decreasing.
+    Returns the indices of each row's items. A longer item gets a row of its own."""
     rows, room = [], []
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         row = next((r for r, free in enumerate(room) if free >= sizes[item]), len(rows))
@@ -245,7 +244,7 @@ def make_batches(
     pairs: Sequence, index: list[int], row_tokens: int, micro_tokens: int, pad: bool = False
 ) -> list[Batch]:
     """Packs pairs[i] for i in index into rows, and rows into batches of at most `micro_tokens`
-    tokens. A longer row makes a batch of its own. `pad` pads shorter batches to that length."""
+    tokens. A longer row becomes a batch of its own. `pad` pads batches to `micro_tokens`."""
     sizes = [row_length(pairs[i]) for i in index]
     batches, room = [], 0
     for row in pack(sizes, row_tokens):
@@ -259,7 +258,7 @@ def make_batches(
 
 
 def pack_batch(pairs: Sequence, rows: list[list[int]], min_tokens: int = 0) -> Batch:
-    """Lays out the pairs of each row, and the rows, end to end; pads to `min_tokens`."""
+    """Lays out rows of indices into `pairs` end to end, and pads the batch to `min_tokens`."""
     row_tokens = [sum(row_length(pairs[i]) for i in row) for row in rows]
     index = [i for row in rows for i in row]
     T = max(sum(row_tokens), min_tokens)
@@ -285,7 +284,7 @@ def pack_batch(pairs: Sequence, rows: list[list[int]], min_tokens: int = 0) -> B
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order of an epoch's pairs (count,), a pure function of its arguments."""
+    """Returns the order of an epoch's pairs (count,), which depends on the arguments alone."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
@@ -305,12 +304,12 @@ def answer_states(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def needs_fixed_length(model: nn.Module) -> bool:
-    """Tells whether batches must be padded: FlexAttention compiles its kernels for one length."""
+    """Tells whether batches must be padded, because FlexAttention is compiled for one length."""
     return model.compiled and model.head_weight.is_cuda
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Runs matrix products in `dtype`; float32 switches autocast off."""
+    """Returns a context that runs matrix products in `dtype`; float32 switches autocast off."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -321,9 +320,10 @@ def main(argv: list[str] | None = None) -> None:
     from support.report import describe_file  # imports this file
 
     parser = Parser("data.py", __doc__)
-    parser.add_argument("file", metavar="FILE.jsonl", help="data file, plain or .gz")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="folder or file of it")
-    parser.add_argument("--max_length", type=int, default=1024, metavar="N", help="as in train.py")
+    parser.add_argument("file", metavar="FILE.jsonl", help="JSONL file, plain or .gz")
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="folder or file to load")
+    parser.add_argument("--max_length", type=int, default=1024, metavar="N",
+                        help="most tokens of a prompt plus its longer answer")  # fmt: skip
     options = parser.parse_args(argv)
     if options.max_length < 2:
         parser.error(f"--max_length {options.max_length}: must be at least 2")

@@ -41,10 +41,9 @@ def answer_logps(
     model: Llama, rows: Sequence, row_tokens: int, micro_tokens: int, dtype: torch.dtype,
     batches: Callable[..., list[Batch]] = make_batches,
 ) -> list[Tensor]:  # fmt: skip
-    """Returns summed log-probabilities of the answers of each row, (answers,) in nats, on the CPU.
-
-    rows: the ids of a prompt and of any number of answers. Packing, head and precision are those of
-    training. `batches` may leave rows to other processes; their log-probs are 0 here."""
+    """Returns, for each row, the summed log-probs of its answers: (answers,) in nats, on the CPU.
+    A row holds the ids of a prompt and of any number of answers. Packing, head and precision are as
+    in training. `batches` may leave rows to other processes; their log-probs are 0 here."""
     device = model.head_weight.device
     logps = [torch.zeros(len(row) - 1) for row in rows]
     with tqdm(total=len(rows), desc="log-probs", unit="row", leave=False) as bar:
@@ -68,8 +67,8 @@ def batch_logps(model: Llama, batch: Batch, dtype: torch.dtype) -> Tensor:
 
 
 def pair_logps(model: Llama, pairs: Pairs, *layout) -> Tensor:
-    """Returns summed log-probabilities of chosen and rejected answers, (pairs, 2) in nats, on the
-    CPU. layout: row_tokens, micro_tokens, dtype and, optionally, batches, as in answer_logps."""
+    """Returns the summed log-probs of chosen and rejected answers, (pairs, 2) in nats, on the CPU.
+    layout: row_tokens, micro_tokens, dtype and, optionally, batches, as in answer_logps."""
     logps = answer_logps(model, pairs, *layout)
     return torch.stack(logps) if logps else torch.empty(0, 2)
 
@@ -78,7 +77,7 @@ def pair_logps(model: Llama, pairs: Pairs, *layout) -> Tensor:
 
 
 def preference_values(logps: Tensor, ref_logps: Tensor | None, beta: float) -> dict[str, Tensor]:
-    """The values that are logged for each pair, (pairs,) each, under TRL's names. logps, ref_logps:
+    """Maps TRL's names to the values that are logged for each pair, (pairs,). logps, ref_logps:
     (pairs, 2), NaN for a missing answer. Without a reference there are no rewards."""
     values = {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
     if ref_logps is not None:
@@ -94,9 +93,9 @@ def preference_values(logps: Tensor, ref_logps: Tensor | None, beta: float) -> d
 def information(rewards: Tensor) -> dict[str, Column]:
     """Returns three estimates of mutual information in nats, with the rewards (pairs, 2) as critic.
 
-    `dv` and `nwj` are minus the losses of these names: lower bounds, at most log 2. `js`, log 4
-    minus mio, estimates twice the Jensen-Shannon divergence, at most 0.4315. All three are 0 for
-    the reference."""
+    `dv` and `nwj` are the negated losses of the same names; both are lower bounds and at most
+    log 2. `js` is log 4 minus the mio loss; it estimates twice the Jensen-Shannon divergence and is
+    at most 0.4315. All three are 0 if the policy equals the reference."""
 
     def bound(name: str, rewards: Tensor) -> Tensor:
         zero = torch.zeros(len(rewards), dtype=torch.float64)
@@ -112,8 +111,8 @@ def information(rewards: Tensor) -> dict[str, Column]:
 
 
 def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float) -> dict[str, float]:
-    """Returns means of preference_values over the pairs that have them, and the estimates of
-    information as mi/dv, mi/js, mi/nwj."""
+    """Returns the mean of each of the preference_values over the pairs that have this value, and
+    the estimates of `information` as mi/dv, mi/js and mi/nwj."""
     values = preference_values(logps, ref_logps, beta)
     means = {name: Column(value.double().numpy()).mean() for name, value in values.items()}
     estimates = information(beta * (logps - ref_logps))
@@ -123,8 +122,8 @@ def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float) -> dict[st
 def preference_columns(
     logps: Tensor, ref_logps: Tensor | None, pairs: Pairs, beta: float
 ) -> dict[str, Column]:
-    """Columns of a table from log-probs (pairs, 2): accuracies and margins of the rewards, rewards
-    T, log-ratios Δ of answers and of tokens, and log-probs. A missing answer has no value."""
+    """Returns table columns from log-probs (pairs, 2): accuracies and margins of the rewards, the
+    rewards T, log-ratios Δ, log-ratios Δ/token, and log-probs. A missing answer has no value."""
     lengths, number, columns = torch.from_numpy(pairs.lengths()[:, 1:]), {}, {}
     prompts = np.array([number.setdefault(tuple(pair.prompt), len(number)) for pair in pairs])
     logps = torch.where(lengths > 0, logps, torch.nan)
@@ -140,23 +139,23 @@ def preference_columns(
 
 
 def preference_row(logps: Tensor, ref_logps: Tensor, pairs: Pairs) -> Row:
-    """Returns by how many nats the log-probs (pairs, 2) of chosen and rejected answers moved, and
-    for which share of pairs the chosen answer gained more."""
+    """Returns the mean changes of the chosen and the rejected answers' log-probs (pairs, 2), in
+    nats, and the share of pairs whose chosen answer gained more."""
     columns = preference_columns(logps, ref_logps, pairs, beta=1.0)
     names = [name for name in ("Δ chosen", "Δ rejected", "reward") if name in columns]
     return {name: columns[name].estimate() for name in names}
 
 
 def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options, training) -> dict:
-    """Returns the columns of a file of pairs: title -> columns of preferences and of the critic."""
+    """Returns title -> columns of the two tables on a file of pairs: preferences and critic."""
     layout = *LAYOUT, getattr(torch, training["dtype"])
     if reference and reference.config.vocab_size != (size := model.config.vocab_size):
         sizes = f"has {reference.config.vocab_size} ids, but the model to compare has {size}"
-        raise ValueError(f"{training['init']}: {sizes}; name runs that started from the same model")
+        raise ValueError(f"{training['init']}: {sizes}; restore the model that the run began from")
     logps = pair_logps(model, pairs, *layout)
     ref_logps = pair_logps(reference, pairs, *layout) if reference else None
     columns, critic = preference_columns(logps, ref_logps, pairs, training["beta"]), {}
-    # File and line identify a row in two runs, even if their tokenizers encode it differently.
+    # File and line identify a pair in two runs, even if the runs have different tokenizers.
     file = digest_file(path)[:16]
     names = np.array([f"{file}:{line}" for line in pairs.lines])
     columns = {name: column._replace(names=names) for name, column in columns.items()}
@@ -184,7 +183,7 @@ def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options
 
 def evaluate(run: Run, shots: dict[str, str], options: "Options") -> tuple[dict, dict]:
     """Evaluates a run on all of its data. `shots` maps a file to the text before its prompts.
-    Returns title -> columns of a table, and title -> answers or log-probs of choices, by item."""
+    Returns title -> columns of a table, and title -> each item's answers or choice log-probs."""
     by_title, answers, dtype = {}, {}, getattr(torch, options.dtype)
     load = functools.cache(lambda dtype: load_checkpoint(run.folder, options.device, dtype))
     reference = functools.cache(lambda: load_reference(run.training, options.device))
@@ -218,18 +217,19 @@ def evaluate(run: Run, shots: dict[str, str], options: "Options") -> tuple[dict,
 @dataclasses.dataclass(frozen=True)
 class Options:
     shots: str | None = option(None, "JSONL file of solved examples to put before each prompt")
-    k: int | None = option(None, "number of rows to take from --shots (default: 5)", least=1)
-    n: int = option(1, "answers to each question, for pass@k and maj@n", least=1, most=1024)
-    temperature: float | None = option(None, "0 is greedy (default: 0, or 1 with --n > 1)", least=0)
+    k: int | None = option(None, "number of examples from --shots (default: 5)", least=1)
+    n: int = option(1, "answers to sample per question, for pass@k and maj@n", least=1, most=1024)
+    temperature: float | None = option(None, "sampling temperature; 0 is greedy (default: 0, or 1 "
+                                       "with --n > 1)", least=0)
     top_p: float = option(1.0, "total probability of the tokens to sample from", least=1e-6, most=1)
     max_new_tokens: int = option(256, "most tokens of an answer", least=1)
-    kl_samples: int = option(64, "answers sampled to estimate KL; 0 for no KL", least=0)
-    batch_size: int | None = option(None, "answers generated at a time (default: by their length)",
+    kl_samples: int = option(64, "answers to sample for the KL divergence; 0 for no KL", least=0)
+    batch_size: int | None = option(None, "answers to generate at a time (default: set by length)",
                                     least=1)
     seed: int = option(0, "seed of the sampled answers", least=0)
-    dtype: str | None = option(None, "precision of generation (default: bfloat16 on a GPU)",
+    dtype: str | None = option(None, "model precision on questions (default: bfloat16 on a GPU)",
                                choices=("float32", "bfloat16"))
-    device: str = option("auto", "cpu, cuda or cuda:N")
+    device: str = option("auto", "cpu, cuda, cuda:N, or auto for a GPU if there is one")
     plot: str | None = option(None, "file (.png, .pdf or .svg) for the curves of training")
     out: str | None = option(None, "JSON file for all results (default: eval.json in each run)")
 # fmt: on
@@ -254,10 +254,10 @@ def parse_options(argv: list[str] | None) -> tuple[Parser, list[str], list[str],
         if options.n > 1 and temperature == 0:
             raise ValueError(f"--n {options.n}: all greedy answers are equal; use --temperature 1")
         if options.k and not options.shots:
-            raise ValueError("-k needs --shots FILE.jsonl")
+            raise ValueError("-k needs --shots FILE.jsonl; add it or leave out -k")
         folders = [Path(run).resolve() for run in runs]
         if len(set(folders)) < len(folders):
-            raise ValueError(f"{max(folders, key=folders.count)}: is named twice")
+            raise ValueError(f"{max(folders, key=folders.count)}: is named twice; name it once")
         for file in filter(None, (options.plot, options.out)):
             if Path(file).is_dir() or not Path(file).parent.is_dir():
                 raise ValueError(f"{file}: must be the name of a file in a folder that exists")
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             p: examples(options.shots, options.k, items) for p, items in files.items() if items
         }
         if options.shots and not any(shots.values()):
-            raise ValueError(f"--shots {options.shots}: no file of --data has its row form")
+            raise ValueError(f"--shots {options.shots}: no --data file has its row form; change it")
         parsed = {name: read_run(Path(run), files) for name, run in names.items()}
         if options.plot:
             plot({name: Path(run) for name, run in names.items()}, Path(options.plot))

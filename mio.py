@@ -1,6 +1,6 @@
 """The objective: losses on pairs of answers, and the fused head that computes them.
 
-The symbols of the paper (MIO, arXiv 2506.22578) and their names in the code, in nats:
+The symbols of the paper (MIO, arXiv 2506.22578) have these names in the code (log-probs in nats):
 
   s_w, s_l       log pi(y|x), summed over an answer's tokens   chosen_logps, ...
   ref_w, ref_l   the same under the frozen reference model     ref_chosen_logps
@@ -94,15 +94,15 @@ def nwj(chosen: Answers, rejected: Answers) -> Tensor:
 
 
 def log_mean_exp(chosen: Answers, rejected: Answers) -> Tensor:
-    """c = log mean e^T over the 2B answers of a batch: (), the shared term of dv."""
+    """c = log mean e^T over the 2B answers of B pairs: a scalar (), the shared term of dv."""
     critics = torch.cat((chosen.rewards, rejected.rewards))
     return critics.logsumexp(dim=0) - math.log(len(critics))
 
 
 def dv(chosen: Answers, rejected: Answers, shared: Tensor) -> Tensor:
     """-mean T_w + log mean e^T, over the batch"""
-    # Over c, the mean of nwj(T - c) is smallest at c = log_mean_exp, where the mean is dv. With
-    # c fixed at this value, nwj(T - c) therefore has the value and the gradient of dv.
+    # As a function of c, the mean of nwj(T - c) is smallest at c = log_mean_exp, where it equals
+    # dv. With c fixed at this value, nwj(T - c) therefore has the value and the gradient of dv.
     mixture = ((chosen.rewards - shared).exp() + (rejected.rewards - shared).exp()) / 2
     return mixture - 1 - (chosen.rewards - shared)
 
@@ -172,7 +172,7 @@ def apo_down(chosen: Answers, rejected: Answers) -> Tensor:
 
 
 def mean_reward(chosen: Answers, rejected: Answers) -> Tensor:
-    """K = max(0, mean T) over the answers that are present: (), the shared term of kto."""
+    """K = max(0, mean T) over the answers that are present: a scalar (), the shared term of kto."""
     rewards = torch.cat((chosen.rewards, rejected.rewards))
     present = torch.cat((chosen.present, rejected.present))
     return ((rewards * present).sum() / present.sum()).clamp(min=0)
@@ -180,7 +180,7 @@ def mean_reward(chosen: Answers, rejected: Answers) -> Tensor:
 
 def kto(chosen: Answers, rejected: Answers, shared: Tensor) -> Tensor:
     """mean of 1 - sigma(T_w - K), 1 - sigma(K - T_l)"""
-    # A row with one answer has only one of the two terms.
+    # A pair without a chosen or a rejected answer has only one of the two terms.
     terms = torch.stack((shared - chosen.rewards, rejected.rewards - shared)).sigmoid()  # (2, B)
     present = torch.stack((chosen.present, rejected.present))  # (2, B)
     return (terms * present).sum(dim=0) / present.sum(dim=0)
@@ -249,9 +249,9 @@ class Loss:
     source: str
     needs_reference: bool = True
     uses_beta: bool = True
-    answers: str = "both"  # "both", "chosen" or "any" must be in a row; "drawn": sampled
-    # Computes the scalar that couples the pairs of a step. The trainer calls it first, without
-    # gradient, and for kto on mismatched pairs: prompts with the answers of other rows.
+    answers: str = "both"  # a row must hold "both", the "chosen" or "any" answer; "drawn": sampled
+    # Computes the scalar that couples the pairs of a step, without gradient, before their losses.
+    # If shared_of_mismatched, it takes mismatched pairs: prompts with the answers of other rows.
     shared: Callable[[Answers, Answers], Tensor] | None = None
     shared_of_mismatched: bool = False
 
@@ -265,13 +265,13 @@ class Loss:
 
     @property
     def options(self) -> dict[str, float]:
-        """The defaults of the loss's own options, each of which is a flag of the same name."""
+        """Maps each of the loss's own options to its default. Each option is a flag of train.py."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def arguments(self, settings) -> dict[str, float]:
-        """Returns the arguments beta and options of `pair_loss`. `settings` has an attribute for
-        each of them, which is None for an option that keeps its default."""
+        """Returns beta and the loss's own options as keyword arguments of `pair_loss`. They are
+        attributes of `settings`, where None stands for the default of an option."""
         given = {name: getattr(settings, name) for name in self.options}
         given = {name: value for name, value in given.items() if value is not None}
         return {"beta": settings.beta} | self.options | given
@@ -317,13 +317,13 @@ OPTION_BOUNDS = {"label_smoothing": (0.0, 0.49), "epsilon": (1e-12, 0.49)}
 
 
 def options_of_losses() -> dict[str, list[str]]:
-    """Returns each option of individual losses, such as gamma, with the losses that have it."""
+    """Maps each option of individual losses, such as gamma, to the names of these losses."""
     names = [name for loss in LOSSES.values() for name in loss.options]
     return {name: [loss for loss in LOSSES if name in LOSSES[loss].options] for name in names}
 
 
 def loss_table() -> str:
-    """Returns the glossary above, then two lines of at most 80 columns for each row of LOSSES."""
+    """Returns this file's table of symbols, then two lines of at most 80 columns for each loss."""
     lines = [__doc__.split("\n\n")[2], ""]
     for name, loss in LOSSES.items():
         facts = [loss.uses, "reference" if loss.needs_reference else "no reference"]
@@ -339,14 +339,14 @@ def pair_loss(
     rejected_lengths: Tensor | None = None,
     advantages: tuple[Tensor | None, Tensor | None] = (None, None), **options,
 ) -> Tensor:  # fmt: skip
-    """The loss of each pair; `name` is a key of LOSSES.
+    """Returns the loss of each pair (B,), whose mean is the loss of the batch.
 
-    Log-probs are sums in nats, (B,). Lengths count tokens, (B,); losses that use means need them.
-    Reference log-probs may be None for losses without a reference; only rlhf needs advantages, one
-    tensor (B,) for each side. `options` are passed to the loss function. For dv and kto, `shared`
-    is the scalar that couples the pairs. By default it is computed from the given pairs, whereas
-    training computes the scalar of kto from mismatched pairs.
-    Returns (B,), whose mean is the loss of the batch.
+    `name` is a key of LOSSES. Log-probs are sums over the tokens of an answer, (B,) in nats.
+    Lengths (B,) are numbers of tokens; only losses that use means need lengths. Reference log-probs
+    may be None for losses without a reference. Only rlhf needs advantages, one tensor (B,) for each
+    side. `options` are passed to the loss function. For dv and kto, the option `shared` is the
+    scalar that couples the pairs. By default it is computed from the given pairs, whereas training
+    computes the scalar of kto from mismatched pairs.
     Raises KeyError for an unknown name and TypeError for an option that the loss does not have.
     """
     loss = LOSSES[name]
@@ -364,12 +364,12 @@ def pair_loss(
 # hidden (N, D) holds the states that predict the tokens, targets (N,) holds the token ids, and
 # lengths (2B,) holds the number of tokens of each answer.
 
-CHUNK_TOKENS = 1024  # number of rows of logits in memory at a time
+CHUNK_TOKENS = 1024  # number of tokens whose logits are in memory at a time
 
 
 def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
-    """Computes all logits at once, for tests. hidden (N, D), head_weight (V, D), targets (N,),
-    lengths (S,) -> summed log-probability of each answer (S,), in nats, differentiable."""
+    """Computes all logits at once, as an oracle for tests. hidden (N, D), head_weight (V, D),
+    targets (N,), lengths (S,) -> differentiable summed log-prob of each answer, (S,) in nats."""
     logits = hidden @ head_weight.T  # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     token_logps = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]  # (N,)
@@ -378,7 +378,7 @@ def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: T
 
 @torch.no_grad()
 def chunked_logps(hidden, head_weight, targets, lengths, chunk_tokens=CHUNK_TOKENS, compiled=False):
-    """Equals naive_logps, without gradient and with at most `chunk_tokens` rows of logits."""
+    """Computes naive_logps without gradient, from logits of `chunk_tokens` tokens at a time."""
     head = _ChunkedHead(head_weight, hidden, min(chunk_tokens, len(hidden)), compiled)
     parts = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
     token_logps = torch.cat([head.residual(h, y)[1] for h, y in parts])  # (N,)
@@ -390,14 +390,13 @@ def fused_pair_loss(
     ref_logps: Tensor | None, name: str, *, beta: float, advantages: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS, compiled: bool = False, **options,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns the loss of each pair (B,) and the log-prob of each answer (2B,). Keeps no logits.
+    """Returns the loss of each pair (B,) and the log-prob of each answer (2B,). Stores no logits.
 
     hidden (N, D), head_weight (V, D), targets (N,), lengths (2B,), ref_logps and advantages (2B,)
     or None. Reduce the losses by mean() or sum() before backward(): unless all losses have the same
-    upstream gradient, hidden and head_weight get NaN gradients. The log-probs are detached.
-    """
+    upstream gradient, hidden and head_weight get NaN gradients. The log-probs are detached."""
     assert LOSSES[name].pairwise or "shared" in options, f"{name} needs the batch's shared term"
-    assert len(lengths) % 2 == 0, "answers come in pairs"
+    assert len(lengths) % 2 == 0, "lengths must hold two entries for each pair"
     on_device = lengths.to(hidden.device)
 
     def losses_of(logps: Tensor, answers: slice) -> Tensor:
@@ -416,8 +415,8 @@ def fused_pair_loss(
 class FusedHead(torch.autograd.Function):
     """Computes the head's forward and backward pass in one pass over the tokens.
 
-    Let u = W h be the logits of a token y, p = softmax(u), s the sum of log p_y over an answer, and
-    g = dL/ds the gradient with respect to this sum. For each token of the answer
+    Let u = W h be the logits that predict a token y, p = softmax(u), s the sum of log p_y over an
+    answer, and g = dL/ds the gradient with respect to this sum. For each token of the answer
         ds/du = onehot(y) - p
         dL/du = -g (p - onehot(y))
         dL/dh = -g W^T (p - onehot(y))
@@ -498,7 +497,7 @@ class _ChunkedHead:
 
 def _to_residual(logits: Tensor, targets: Tensor) -> Tensor:
     """Turns logits (n, V) into softmax minus one-hot in place; returns token log-probs (n,)."""
-    # Over a long answer, the errors of a bfloat16 log-softmax add up to nats, so p is float32.
+    # In a long answer, the errors of a bfloat16 log-softmax can add up to a nat, so p is float32.
     p = logits.to(torch.promote_types(logits.dtype, torch.float32))
     torch.log_softmax(p, dim=-1, out=p)
     token_logps = p.gather(1, targets[:, None])[:, 0]
@@ -511,8 +510,8 @@ _compiled_to_residual = torch.compile(_to_residual, dynamic=True)
 
 
 def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, overwrite: bool) -> None:
-    """Adds residual (n, V) transposed times weighted (n, D) to total (V, D); `overwrite` replaces
-    total. A product of lower precision is added in slices of the vocabulary, to save memory."""
+    """Adds residual (n, V), transposed, times weighted (n, D) to total (V, D), or replaces total if
+    `overwrite`. To save memory, a product in lower precision is added in slices of V."""
     weighted = weighted.to(residual.dtype)
     if total.dtype == residual.dtype:
         total.addmm_(residual.T, weighted, beta=0 if overwrite else 1)
@@ -534,7 +533,8 @@ def _sum_by_answer(values: Tensor, answer_of_token: Tensor, count: int) -> Tenso
 
 
 def chunks_of_pairs(lengths: list[int], chunk_tokens: int) -> Iterator[tuple[slice, slice]]:
-    """Yields (slice of answers, slice of tokens): complete pairs of up to `chunk_tokens` tokens."""
+    """Yields chunks as (slice of answers, slice of tokens). A chunk holds complete pairs with at
+    most `chunk_tokens` tokens, or a single longer pair."""
     first = start = end = 0
     for answer in range(0, len(lengths), 2):
         size = lengths[answer] + lengths[answer + 1]

@@ -99,7 +99,7 @@ Mask = Tensor | list[Tensor] | BlockMask | None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, grouped: bool) -> Tensor:
-    """q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E).
+    """Computes attention: q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E).
 
     mask: None for plain causal attention; (B, 1, T, S) bool, True where a query attends to a key; a
     list of such masks for concatenated rows, each of which attends to itself only; or a BlockMask.
@@ -139,8 +139,8 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary, mask: Mask, cache: Tensor | None, positions: Tensor):
-        """x (B, T, D) -> (B, T, D). Writes keys and values to a cache (2, B, K, capacity, E) at
-        `positions` (B, T). One token with a mask (B, 1, 1, S) attends to S entries of the cache."""
+        """x (B, T, D) -> (B, T, D). A cache (2, B, K, capacity, E) stores keys and values at
+        `positions` (B, T). If T = 1, a mask (B, 1, 1, S) selects among S entries of the cache."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
@@ -215,7 +215,7 @@ class Llama(nn.Module):
         return self.model["embed_tokens"].weight if tied else self.lm_head.weight
 
     def compile_blocks(self) -> None:
-        """Compiles each block. All blocks share compiled code; the state_dict keeps its names."""
+        """Compiles each block; all share compiled code. Names in the state_dict stay the same."""
         self.compiled = True
         for block in self.model["layers"]:
             block.compile()
@@ -224,9 +224,9 @@ class Llama(nn.Module):
         self, tokens: Tensor, positions: Tensor | None = None, mask: Mask = None,
         cache: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Returns hidden states after the final norm: tokens (B, T) -> (B, T, D). positions (B, T):
-        0, 1, 2, ... by default. mask: as in `attend`; a list or a BlockMask must already respect a
-        sliding window. cache: (layers, 2, B, K, capacity, E) stores keys and values."""
+        """Returns hidden states after the final norm: tokens (B, T) -> (B, T, D). positions (B, T)
+        are 0, 1, 2, ... by default. mask: as in `attend`; a list or a BlockMask must already
+        respect the sliding window. cache (layers, 2, B, K, capacity, E) stores keys and values."""
         assert tokens.dim() == 2, f"tokens must be (B, T), not {tuple(tokens.shape)}"
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -266,7 +266,7 @@ class Llama(nn.Module):
         return model
 
     def save_pretrained(self, folder) -> None:
-        """Writes config.json and safetensors files for transformers, sharded above 5 GB."""
+        """Writes config.json and the weights (safetensors, sharded above 5 GB) for transformers."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(folder, self.state_dict())

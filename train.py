@@ -44,35 +44,36 @@ from support.run_options import parse_options
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Each field is a flag. None: not set, or a default that support/run_options.py fills in."""
+    """Each field is a flag. None means "not set", unless support/run_options.py has a default."""
 
     loss: str = option("mio", "objective; --loss help lists all", choices=tuple(LOSSES))
     beta: float | None = option(None, "scale of the implicit reward", above=0, most=1e6)
     init: str | None = option(None, "checkpoint folder: the initial policy and the reference")
     data: str | None = option(None, "JSONL file of preference pairs to train on")
     eval_data: str | None = option(None, "JSONL file of held-out preference pairs")
-    eval_fraction: float = option(0.1, "share held out without --eval_data", least=0, most=0.9)
+    eval_fraction: float = option(0.1, "share of the pairs to hold out if --eval_data is not given",
+                                  least=0, most=0.9)
     out: str | None = option(None, "run folder")
-    epochs: int | None = option(None, "passes over the pairs", least=1)
+    epochs: int | None = option(None, "passes over the pairs or questions", least=1)
     max_steps: int | None = option(None, "stop after this step of the schedule", least=0)
-    batch_size: int | None = option(None, "pairs in an optimizer step", least=1)
+    batch_size: int | None = option(None, "pairs in each optimizer step", least=1)
     on_policy: bool = option(False, "draw pairs from the policy; --data then holds questions")
-    samples: int = option(8, "answers drawn to each prompt", least=2, most=1024)
+    samples: int = option(8, "answers to draw for each prompt", least=2, most=1024)
     max_new_tokens: int | None = option(None, "most tokens of a drawn answer", least=1)
     max_length: int | None = option(None, "most tokens of a prompt plus its longer answer", least=2)
-    row_tokens: int = option(LAYOUT[0], "most tokens of a row of pairs", least=1)
+    row_tokens: int = option(LAYOUT[0], "most tokens of a packed row of pairs", least=1)
     micro_tokens: int = option(LAYOUT[1], "most tokens in a forward pass", least=1)
     lora_rank: int | None = option(None, "train adapters of this rank on frozen weights", least=1)
     lora_alpha: float | None = option(None, "numerator of the adapters' scale", above=0, most=1e6)
     lora_targets: str | None = option(None, "all, attention, or names such as q_proj,v_proj")
     lora_rslora: bool = option(False, "scale adapters by alpha / sqrt(rank), not alpha / rank")
-    init_adapter: str | None = option(None, "adapter folder to start from; part of the reference")
-    lr: float | None = option(None, "peak learning rate; its default for adapters is 10x", above=0)
+    init_adapter: str | None = option(None, "adapter folder of initial policy and reference")
+    lr: float | None = option(None, "peak learning rate; the default is 10x for adapters", above=0)
     warmup: float = option(0.1, "share of the steps with a rising learning rate", least=0, most=1)
     schedule: str = option("cosine", "learning-rate schedule after the warmup",
                            choices=("cosine", "linear", "constant"))
-    weight_decay: float = option(0.0, "decay of matrices by AdamW", least=0)
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", least=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay, for matrices only", least=0)
+    grad_clip: float = option(1.0, "clip the gradient to this norm; 0 for no limit", least=0)
     seed: int = option(0, "seed of the data order, held-out split and demonstration", least=0)
     dtype: str = option("float32", "precision of matrix products", choices=("float32", "bfloat16"))
     compile: str = option("auto", "compile the blocks; auto does so on a GPU",
@@ -86,11 +87,11 @@ class RunOptions:
                           f"change: --{', --'.join(MAY_CHANGE)}")
     overwrite: bool = option(False, "replace the run in --out")
     tensorboard: bool = option(False, "also write TensorBoard event files")
-    device: str = option("auto", "cpu, cuda or cuda:N")
-    plan: str | None = option(None, "print memory and time of a run of --init or a preset",
+    device: str = option("auto", "cpu, cuda, cuda:N, or auto for a GPU if there is one")
+    plan: str | None = option(None, "predict memory and time for --init or a preset, then exit",
                               const="init", choices=("init", *PRESETS))
     gpu: str | None = option(None, "GPU that --plan assumes", choices=tuple(GPUS))
-    mfu: float | None = option(None, "share of peak speed that --plan assumes", above=0, most=1)
+    mfu: float | None = option(None, "share of peak FLOP/s that --plan assumes", above=0, most=1)
     config: str | None = option(None, "JSON file of options, such as a train_config.json")
 
 
@@ -112,9 +113,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Makes one optimizer step on the pairs of `data`. check(losses, logps) runs before the update.
 
-    Returns the loss of each pair (B,), log-probs (B, 2) and the norm of the gradient before
-    clipping, on the model's device. If a loss or the gradient is not finite, no weight changes.
-    """
+    Returns the pairs' losses (B,) and log-probs (B, 2), and the gradient's norm before clipping,
+    on the model's device. If a loss or the gradient is not finite, no weight changes."""
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     losses, logps, loss_arguments = [], [], LOSSES[options.loss].arguments(options)
     if not LOSSES[options.loss].pairwise:
@@ -148,7 +148,7 @@ def train_step(
 
 
 def of_answers(values: Tensor | None, batch: Batch, device: torch.device) -> Tensor | None:
-    """Returns the values (pairs, 2) of a batch's answers, in the order of batch.lengths: (2B,)."""
+    """Returns a batch's rows of `values` (pairs, 2) as (2B,), in the order of batch.lengths."""
     return None if values is None else values[batch.index].flatten().to(device)
 
 
@@ -172,7 +172,7 @@ def make_optimizer(model: Llama, options: Options) -> torch.optim.AdamW:
 
 
 def learning_rate(options: Options, step: int, steps: int) -> float:
-    """Returns the rate of step 1, 2, ..., which rises linearly, then follows the schedule."""
+    """Returns the learning rate of a step >= 1. It rises linearly, then follows the schedule."""
     warmup = math.ceil(options.warmup * steps)
     if step <= warmup:
         return options.lr * step / warmup
@@ -183,13 +183,13 @@ def learning_rate(options: Options, step: int, steps: int) -> float:
 
 # --- The loop -------------------------------------------------------------------------------------
 # A Job (support/job.py) holds all that training reads: options, model, tokenizer, pairs, held_out.
-# Progress (support/run_folder.py) is what a checkpoint adds: step, num_tokens, AdamW's moments, and
-# the log-probs under the reference (ref_logps) and of the held-out pairs at step 0 (start_logps).
+# Progress (support/run_folder.py) is what a checkpoint restores: step, num_tokens, AdamW's moments,
+# ref_logps (training pairs under the reference) and start_logps (held-out pairs at step 0).
 
 
 def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dict]:
     """Trains job.model in place from `progress` on, and stops early after a signal. Returns the
-    held-out pairs' log-probs (pairs, 2) and the metrics of the last step."""
+    held-out log-probs (pairs, 2) of the last evaluation and the metrics of the last step."""
     options, model, world, tokens = job.options, job.model, job.world, progress.num_tokens
     optimizer = make_optimizer(model, options)
     run_folder.put_moments(model, optimizer, progress.moments, world)
@@ -211,7 +211,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
                 group["lr"] = lr
             check = functools.partial(check_start, options, data) if step == 1 else None
             losses, logps, grad_norm = torch.zeros(0), torch.zeros(0, 2), torch.zeros(())
-            if data.batches:  # there are none if all drawn answers are right or all wrong
+            if data.batches:  # none if the drawn answers to each prompt are all right or all wrong
                 losses, logps, grad_norm = train_step(model, optimizer, data, options, world, check)
             tokens += sum(row_length(data.pairs[i]) for i in data.index)
             unchecked.append((step, data, losses, grad_norm))
@@ -228,7 +228,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
             seconds = time.perf_counter() - clock
             row = {"step": step, "epoch": step / job.per_epoch, "loss": mean(losses)}
             row |= {"learning_rate": lr, "grad_norm": float(grad_norm), "num_tokens": tokens}
-            row |= {"step_seconds": seconds / (step - clock_step)}  # the mean since the last row
+            row |= {"step_seconds": seconds / (step - clock_step)}  # mean since last row or save
             row |= {"tokens_per_second": (tokens - clock_tokens) / seconds}
             row |= data.metrics | training_metrics(job, data, logps.cpu())
             held_out = {}
@@ -251,7 +251,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
 
 
 def step_data(job: Job, progress: Progress, step: int) -> StepData:
-    """Returns the data of a step. Drawn answers depend on the weights, other data on the seed."""
+    """Returns the data of a step. The seed selects rows; drawn answers depend on the weights."""
     epoch, place = divmod(step - 1, job.per_epoch)
     size, layout = prompts_per_step(job.options), job.layout
     rows = epoch_order(len(job.questions or job.pairs), job.options.seed, epoch).tolist()
@@ -272,8 +272,8 @@ def step_data(job: Job, progress: Progress, step: int) -> StepData:
 
 
 def check_start(options: Options, data: StepData, losses: Tensor, logps: Tensor) -> None:
-    """Raises TrainingError unless the first step, before its update, has rewards of 0 and the known
-    loss. This catches reference log-probs of other weights, precision or packing."""
+    """Raises TrainingError unless, before the first update, all rewards are 0 and the loss has its
+    known value. This catches reference log-probs of other weights, precision or packing."""
     if data.ref_logps is None or data.advantages is not None or not losses.isfinite().all():
         return  # check_finite reports losses that are not finite
     ref = data.ref_logps[data.index]
@@ -284,19 +284,19 @@ def check_start(options: Options, data: StepData, losses: Tensor, logps: Tensor)
     start = objective.initial_loss
     start = start(options.beta) if callable(start) else start
     if start is None or objective.arguments(options) != {"beta": options.beta, **objective.options}:
-        start = loss  # the value depends on the answers, or an option is not at its default
+        start = loss  # no known value: it depends on the answers, or an option has been changed
     # The slope of a loss in a log-ratio is of order beta or, for ipo and sppo, 1 / beta.
     slope = 10 * max(options.beta, 1 / options.beta)
     if not (drift <= allowed and abs(loss - start) <= 1e-5 * (1 + abs(start)) + slope * drift):
         raise TrainingError(
             f"step 0: policy and reference differ by {drift:.2g} nats, and the loss is {loss:.6f} "
-            f"where {start:.6f} is expected; remove the cache beside --out and start again"
+            f"where {start:.6f} is expected; remove the cache folder next to --out and start again"
         )
     print(f"  step 0: rewards 0 within {drift * options.beta:.1e}, loss {loss:.6f}")
 
 
 def check_finite(job: Job, step: int, data: StepData, losses: Tensor, grad_norm: Tensor) -> None:
-    """Raises TrainingError that names the rows unless the losses and the gradient of a step are
+    """Raises TrainingError that names lines of --data if a loss or the gradient of a step is not
     finite. Such a step has changed no weight."""
     finite = losses.isfinite().tolist()
     if not (all(finite) and grad_norm.isfinite()):
@@ -317,8 +317,8 @@ def mean(values: Tensor) -> float:
 
 
 def training_metrics(job: Job, data: StepData, logps: Tensor) -> dict[str, float]:
-    """Returns means over the pairs of a step, without missing answers. The result is empty for
-    rlhf, whose answers are not chosen and rejected ones."""
+    """Returns means of preference_values over the pairs of a step; missing answers do not count.
+    The result is empty for rlhf, which does not divide answers into chosen and rejected."""
     if data.advantages is not None:
         return {}
     present = torch.from_numpy(data.pairs.lengths()[data.index, 1:] > 0)  # (B, 2)
@@ -329,8 +329,8 @@ def training_metrics(job: Job, data: StepData, logps: Tensor) -> dict[str, float
 
 
 def held_out_metrics(job: Job, logps: Tensor, start_logps: Tensor) -> dict[str, float]:
-    """Returns metrics of the held-out pairs from log-probs now and at step 0, (pairs, 2) each. The
-    loss is NaN for kto, whose K needs mismatched pairs, and for rlhf, which needs advantages."""
+    """Returns metrics of held-out pairs from their log-probs now and at step 0, (pairs, 2) each.
+    The loss is NaN for kto, which needs mismatched pairs, and for rlhf, which needs advantages."""
     if not job.held_out:
         return {}
     options, metrics = job.options, {"loss": math.nan}
@@ -349,8 +349,8 @@ def held_out_metrics(job: Job, logps: Tensor, start_logps: Tensor) -> dict[str, 
 
 
 def finish(job: Job, start: Tensor, end: Tensor, last: dict, began: float) -> None:
-    """Writes the checkpoint and summary.json, and prints the table. start, end: log-probs of the
-    held-out pairs at step 0 and after the last step, (pairs, 2)."""
+    """Writes the trained model and summary.json, and prints a table of results. start, end: the
+    held-out pairs' log-probs at step 0 and after the last step, (pairs, 2)."""
     options, folder, init = job.options, Path(job.options.out), Path(job.options.init)
     if lora.lora_of(job.model):
         lora.save_adapter(job.model, folder / "adapter", options.init)
@@ -360,7 +360,7 @@ def finish(job: Job, start: Tensor, end: Tensor, last: dict, began: float) -> No
         lora.merge_lora(job.model, getattr(torch, options.dtype))
         after = evaluation.pair_logps(job.model, pairs, *layout)
         change = max((after - before).abs().flatten().tolist(), default=0.0)
-        print(f"  merged in {options.dtype}: log-probs of answers change by at most {change:.1e}")
+        print(f"  adapter merged in {options.dtype}: log-probs change by at most {change:.1e} nats")
     job.model.save_pretrained(folder)
     job.tokenizer.save(folder)
     rows = {options.loss: evaluation.preference_row(end, start, job.held_out)}
@@ -368,7 +368,7 @@ def finish(job: Job, start: Tensor, end: Tensor, last: dict, began: float) -> No
         before = builtin_task.base_values(init, options.device)
         with stage("evaluation: the trained model on the held-out problems") as notes:
             after = builtin_task.task_values(job.model, job.tokenizer)
-            notes.append(f"in {folder / 'summary.json'}")
+            notes.append(f"results in {folder / 'summary.json'}")
         # Both models answered the same problems, so the change is a mean of paired differences.
         change = {name: np.subtract(after[name], before[name]) for name in after}
         before, after, change = map(task_row, (before, after, change))
@@ -395,7 +395,7 @@ def main(argv: list[str] | None = None) -> Path:
             sources = base, options.init_adapter, options.data, options.eval_data
             run_folder.check_out(options, sources)
             if not options.init:
-                if options.lora_rank:  # finds a wrong rank or target before training the base
+                if options.lora_rank:  # finds a wrong rank or target before the base is trained
                     with torch.device("meta"):
                         lora.add_lora(Llama(builtin_task.BASE_MODEL), lora.config_of(options))
                 draw = draws(options)
@@ -426,12 +426,12 @@ def main(argv: list[str] | None = None) -> Path:
                 return folder
         except OSError as error:
             saved = run_folder.newest_checkpoint(folder)
-            remedy = f"; {saved} is complete, --resume continues from it" if saved else ""
+            remedy = f"; {saved} is complete, so --resume continues from it" if saved else ""
             parser.error(f"{error}{remedy}")
         except TrainingError as error:
             parser.error(error)
         command = f"python train.py --resume --out {folder}"
-        parser.exit(128 + signals[0], f"step {last['step']} is saved; {command} continues\n")
+        parser.exit(128 + signals[0], f"step {last['step']} is saved; {command} resumes it\n")
 
 
 if __name__ == "__main__":

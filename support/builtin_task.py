@@ -1,4 +1,4 @@
-"""The built-in task: sums, a base model and preference pairs. Imports data.py and model.py."""
+"""Makes the built-in task: sums, a base model, preference pairs. Imports data.py and model.py."""
 
 import copy
 import dataclasses
@@ -18,11 +18,10 @@ from support.grading import pass_at_k, powers_of_two
 from support.rows import Example
 from support.sampling import sample_answers
 from support.tokenizers import byte_tokenizer, load_tokenizer
-from support.weights import weight_files
 
 OPERATIONS = 3  # number of additions and subtractions in a problem
 ANSWER_TOKENS = 48  # most tokens that a model may generate; a solution has at most 35
-PAIR_TOKENS = 2 * OPERATIONS + 3 + ANSWER_TOKENS  # the BOS, a problem with its newline, an answer
+PAIR_TOKENS = 2 * OPERATIONS + 3 + ANSWER_TOKENS  # of BOS, problem, newline and answer
 TEST_PROBLEMS, SAMPLES = 1000, 8  # SAMPLES answers to each test problem give pass@1 and pass@8
 # A model of this width learns slowly with the usual initializer_range of 0.02.
 BASE_MODEL = ModelConfig(vocab_size=258, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
@@ -41,7 +40,7 @@ def split_of(problem: str) -> str:
 
 
 def problems(split: str, count: int, seed) -> list[str]:
-    """Returns `count` different problems of "train", "validation" or "test": "7+9-3+5\\n", ..."""
+    """Returns `count` different problems, such as "7+9-3+5\\n", of a split (see split_of)."""
     random, found = np.random.default_rng(seed), {}  # a set that keeps its order
     while len(found) < count:
         first, *rest = random.integers(0, 10, size=OPERATIONS + 1)
@@ -68,13 +67,13 @@ def is_correct(problem: str, answer: str) -> bool:
 
 
 def base_folder(options) -> Path:
-    """Returns the base model's folder, which lies beside the run folder. Each seed has its own."""
+    """Returns the base model's folder, which lies beside the run folder and depends on the seed."""
     return Path(options.out).parent / (f"base-seed{options.seed}" if options.seed else "base")
 
 
 def prepare(options, draws: bool, make_optimizer, train_step):
     """Makes the base model and its pairs unless they exist. Returns options with their paths:
-    `data` is the file of pairs or, if the policy draws the answers (`draws`), of problems."""
+    `data` is pairs.jsonl or, if the policy draws the answers (`draws`), problems.jsonl."""
     folder = base_folder(options)
     sft = type(options)(loss="sft", lr=BASE["lr"], seed=options.seed, device=options.device)
     with locked(folder, "waiting for the run that makes this base model"):
@@ -87,10 +86,10 @@ def prepare(options, draws: bool, make_optimizer, train_step):
 
 def make_base(folder: Path, options, make_optimizer, train_step) -> None:
     """Trains the base model with `options` and saves it in the folder, unless the hash in base.json
-    equals that of the recipe and the weights in the folder; changes of config.json or the tokenizer
-    go unnoticed. Raises ValueError if the folder holds other files or the model does not learn."""
+    is that of the recipe and the model in the folder. Raises ValueError if the folder holds other
+    files or if the model misses its target accuracy."""
     record, recipe = folder / "base.json", (dataclasses.asdict(BASE_MODEL), BASE, options.seed)
-    if _up_to_date(record, digest(*recipe, *folder.glob("*.safetensors"))):
+    if _up_to_date(record, _hash(folder, *recipe)):
         print(f"base model: found in {folder}")
         return
     if any(folder.iterdir()) and not record.exists():
@@ -102,13 +101,13 @@ def make_base(folder: Path, options, make_optimizer, train_step) -> None:
         write_json(record, {})  # marks the folder as a base model's, in case of a crash
         model.save_pretrained(folder)
         tokenizer.save(folder)
-        key = digest(*recipe, *weight_files(folder))
+        key = _hash(folder, *recipe)
         write_json(record, {"key": key, "steps": steps, "validation_accuracy": accuracy})
         notes += [f"{steps} steps", f"{accuracy:.1%} right", f"in {folder}"]
 
 
 def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[int, float]:
-    """Returns the steps and the validation accuracy, between "target" and "upper_limit" of BASE."""
+    """Trains to an accuracy from "target" to "upper_limit" of BASE. Returns steps and accuracy."""
     optimizer, lr, seed = make_optimizer(model, options), BASE["lr"], options.seed
     prompts = problems("validation", BASE["problems"], seed=0)
     last_weights = copy.deepcopy(model.state_dict())
@@ -129,7 +128,7 @@ def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[
         bar.set_postfix(accuracy=f"{accuracy:.1%}")
         if BASE["target"] <= accuracy <= BASE["upper_limit"]:
             return step, accuracy
-        if accuracy > BASE["upper_limit"]:  # go back to the last check and halve the rate
+        if accuracy > BASE["upper_limit"]:  # go back to the last weights and halve the rate
             model.load_state_dict(last_weights)
             lr /= 2
         last_weights = copy.deepcopy(model.state_dict())
@@ -137,9 +136,9 @@ def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[
 
 
 def make_pairs(folder: Path, seed: int, device: str) -> None:
-    """Pairs right with wrong answers of the base model, unless the files exist for its weights:
+    """Writes pairs of the base model's right and wrong answers, unless they exist for its weights:
     pairs.jsonl for the problems in problems.jsonl, and heldout_pairs.jsonl for test problems."""
-    key = digest(*weight_files(folder), PAIRS, seed)
+    key = _hash(folder, PAIRS, seed)
     files = [folder / name for name in ("pairs.jsonl", "heldout_pairs.jsonl", "problems.jsonl")]
     if all(file.is_file() for file in files) and _up_to_date(folder / "pairs.json", key):
         print(f"pairs: found in {folder}")
@@ -165,8 +164,8 @@ def make_pairs(folder: Path, seed: int, device: str) -> None:
 
 
 def task_values(model, tokenizer, count: int = TEST_PROBLEMS, samples: int = SAMPLES) -> dict:
-    """Returns the greedy accuracy and pass@k as lists with one number for each test problem. With
-    SAMPLES samples, k is 1 and SAMPLES; otherwise k is each value of `powers_of_two(samples)`."""
+    """Returns the greedy accuracy and pass@k as lists with one number for each test problem. The
+    values of k are 1 and SAMPLES with SAMPLES samples, otherwise `powers_of_two(samples)`."""
     questions = problems("test", count, seed=0)
     greedy = sample_answers(model, tokenizer, questions, temperature=0)
     sampled = sample_answers(model, tokenizer, questions, samples=samples)
@@ -178,14 +177,20 @@ def task_values(model, tokenizer, count: int = TEST_PROBLEMS, samples: int = SAM
 
 
 def base_values(folder: Path, device: str) -> dict:
-    """Returns `task_values` of the base model, from eval.json if its weights have not changed."""
-    record, key = folder / "eval.json", digest(*weight_files(folder), TEST_PROBLEMS, SAMPLES)
+    """Returns `task_values` of the base model, read from eval.json if its weights are the same."""
+    record, key = folder / "eval.json", _hash(folder, TEST_PROBLEMS, SAMPLES)
     if not _up_to_date(record, key):
         with stage("evaluation: the base model on the held-out problems") as notes:
             model = Llama.from_pretrained(folder, device=device)
             write_json(record, {"key": key} | task_values(model, load_tokenizer(folder)))
             notes.append(f"in {record}")
     return {name: values for name, values in read_json(record).items() if name != "key"}
+
+
+def _hash(folder: Path, *recipe) -> str:
+    """Hashes a recipe and the model in a folder: its weights, config.json and tokenizer."""
+    names = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
+    return digest(*recipe, *(folder / name for name in names if (folder / name).is_file()))
 
 
 def _up_to_date(record: Path, key: str) -> bool:

@@ -26,8 +26,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def option(default, help: str, **checks):
-    """A field of a dataclass of options. checks: choices=(...) are all values, above=x is an
-    exclusive bound, least=x and most=x are inclusive; a flag without an argument gets const=x."""
+    """Returns a dataclass field for a flag. checks: choices=(...) are the allowed values; above=x
+    (exclusive), least=x and most=x are bounds; const=x is the value of a flag without argument."""
     return dataclasses.field(default=default, metadata={"help": help, **checks})
 
 
@@ -53,7 +53,7 @@ def kind_of(field: dataclasses.Field) -> type:
 
 
 def check_value(field: dataclasses.Field, value):
-    """Converts a text or JSON value to the type of its field. Raises ValueError with the flag."""
+    """Converts a text or JSON value to its field's type. Raises ValueError that names the flag."""
     kind, checks, flag = kind_of(field), field.metadata, f"--{field.name} {value}"
     if value is None and field.default is None:
         return None
@@ -77,7 +77,7 @@ def check_value(field: dataclasses.Field, value):
 
 @contextlib.contextmanager
 def stage(title: str):
-    """Prints the title of a stage, and at its end the seconds and the notes in the yielded list."""
+    """Prints the title, and when the stage ends, its seconds and the notes in the yielded list."""
     print(f"{title} ...", flush=True)
     start, notes = time.perf_counter(), []
     yield notes
@@ -85,7 +85,7 @@ def stage(title: str):
 
 
 def pick_device(name: str) -> str:
-    """Resolves "auto" to cuda if there is a GPU. Raises ValueError if the device is missing."""
+    """Resolves "auto" to cuda or, without a GPU, to cpu. Raises ValueError for a missing device."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     with contextlib.suppress(RuntimeError, AssertionError):  # torch without CUDA raises the latter

@@ -10,7 +10,7 @@ import numpy as np
 from support.files import read_json, read_rows
 from support.run_folder import MAY_CHANGE, PROVENANCE
 
-PANELS = {  # title -> metrics; a panel whose title begins with Δ shows their change since step 0
+PANELS = {  # title -> metrics; a panel whose title begins with Δ shows changes since the first row
     "Δ log-prob of chosen answers, nats": ("logps/chosen",),
     "Δ log-prob of rejected answers, nats": ("logps/rejected",),
     "loss": ("loss",),
@@ -28,7 +28,7 @@ IGNORED = {*MAY_CHANGE, *PROVENANCE, "config", "resume", "overwrite"} - {"epochs
 def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray]]]:
     """Returns label -> list of runs that differ only in their seed. A run is metric -> array
     (2, points) of steps and values on held-out pairs, or on training pairs if none are held out.
-    Skips folders without a run. Raises ValueError for bad rows."""
+    Skips folders without a run. Raises ValueError if a step or value is not a number."""
     groups: dict[str, tuple[str, list]] = {}
     for name, folder in folders.items():
         file, config_file = folder / "metrics.jsonl", folder / "train_config.json"
@@ -53,8 +53,8 @@ def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray
 
 
 def plot(folders: dict[str, Path], file: Path):
-    """Plots the curves of runs, saves and returns the figure. Several seeds show as their mean and
-    range, up to the last step of the shortest. Raises ValueError without matplotlib or curves."""
+    """Plots the curves of runs, saves the figure to `file` and returns it. Several seeds appear as
+    mean and range, until the shortest run ends. Raises ValueError without curves or matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""One process, or several under torchrun with a model that FSDP2 shards; imports the core."""
+"""Handles one process, or several under torchrun whose model FSDP2 shards. Imports the core."""
 
 import contextlib
 import datetime
@@ -28,14 +28,14 @@ class World:
 
 
 class Processes(World):
-    """The processes that torchrun started. Collective methods must be called by all processes."""
+    """The processes that torchrun started. All of them must call each method that communicates."""
 
     def __init__(self):
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.first = self.rank == 0  # the first process prints and writes files
 
     def check(self, init: str | None, batch_size: int, draws: bool) -> None:
-        """Raises ValueError for options that need a single process or fewer processes."""
+        """Raises ValueError for options that do not allow this number of processes."""
         if draws or not init:
             raise ValueError("the demonstration, --on_policy and rlhf run only without torchrun")
         if batch_size < self.count:
@@ -57,7 +57,7 @@ class Processes(World):
         return self.sum(gathered)
 
     def batches(self, pairs: Pairs, index: list[int], *layout) -> list[Batch]:
-        """Packs this process's share of the pairs[i], i in index, as `make_batches` does."""
+        """Packs this process's share of pairs[i] for i in index as `make_batches` does."""
         index = sorted(index, key=lambda i: row_length(pairs[i]))  # balances the lengths
         batches = make_batches(pairs, index[self.rank :: self.count], *layout)
         # Every pass involves all processes, so processes with fewer batches run empty batches.
@@ -67,7 +67,7 @@ class Processes(World):
         return batches + [empty] * (most - len(batches))
 
     def shard(self, model: Llama, dtype: torch.dtype, device: str) -> None:
-        """Shards every parameter over the processes and their devices, of the type of `device`."""
+        """Shards every parameter over the processes, each of which has a device of this type."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = dist.init_device_mesh(torch.device(device).type, (self.count,))
@@ -88,7 +88,7 @@ class Processes(World):
         return get_total_norm(gradients).full_tensor()
 
     def place(self, moment: Tensor, parameter: Tensor) -> Tensor:
-        """Shards a moment of AdamW, which every process holds completely, as its parameter is."""
+        """Shards a moment of AdamW like its parameter. Every process must hold all of `moment`."""
         from torch.distributed.tensor import distribute_tensor
 
         moment, mesh = moment.to(parameter.device), parameter.device_mesh

@@ -1,4 +1,4 @@
-"""Statistics with their errors, paired comparisons of runs, and the tables that show them."""
+"""Statistics with standard errors, paired comparisons of runs, and the tables that show both."""
 
 import math
 import re
@@ -8,28 +8,28 @@ from typing import NamedTuple
 import numpy as np
 
 RESAMPLES = 2000  # number of resamples of the bootstrap
-# Prefixes of columns' names: those in RATES are in percent, those in SMALL have three decimals.
+# Columns whose names begin as in RATES are shown in percent, as in SMALL with three decimals.
 RATES = ("greedy", "pass@", "cut", "acc", "reward", "strict", "flexible", "math", "exact", "letter")
 SMALL = ("Δ/token", "dv", "nwj", "js")
-LEGEND = {  # pattern with which a column's name begins -> its explanation below a table
+LEGEND = {  # pattern that matches the start of a column's name -> explanation below a table
     "greedy": "greedy: the greedy answer is right; pass@k: at least one of k samples is right",
     "strict": "strict: graded by the number after ####; flexible: by the last number",
     "math": "math: compares formulas by text and value, without algebra: a lower bound",
     ".* maj@": "pass@k: at least one of k answers is right; maj@n: the majority answer is right",
-    "cut": "cut: answers cut off at --max_new_tokens; the text so far is graded",
+    "cut": "cut: share of answers cut off at --max_new_tokens; the text so far is graded",
     "acc": "acc: the gold choice is likeliest; acc_norm: per character; acc_bytes: per byte",
     "Δ ": "Δ: change of an answer's summed log-prob from the reference, in nats",
     "reward": "reward: share of pairs whose chosen answer has the larger Δ",
     "margin": "T: the implicit reward, beta times Δ; margin: T chosen minus T rejected",
     "chosen": "chosen, rejected: summed log-prob of an answer, in nats",
-    "dv": "dv, nwj, js: information between prompt and chosen answer, critic T, in nats",
+    "dv": "dv, nwj, js: mutual information of prompt and chosen answer by critic T, in nats",
     "js": "js: estimates twice the Jensen-Shannon divergence; ≤: the largest possible value",
     "KL": "KL: log-ratio to the reference, in nats, on answers sampled from the run",
 }
 
 
 class Estimate(NamedTuple):
-    """The statistic of n items with its standard error, None if all items share one prompt."""
+    """The statistic of n items and its standard error (None if all items share one prompt)."""
 
     mean: float
     error: float | None
@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A run minus another run over the n items of both, with the 95 % bootstrap interval."""
+    """The statistic of a run minus another run's over n common items, and its 95 % interval."""
 
     mean: float
     low: float
@@ -55,7 +55,7 @@ class Column(NamedTuple):
     values: np.ndarray  # (items,) or (items, parts); NaN marks an item without a value
     statistic: Callable[[np.ndarray], float] = np.mean  # maps the values to a number
     prompts: np.ndarray | None = None  # (items,) the prompt of each item; None if all differ
-    names: np.ndarray | None = None  # (items,) the same in two runs; None: identified by position
+    names: np.ndarray | None = None  # (items,) identify items in all runs; None: their positions do
 
     def known(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the values that are not NaN, and the numbers 0, 1, ... of their prompts."""
@@ -65,7 +65,7 @@ class Column(NamedTuple):
 
     @np.errstate(invalid="ignore")  # log-probs may be infinite, and inf - inf is NaN
     def mean(self) -> float:
-        """The statistic of the known values, NaN if there are none."""
+        """Returns the statistic of the known values, NaN if there are none."""
         values, _ = self.known()
         return float(self.statistic(values)) if len(values) else math.nan
 
@@ -84,7 +84,7 @@ class Column(NamedTuple):
 
     @np.errstate(invalid="ignore")
     def difference(self, first: "Column") -> Difference | None:
-        """This column minus `first` over the items known in both; None for fewer than 2 prompts."""
+        """Returns this column minus `first` on items known in both; None for under 2 prompts."""
         names = [range(len(c.values)) if c.names is None else c.names for c in (self, first)]
         place = {name: i for i, name in enumerate(names[1])}
         mine = [i for i, name in enumerate(names[0]) if name in place]
@@ -101,20 +101,20 @@ class Column(NamedTuple):
 
 
 def task_row(values: dict[str, list[float]]) -> Row:
-    """Converts column -> values of its items to column -> cell of a table."""
+    """Returns a row of a table: for each column, the mean of its values and the standard error."""
     return {name: Column(np.array(value)).estimate() for name, value in values.items()}
 
 
 def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np.ndarray:
     """Returns (RESAMPLES,) bootstrap values of the statistic. A resample draws G of the G prompts
-    with replacement and takes all items of each. prompts: (items,) 0, 1, ..."""
+    with replacement and takes all items of each. prompts: (items,) numbers from 0 to G - 1."""
     random, G = np.random.default_rng(0), prompts.max() + 1
     draws = (np.bincount(random.integers(0, G, G), minlength=G) for _ in range(RESAMPLES))  # (G,)
     return np.array([statistic(np.repeat(values, drawn[prompts], axis=0)) for drawn in draws])
 
 
 def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
-    """Rows of a table: the statistics of all runs, then the differences from the first run."""
+    """Returns a table's rows: the statistics of all runs, then differences from the first run."""
     rows: dict[str, Row] = {n: {c: x.estimate() for c, x in run.items()} for n, run in runs.items()}
     (first, base), *others = runs.items()
     for name, run in others:
@@ -127,8 +127,8 @@ def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
 
 
 def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
-    """Returns a table as text: a line for each row, a line with the numbers of items n, a legend.
-    Without `markdown`, columns that exceed `width` characters continue in a table below."""
+    """Returns a table as text: a line for each row, a line with the numbers of items, and a legend.
+    Without `markdown`, columns that exceed `width` characters go into another table below."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     grid = [["", *(f"{column} %" if column.startswith(RATES) else column for column in columns)]]
     for name, row in rows.items():

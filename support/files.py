@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 
 def parse_json(content: bytes | str, where) -> dict:
-    """Parses a JSON object; refuses NaN and repeated keys. A ValueError begins with `where`."""
+    """Parses a JSON object; refuses NaN and repeated keys. Raises ValueError that names `where`."""
 
     def refuse(what):
         raise ValueError(f"{what} is not allowed")
@@ -87,7 +87,7 @@ def flush_to_disk(path) -> None:
 
 
 def digest(*parts) -> str:
-    """Returns the SHA-256 (hex) of all parts in order: bytes, files (as Path) or JSON values."""
+    """Returns a SHA-256 (hex) over all parts in order: bytes, files (as Path) or JSON values."""
     parts = [p if isinstance(p, bytes | Path) else json.dumps(p).encode() for p in parts]
     sums = [digest_file(p) if isinstance(p, Path) else hashlib.sha256(p).hexdigest() for p in parts]
     return hashlib.sha256("".join(sums).encode()).hexdigest()
@@ -100,8 +100,8 @@ def digest_file(path) -> str:
 
 @contextlib.contextmanager
 def locked(folder, wait: str = ""):
-    """Locks a folder for this process and creates the folder if necessary. A lock ends with its
-    process. If the folder is locked, prints `wait` and waits, or raises ValueError if it is ""."""
+    """Locks a folder, created if necessary, until the context or the process ends. If another
+    process has the lock, prints `wait` and waits for it, or raises ValueError if `wait` is ""."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         handle = os.open(folder, os.O_RDONLY)

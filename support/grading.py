@@ -1,4 +1,4 @@
-"""Graders read the result of an answer, compare it with the key, and compute pass@k and maj@n."""
+"""Graders read the result in an answer, compare it with the key, and compute pass@k and maj@n."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from fractions import Fraction
 DECIMAL = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 # Matches a capital letter by itself, but neither the pronoun I nor the article A.
 CAPITAL = r"((?:[B-HJ-Z]|[AI](?!['’]|\s+(?!because|since|as\b|is\b)\w))\b)"
-LETTERS = (  # answer is (C), correct option: C; option C, **C**; C at the beginning; (C)
+LETTERS = (  # they match: answer is (C), correct option: C; option C, **C**; C at the start; (C)
     rf"(?i:\banswer|\bcorrect (?:choice|option))\**(?i:\s+is\b\**:?|:)[\s*(]*{CAPITAL}",
     rf"(?:(?i:\boption)\s+[*(]*|\*\*\(?(?=\w[).]*\*\*)){CAPITAL}",
     rf"\A\W*{CAPITAL}(?:[.:)](?!\w)|[ \t]*(?:\n|\Z))",
@@ -58,7 +58,7 @@ def find_formula(text: str) -> str | None:
 
 
 def normalize_formula(text: str) -> Fraction | str:
-    """Returns the value of a number, or another formula as MATH and Minerva normalize it."""
+    """Returns the value of a number, or the text of a formula normalized as in MATH and Minerva."""
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\\left|\\right|\\[!,;: ]|\^\s*\{?\\circ\}?|\\?[%$]", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text).strip().rstrip(".")
@@ -83,7 +83,7 @@ def read_letter(text: str) -> str | None:
     return next((found[-1] for form in LETTERS if (found := re.findall(form, text))), None)
 
 
-# grade -> a function that reads the key, and functions that return an answer's result or None
+# grade -> a function that reads the key, and named readers of an answer's result (None: not found)
 GRADERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
     "gsm8k": (read_gsm8k_key, {"strict": read_strict, "flexible": read_flexible}),
     "math": (lambda key: normalize_formula(find_formula(key) or key), {"math": read_math}),
@@ -103,9 +103,9 @@ def powers_of_two(n: int) -> list[int]:
 
 
 def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
-    """Returns the values of one question for each reader of the grade. One answer has the value 1
-    if it is right. Several answers have pass@k for k = 1, 2, 4, ..., n, and maj@n, which is 1 if
-    the most frequent result (the first if tied) is right."""
+    """Returns the values of the answers to a question by each reader of the grade. A single answer
+    has the value 1 if it is right, else 0. Several answers have pass@k for k = 1, 2, 4, ..., n, and
+    maj@n, which is 1 if the most frequent result (the first if tied) is right, else 0."""
     read_key, readings = GRADERS[grade]
     gold, n, values = read_key(key), len(texts), {}
     for name, read in readings.items():

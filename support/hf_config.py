@@ -14,7 +14,7 @@ FAMILIES = {
     "qwen3": ("Qwen3ForCausalLM", {"mlp_bias": False, "sliding_window": None, "qk_norm": True},
               QWEN | {"head_dim": 128}),
 }  # fmt: skip
-# Keys that do not change the forward pass. (max_window_layers needs use_sliding_window.)
+# Keys that do not change the forward pass. (max_window_layers acts only if use_sliding_window.)
 INERT_KEYS = {"_name_or_path", "architectures", "auto_map", "dtype", "is_llama_config",
               "max_window_layers", "pad_token_id", "rope_parameters", "torch_dtype",
               "transformers_version", "unk_token_id", "use_cache"}  # fmt: skip
@@ -27,7 +27,7 @@ ROPE_SCALINGS = {"default": (), "linear": ("factor",), "llama3": LLAMA3_ROPE}
 
 def read_config(hf: dict, fields: tuple[dataclasses.Field, ...]) -> dict:
     """Converts the content of a config.json of transformers 4 or 5 to arguments of ModelConfig,
-    which has these `fields`. Raises ValueError that names the key and its wrong value."""
+    whose fields are `fields`. Raises ValueError that names the key and its wrong value."""
     kind, names = hf.get("model_type"), {field.name for field in fields}
     _check(kind in [*FAMILIES], f"model_type {kind!r:.60} is not one of {', '.join(FAMILIES)}")
     _, fixed, absent = FAMILIES[kind]
@@ -62,7 +62,7 @@ def read_config(hf: dict, fields: tuple[dataclasses.Field, ...]) -> dict:
 
 
 def write_config(values: dict) -> dict:
-    """Converts the fields of a ModelConfig to a config.json that transformers 4 and 5 both read."""
+    """Converts a ModelConfig's fields to a config.json that both transformers 4 and 5 can read."""
     hf = {key: value for key, value in values.items() if key not in ("qkv_bias", "qk_norm")}
     rope = {"rope_theta": values["rope_theta"], "rope_type": "default"}
     rope |= values["rope_scaling"] or {}
@@ -71,13 +71,14 @@ def write_config(values: dict) -> dict:
 
 
 def _rope(hf: dict) -> dict:
-    """Reads rope_theta and rope_scaling from the older keys or from rope_parameters."""
+    """Returns rope_theta and rope_scaling from transformers 4's keys or 5's rope_parameters."""
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     _check(isinstance(rope, dict), f"rope_scaling must be an object, not {rope!r:.60}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     _check_number("rope_theta", theta, float)
-    _check(rope.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor is not implemented")
+    _check_number("rope_theta", hf.get("rope_theta", theta), float)
+    _check(rope.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor must be 1")
     _check(kind in [*ROPE_SCALINGS], f"rope type {kind!r:.60} is not default, linear or llama3")
     scaling = {key: rope.get(key) for key in ROPE_SCALINGS[kind]}
     for key, value in scaling.items():

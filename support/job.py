@@ -36,16 +36,16 @@ class Job(NamedTuple):
     pairs: Pairs  # training pairs; empty if the policy draws the answers
     held_out: Pairs
     inputs: dict[str, str]  # hashes of the files that the run started from
-    checkpoint: Path | None  # the checkpoint from which the run resumes
-    record: dict  # the record of the checkpoint; {} for a new run
+    checkpoint: Path | None  # the checkpoint from which the run resumes, if any
+    record: dict  # the checkpoint's training.json; {} for a new run
     world: object  # support.distributed.World
     mismatched: Pairs | None = None  # the prompts of `pairs` with the answers of other rows (kto)
     questions: list | None = None  # the questions to which the policy draws answers
-    reference: Llama | None = None  # stays in memory if the policy draws answers
+    reference: Llama | None = None  # kept in memory only if the policy draws answers
 
     @property
     def layout(self) -> tuple[int, int, bool]:
-        """Returns the last arguments of data.make_batches."""
+        """Returns the arguments row_tokens, micro_tokens and pad of data.make_batches."""
         return self.options.row_tokens, self.options.micro_tokens, needs_fixed_length(self.model)
 
     @property
@@ -55,12 +55,12 @@ class Job(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Returns the steps of all epochs, over which the schedule of the learning rate extends."""
+        """Returns the number of steps in all epochs, which the learning-rate schedule spans."""
         return self.options.epochs * self.per_epoch
 
     @property
     def stop(self) -> int:
-        """Returns the last step of this run, which --max_steps may lower."""
+        """Returns the last step of this run: `steps`, or --max_steps if this is smaller."""
         limit = self.options.max_steps
         return self.steps if limit is None else min(self.steps, limit)
 
@@ -85,7 +85,7 @@ def load_job(options, world) -> Job:
     lengths = np.concatenate([pairs.lengths(), held_out.lengths()])  # (all pairs, 3)
     longest = int(max(lengths[:, 0] + lengths[:, 1:].max(axis=1), default=0))
     if longest > (context := model.config.max_position_embeddings):
-        raise ValueError(f"--max_length: a pair has {longest} tokens, lower it to {context}")
+        raise ValueError(f"--max_length: a pair has {longest} tokens; lower it to {context}")
     if loss.shared_of_mismatched:
         mismatched = mismatched_pairs(pairs, longest, tokenizer.bos_id)
     init, adapter = Path(options.init), options.init_adapter
@@ -94,7 +94,7 @@ def load_job(options, world) -> Job:
         "eval_data": hash_pairs(held_out),
         "init_adapter": digest(*map(Path(adapter).joinpath, lora.ADAPTER_FILES)) if adapter else "",
     }
-    # A resumed run does not read the initial weights, unless they are frozen or the reference.
+    # A resumed run reads the initial weights only if they are frozen, replaced, or the reference.
     if not record or reference or lora.lora_of(model) or options.init != record["options"]["init"]:
         inputs["init"] = digest(*sorted(weights.weight_files(init)), init / "config.json")
     job = Job(options, model, tokenizer, pairs, held_out, inputs, checkpoint, record, world,
@@ -108,12 +108,12 @@ def load_job(options, world) -> Job:
 
 def load_models(options, checkpoint: Path | None, world):
     """Loads policy, tokenizer, and the reference, which is None unless the policy draws answers."""
-    device = "cpu" if world.count > 1 else options.device  # sharding moves one block at a time
+    device = "cpu" if world.count > 1 else options.device  # sharding moves it block by block
     draws, adapter, reference = on_policy.draws(options), options.init_adapter, None
     if options.lora_rank or adapter:
         model, tokenizer = load_checkpoint(options.init, "cpu", torch.float32)
         torch.manual_seed(options.seed)
-        try:  # converts weights to --dtype, so less has to move to the device
+        try:  # converts weights to --dtype before they move to the device
             lora.add_lora(model, lora.config_of(options), getattr(torch, options.dtype))
         except ValueError as error:
             raise ValueError(f"{adapter or options.init}: {error}") from None
@@ -136,7 +136,7 @@ def load_models(options, checkpoint: Path | None, world):
 
 
 def mismatched_pairs(pairs: Pairs, max_length: int, bos_id: int | None) -> Pairs:
-    """Pairs each prompt with the answers of the next row that has another prompt, for kto's K."""
+    """Combines each prompt with the answers to the next different prompt, for the K of kto."""
     mismatched = Pairs()
     for i, pair in enumerate(pairs):
         others = (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs)))
@@ -155,7 +155,7 @@ def check_answers(pairs: Pairs, needed: str, path, loss: str) -> None:
 
 
 def describe(job: Job) -> str:
-    """Summarizes the run before training starts, so that a wrong flag is noticed early."""
+    """Returns a summary of the run to print before training, which shows a wrong flag early."""
     options, loss = job.options, LOSSES[job.options.loss]
     used = loss.options.keys() | ({"beta"} if loss.uses_beta else set())
     arguments = [f", {n} {x:g}" for n, x in loss.arguments(options).items() if n in used]
@@ -178,7 +178,7 @@ def describe(job: Job) -> str:
 
 
 def logps_of(job: Job, pairs: Pairs) -> Tensor:
-    """Returns log-probs of pairs under job.model (pairs, 2), in nats, computed as in training."""
+    """Returns log-probs of answers under job.model, (pairs, 2) in nats, computed as in training."""
     dtype, world = getattr(torch, job.options.dtype), job.world
     logps = world.sum(pair_logps(job.model, pairs, *job.layout[:2], dtype, world.batches))
     world.reshard(job.model)
@@ -186,7 +186,7 @@ def logps_of(job: Job, pairs: Pairs) -> Tensor:
 
 
 def first_progress(job: Job) -> run_folder.Progress:
-    """Computes the state at step 0: the log-probs of all pairs under the initial weights."""
+    """Computes the state at step 0, with the log-probs of pairs under the initial weights."""
     compared = job.pairs if LOSSES[job.options.loss].needs_reference else None
     refs = [reference_logps(job, pairs) if pairs else None for pairs in (compared, job.mismatched)]
     return run_folder.Progress(0, 0, *refs, logps_of(job, job.held_out), {})
@@ -197,8 +197,8 @@ def hash_pairs(pairs: Pairs) -> str:
 
 
 def reference_logps(job: Job, pairs: Pairs) -> Tensor:
-    """Returns the log-probs of training pairs under the initial weights (pairs, 2), in nats. They
-    are cached in a file, whose name is a hash of weights, token ids and precision."""
+    """Returns the log-probs of training pairs under the initial weights: (pairs, 2) in nats. A file
+    whose name contains a hash of weights, token ids and precision caches the log-probs."""
     options, cached = job.options, None
     key = digest(job.inputs["init"], job.inputs["init_adapter"], hash_pairs(pairs), options.dtype)
     file = Path(options.out).parent / "cache" / f"reference-{key[:16]}.safetensors"
@@ -215,5 +215,5 @@ def reference_logps(job: Job, pairs: Pairs) -> Tensor:
         if job.world.first:
             file.parent.mkdir(parents=True, exist_ok=True)
             weights.save_tensors(file, {"logps": logps}, key=digest(key, logps.numpy().tobytes()))
-        notes.append(f"in {file}")
+        notes.append(f"cached in {file}")
     return logps

@@ -1,5 +1,5 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) in PEFT's format, added to an existing model:
-y = W x + b + s B A x, where A (r, in) and B (out, r) are trained and W and b are frozen."""
+y = W x + b + s B A x. A (r, in) and B (out, r) are trained; W, b and the scale s are fixed."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,7 @@ from support.weights import read_weights, save_tensors
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DEFAULT_TARGETS, ALPHA_PER_RANK = "all", 2.0  # of --lora_targets, and of --lora_alpha over the rank
+DEFAULT_TARGETS, ALPHA_PER_RANK = "all", 2.0  # defaults of --lora_targets, alpha / rank
 LORA_TARGETS = {"all": LINEARS, "attention": LINEARS[:4]}
 # Keys of an adapter_config.json that PEFT uses only to create or train an adapter.
 INERT_KEYS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "qalora_group_size",
@@ -29,11 +29,11 @@ class LoraConfig:
     r: int
     lora_alpha: float
     target_modules: list[str]  # names, or ends of names, of linear modules in the blocks
-    use_rslora: bool = False  # the scale is alpha / sqrt(r), arXiv 2312.03732
+    use_rslora: bool = False  # if set, s = alpha / sqrt(r) (arXiv 2312.03732), else alpha / r
 
     @classmethod
     def from_pretrained(cls, folder) -> "LoraConfig":
-        """Reads an adapter_config.json. Raises OSError or ValueError that names file and key."""
+        """Reads an adapter_config.json. Raises OSError, or ValueError that names file and key."""
         file = Path(folder) / ADAPTER_FILES[0]
         hf = {"peft_type": None} | read_json(file)
         r, alpha, targets = (hf.pop(key, None) for key in ("r", "lora_alpha", "target_modules"))
@@ -62,7 +62,7 @@ def config_of(options) -> LoraConfig:
 
 
 class LoraLinear(nn.Linear):
-    """A linear module with an adapter: A starts uniform and B starts at 0, as in PEFT."""
+    """A linear module with an adapter, whose A starts random (uniform) and B at 0, as in PEFT."""
 
     def __init__(self, base: nn.Linear, lora: LoraConfig):
         super().__init__(base.in_features, base.out_features, device="meta")
@@ -79,7 +79,7 @@ class LoraLinear(nn.Linear):
 def add_lora(model: nn.Module, lora: LoraConfig, dtype: torch.dtype = torch.float32) -> None:
     """Freezes a model and adds float32 adapters to its target modules. The frozen weights of linear
     modules are stored in `dtype`, because autocast would round float32 weights at every use. Raises
-    ValueError for a target that no linear module has, and for a rank above a target's width."""
+    ValueError for a target that matches no module, and for a rank above a target's dimensions."""
     linears = {n: m.to(dtype) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     linears.pop("lm_head", None)
     found = {}
@@ -90,7 +90,7 @@ def add_lora(model: nn.Module, lora: LoraConfig, dtype: torch.dtype = torch.floa
         found |= matches
     limit = min(min(linear.weight.shape) for linear in found.values())
     if not 0 < lora.r <= limit:
-        raise ValueError(f"LoRA rank {lora.r}: must be from 1 to {limit}, a target's width")
+        raise ValueError(f"LoRA rank {lora.r}: must be from 1 to {limit}, a target's dimension")
     model.requires_grad_(False)
     model.lora = lora
     for name, linear in found.items():
@@ -104,7 +104,7 @@ def lora_of(model: nn.Module) -> LoraConfig | None:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Adds s B A to each W, rounds to the precision of W, then converts the model to `dtype`."""
+    """Adds s B A to each W, rounds the sum to W's dtype, and returns the model in `dtype`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear):
             merged = nn.Linear(module.in_features, module.out_features, device="meta")
@@ -117,7 +117,7 @@ def merge_lora(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def load_adapter(model: nn.Module, folder) -> None:
-    """Reads adapter_model.safetensors. Raises ValueError as read_weights does."""
+    """Copies adapter_model.safetensors to the adapters. Raises ValueError like read_weights."""
     adapters, files = _adapters(model), [Path(folder) / ADAPTER_FILES[1]]
     shapes = {name: tuple(p.shape) for name, p in adapters.items()}
     for name, tensor in read_weights(folder, shapes, torch.float32, files=files).items():
@@ -125,7 +125,7 @@ def load_adapter(model: nn.Module, folder) -> None:
 
 
 def save_adapter(model: nn.Module, folder, base: str) -> None:
-    """Writes the adapters in PEFT's format. base: the name or path of the base model."""
+    """Writes the adapters in PEFT's format to `folder`. base: name or path of the base model."""
     Path(folder).mkdir(exist_ok=True)
     save_tensors(Path(folder) / ADAPTER_FILES[1], _adapters(model), format="pt")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
@@ -133,6 +133,6 @@ def save_adapter(model: nn.Module, folder, base: str) -> None:
 
 
 def _adapters(model: nn.Module) -> dict[str, Tensor]:
-    """Maps PEFT's names to the adapters' weights, which share memory with the model."""
+    """Returns the adapters' weights by PEFT's names; they share memory with the model."""
     named = model.named_parameters()
     return {f"base_model.model.{name}": p.detach() for name, p in named if ".lora_" in name}

@@ -1,4 +1,4 @@
-"""Predicts the memory and time of a run from config.json (--plan); imports the core."""
+"""Predicts the memory and time of a step from config.json (--plan). Imports mio.py and model.py."""
 
 import dataclasses
 from itertools import product
@@ -26,12 +26,12 @@ GPUS = {"h100": (80, 989, 67), "a100": (80, 312, 19.5), "h200": (141, 989, 67),
 
 
 class Needs(NamedTuple):
-    """The bytes that a step needs on each GPU, by kind and at the peak, and each GPU's FLOPs."""
+    """The memory of a step on each GPU in bytes, by kind and at the peak, and each GPU's FLOPs."""
 
-    parameters: int
-    weights: float  # with several GPUs: the shard, and the weights that are gathered at a time
+    parameters: int  # number of parameters of the whole model, adapters included
+    weights: float  # with several GPUs: the shard, gathered weights and gradients of two blocks
     gradients: float
-    moments: float
+    moments: float  # of AdamW
     activations: float  # saved by the forward pass for the backward pass
     head: float  # the logits of a chunk, and the gradients of the head and of its input states
     peak: float
@@ -39,8 +39,8 @@ class Needs(NamedTuple):
 
 
 def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1) -> Needs:
-    """Returns what each GPU needs in a step of `passes` forward passes. rows, lengths: the tokens
-    of each row and of each answer in a pass. The overhead of the allocator and CUDA is left out."""
+    """Returns what each GPU needs in a step of `passes` forward passes, without the overhead of the
+    allocator and CUDA. rows, lengths: the numbers of tokens of the rows and answers in a pass."""
     with torch.device("meta"):  # all blocks are alike, so the model has a single block
         model = Llama(dataclasses.replace(config, num_hidden_layers=1))
         if options.lora_rank:
@@ -106,7 +106,7 @@ def _operations(config, options, linears, head, T, N, squares, compiled) -> floa
     products = 2 * T * L * sum(w.numel() for w in linears.values())
     attention = 4 * L * config.num_attention_heads * config.head_dim * squares
     attention /= 2 if compiled else 1  # FlexAttention skips blocks of later tokens
-    # A product has a backward product for its input and one for a trained weight; attention has 5.
+    # Backward, each input and each trained weight needs a product; attention needs 5 instead of 2.
     flops = 2 * products + 2 * T * L * sum(w.numel() for w in linears.values() if w.requires_grad)
     flops += 3.5 * attention + project * (2 + head.requires_grad)
     if options.checkpointing == "on":  # eager code does not recompute a block's last product
@@ -118,11 +118,11 @@ def _operations(config, options, linears, head, T, N, squares, compiled) -> floa
 
 
 def needs_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) -> Needs:
-    """Returns the needs with changed options, for pairs whose prompt fills half of --max_length."""
+    """Returns `needs` with `changes` to the options, for prompts that fill half of --max_length."""
     options = dataclasses.replace(options, **changes)
     prompt, answer = options.max_length // 2, options.max_length - options.max_length // 2
     pair = prompt + 2 * (answer - 1)
-    share = -(-options.batch_size // gpus)  # pairs in a GPU, at least one
+    share = -(-options.batch_size // gpus)  # pairs of a step on a GPU
     count = min(share, max(1, options.micro_tokens // pair))  # pairs in a pass
     padding = 0 if options.compile == "off" else max(0, options.micro_tokens - pair * count)
     rows, lengths = [pair] * count + [padding], [answer] * 2 * count
@@ -131,7 +131,7 @@ def needs_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) -
 
 def plan(options) -> str:
     """Returns a table of the memory and time of a step on one --gpu, and of the fewest GPUs that
-    hold the step, for all combinations of three flags that save memory."""
+    hold the step, for all combinations of --lora_rank, --dtype and --checkpointing."""
     init, options = Path(options.init or options.plan), dataclasses.replace(options, device="cuda")
     config = PRESETS.get(options.plan) or ModelConfig.from_hf(read_json(init / "config.json"))
     memory, *peak_speeds = GPUS[options.gpu]
@@ -141,7 +141,7 @@ def plan(options) -> str:
     for lora_rank, dtype, checkpointing in product(*flags):
         changes = {"lora_rank": lora_rank, "dtype": dtype, "checkpointing": checkpointing}
         found = [needs_of_longest_pairs(config, options, gpus, **changes) for gpus in counts]
-        # A tenth of the memory stays free, because the needs are estimates.
+        # About a tenth of the memory stays free, because the predicted peak is an estimate.
         fits = (gpus for gpus, each in zip(counts, found) if 1.1 * each.peak <= memory * 1e9)
         one, speed = found[0], 1e12 * options.mfu * peak_speeds[dtype == "float32"]
         label = f"rank {rank} {dtype}" if lora_rank else f"all {dtype}"
@@ -157,6 +157,6 @@ def plan(options) -> str:
 {"GB, then PFLOP, s":19} weight   grad moment   kept   head   peak  PFLOP      s GPUs
 {chr(10).join(rows)}
 
-kept: for the backward pass; s: seconds of a step at {options.mfu:.0%} of peak speed;
-GPUs: the fewest on which the step fits and leaves a tenth of the memory free;
-recomputed: --checkpointing on; >: the given flags"""
+kept: saved for the backward pass; s: seconds of a step at {options.mfu:.0%} of peak speed;
+GPUs: the fewest that hold the step and keep about a tenth of their memory free;
+recomputed: with --checkpointing on; >: with the given flags"""

@@ -1,4 +1,4 @@
-"""Benchmarks: questions to answer and grade, and questions whose choices are scored by log-prob."""
+"""Benchmarks grade the answers to questions, or score a question's choices by log-prob."""
 
 from itertools import islice
 from typing import NamedTuple
@@ -26,19 +26,19 @@ class Item(NamedTuple):
     gold: int = 0  # the index of the right choice
 
     def ids(self, tokenizer, before: str) -> list[int]:
-        """Returns the ids of the text `before` (only if the prompt is a text) and the prompt."""
+        """Returns the ids of the prompt, after those of `before` if the prompt is a text."""
         if isinstance(self.prompt, list):
             return tokenizer.render(self.prompt, add_generation_prompt=True)
         return tokenizer.prompt_ids(before + self.prompt)
 
     def joined(self, text: str) -> str:
-        """Returns the answer, with a space before it if no white space parts it from the prompt."""
+        """Returns the answer `text`, after a space if prompt and answer would otherwise touch."""
         bare = isinstance(self.prompt, list) or self.prompt[-1:].isspace() or text[:1].isspace()
         return text if bare else " " + text
 
 
 def read_item(line: int, row: dict) -> Item:
-    """Returns the item of a row of any form. Raises ValueError if the row is malformed."""
+    """Returns the item of a row in any form of question. Raises ValueError for a malformed row."""
     if row.keys() >= {"question", "answer"}:
         prompt = f"Question: {text_of(row, 'question')}\nAnswer:"
         row = {"prompt": prompt, "answer": row["answer"], "grade": "gsm8k", "stop": ["Question:"]}
@@ -71,7 +71,7 @@ def _texts_of(row: dict, column: str) -> tuple[str, ...]:
 
 
 def read_items(path) -> list[Item] | None:
-    """Reads the items of a JSONL file; None for pairs. Raises ValueError with file and line."""
+    """Returns a JSONL file's items, or None for pairs. Raises ValueError with file and line."""
     items = []
     for line, row in read_rows(path):
         if not items and row.keys() & (COLUMNS - {"prompt"}):
@@ -88,41 +88,41 @@ def read_items(path) -> list[Item] | None:
 
 
 def examples(path: str | None, k: int, items: list[Item]) -> str:
-    """Returns the first k rows of a file with their answers as text to put before each prompt of
-    `items`; "" without a file or with rows of another form. Raises ValueError for unfit rows."""
+    """Returns the first k questions of a file with their answers, as text to put before each prompt
+    of `items`; "" without a file or if grades differ. Raises ValueError for unsuitable rows."""
     if path is None:
         return ""
     shots = (read_items(path) or [])[:k]
     if len(shots) < k:
-        raise ValueError(f"{path}: -k {k}, but the file has {len(shots)} shots; change -k or file")
+        raise ValueError(f"{path}: -k {k} exceeds its {len(shots)} questions; change -k or --shots")
     if len({item.grade for item in shots + items}) > 1:
         return ""
     if any(isinstance(item.prompt, list) for item in shots + items):
         raise ValueError(f"{path}: conversations take no shots; leave out --shots")
     for shot in shots:
         if any(shot.prompt == item.prompt for item in items):
-            raise ValueError(f"{path}:{shot.line}: is in --data; use --shots from a training split")
+            raise ValueError(f"{path}:{shot.line}: is in --data too; use --shots of another split")
     return "".join(f"{shot.prompt}{shot.joined(shot.key)}\n\n" for shot in shots)
 
 
 def prompt_ids(model, tokenizer, path, items: list[Item], before: str, lengths) -> list[list[int]]:
-    """Returns the ids of `before` and each item's prompt. `lengths` (items,) limit the tokens of
-    the answers. Raises ValueError with file and line if the sum exceeds the model's context."""
+    """Returns the ids of each item's prompt, after those of `before`. lengths: (items,) most answer
+    tokens. Raises ValueError that names file and line if prompt and answer exceed the context."""
     limit, ids = model.config.max_position_embeddings, []
     for item, length in zip(items, lengths):
         try:
             ids.append(item.ids(tokenizer, before))
             if (total := len(ids[-1]) + length) > limit:
                 raise ValueError(f"prompt and answer may take {total} tokens, but the model reads "
-                                 f"{limit}; lower --max_new_tokens or -k")  # fmt: skip
+                                 f"at most {limit}; lower --max_new_tokens or -k")  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{path}:{item.line}: {error}") from None
     return ids
 
 
 def answer_columns(model, tokenizer, path, items: list[Item], before: str, options):
-    """Generates options.n answers to each item and grades them. Returns name -> Column, among them
-    "cut", the share of answers without an end token or stop text, and the texts of each item."""
+    """Generates options.n answers to each item and grades them. Returns a dict of columns
+    ("cut" is the share of answers without an end token or stop text), and each item's answers."""
     n, new = options.n, options.max_new_tokens
     prompts = prompt_ids(model, tokenizer, path, items, before, [new] * len(items))
     kwargs = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
@@ -144,7 +144,7 @@ def answer_columns(model, tokenizer, path, items: list[Item], before: str, optio
 
 
 def choice_rows(model, tokenizer, path, items: list[Item], before: str) -> list[list[list[int]]]:
-    """Returns the ids of each item's prompt and of its choices, which continue the prompt."""
+    """Returns the ids of each item as [prompt, choice, ...]; the choices continue the prompt."""
     choices = [[tokenizer.continue_ids(item.joined(c)) for c in item.choices] for item in items]
     longest = [max(map(len, ids)) for ids in choices]
     prompts = prompt_ids(model, tokenizer, path, items, before, longest)
@@ -152,8 +152,8 @@ def choice_rows(model, tokenizer, path, items: list[Item], before: str) -> list[
 
 
 def choice_columns(items: list[Item], logps: list[np.ndarray]) -> dict[str, Column]:
-    """Accuracies from the summed log-prob of each choice, as lm-evaluation-harness defines them:
-    by log-prob, by log-prob per character and per byte, without the joining space."""
+    """Returns accuracies as in lm-evaluation-harness: acc picks the choice of largest log-prob, and
+    acc_norm and acc_bytes divide it by the choice's characters or bytes, without outer spaces."""
     values = []
     for item, scores in zip(items, logps):
         texts = [choice.strip() for choice in item.choices]

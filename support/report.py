@@ -1,4 +1,4 @@
-"""The report of `python data.py FILE` on rows, lengths and one pair. Imports data.py."""
+"""Writes the report of `python data.py FILE` on rows, lengths and one pair. Imports data.py."""
 
 import textwrap
 
@@ -7,14 +7,14 @@ import numpy as np
 from data import Pair, Pairs, pack_batch, read_pairs, row_length
 
 QUANTILES = (0, 25, 50, 75, 95, 100)  # percent
-MAX_LINES = 12  # most lines of a prompt or an answer; the middle of a longer text is left out
+MAX_LINES = 12  # most lines for a prompt or an answer; the middle of a longer text is left out
 
 
 def describe_file(path, tokenizer, max_length: int) -> str:
-    """Reports on a data file, in lines of fewer than 80 characters. Raises like read_pairs."""
+    """Returns a report on a data file as text. Raises the same errors as read_pairs."""
     pairs, report = read_pairs(path, tokenizer, max_length)
     forms = ", ".join(f"{count} of {form}" for form, count in report.forms.items())
-    lines = [f"{report.rows} rows, of which used: {forms or 'none'}"]
+    lines = [f"{report.rows} rows, of which training uses {forms or 'none'}"]
     lines += [textwrap.fill(line, 79, subsequent_indent="  ") for line in report.lines()]
     lines += [f"{len(pairs)} pairs to train on, at most {max_length} tokens each"]
     if not pairs:
@@ -29,16 +29,16 @@ def describe_file(path, tokenizer, max_length: int) -> str:
     shared = sum(row_length(pair) for pair in pairs)
     separate = sum(row_length((pair[0], answer)) for pair in pairs for answer in pair[1:] if answer)
     saving = f"{shared:,} tokens to compute instead of {separate:,} ({shared / separate - 1:+.0%})"
-    lines += [f"prompts shared: {saving}", "", f"line {pairs.lines[0]}, scored tokens marked ^:"]
+    lines += [f"sharing prompts: {saving}", "", f"line {pairs.lines[0]} (^ marks scored tokens):"]
     return "\n".join([*lines, *token_grid(pairs, tokenizer)])
 
 
 def token_grid(pairs: Pairs, tokenizer) -> list[str]:
-    """Shows the first pair as pack_batch lays it out. Each line of tokens begins with the position
-    of its first token; in the line below, ^ marks the tokens that are scored."""
+    """Returns lines that show the first pair as pack_batch lays it out. Lines of tokens begin with
+    the position of the first token; in the line below, ^ marks the tokens that are scored."""
     targets, pair, grid = iter(pack_batch(pairs, [[0]]).targets.tolist()), pairs[0], []
     for name, ids in zip(Pair._fields, pair):
-        lines = []  # a line of tokens and a line of marks by turns
+        lines = []  # lines of tokens alternate with lines of marks
         for offset, id in enumerate(ids):
             text = tokenizer.token_bytes[id].decode(errors="backslashreplace")
             text = repr(text)[1:-1].replace(" ", "·")

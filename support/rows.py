@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 COLUMNS = {"prompt", "chosen", "rejected", "completion", "label", "messages"}
 ROW_FORMS = (
-    "rows are {prompt, chosen, rejected}, {chosen, rejected} of messages or of Human/Assistant "
+    "rows must be {prompt, chosen, rejected}, {chosen, rejected} of messages or of Human/Assistant "
     "transcripts, {prompt, completion, label}, {prompt, completion} or {messages}"
 )
 # An Anthropic-HH transcript is one text, whose turns begin with these markers.
@@ -30,7 +30,7 @@ class Example(NamedTuple):
 
 def read_row(row: dict) -> Example:
     """Returns the example in a row. Raises ValueError if the row is malformed, UnusableError if an
-    answer is empty, if the answers are identical, or if the row has no prompt before them."""
+    answer is empty, if the answers are identical, or if they do not follow the same prompt."""
     if row.keys() >= {"chosen", "rejected"}:
         is_conversation = isinstance(row["chosen"], list)
         example = _read_conversations(row) if is_conversation else _read_texts(row)
@@ -83,7 +83,7 @@ def _read_texts(row: dict) -> Example:
 
 
 def _split_transcript(transcript: str, column: str) -> tuple[str, str]:
-    """Splits a transcript before the text of the assistant's last turn."""
+    """Splits a transcript into a prompt and the text of the assistant's last turn."""
     before, turn, answer = transcript.rpartition(ASSISTANT_TURN)
     if not turn:
         raise ValueError(f"a row without a 'prompt' needs {ASSISTANT_TURN!r} in {column!r}")
@@ -130,19 +130,19 @@ def _read_completion(row: dict) -> Example:
 
 @dataclasses.dataclass
 class Report:
-    """How the reader uses the rows of a file. Lists hold line numbers."""
+    """How the reader used the rows of a file. The lists hold line numbers."""
 
     rows: int = 0  # number of rows in the file
     forms: Counter = dataclasses.field(default_factory=Counter)  # form -> number of used rows
     unused: dict[str, None] = dataclasses.field(default_factory=dict)  # columns that no form has
-    truncated: list[int] = dataclasses.field(default_factory=list)  # rows with a shorter prompt
+    truncated: list[int] = dataclasses.field(default_factory=list)  # rows whose prompt was cut
     dropped: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # reason -> lines
 
     def lines(self) -> list[str]:
-        """Returns text on unused columns, on each reason to drop rows, and on truncated rows."""
-        losses = {f"dropped, {reason}": lines for reason, lines in self.dropped.items()}
+        """Returns lines of text on unused columns, reasons to drop rows, and truncated rows."""
+        losses = {f"dropped because {reason}": lines for reason, lines in self.dropped.items()}
         if self.truncated:
-            losses["cut, the prompt lost its oldest tokens to --max_length"] = self.truncated
+            losses["cut: the prompt lost its oldest tokens to --max_length"] = self.truncated
         unused = f"columns not used: {', '.join(sorted(self.unused))}"
         return ([f"{unused:.200}"] if self.unused else []) + [
             f"{len(lines)} of {self.rows} rows {loss}: line {', '.join(map(str, lines[:5]))}"

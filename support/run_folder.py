@@ -1,5 +1,5 @@
 """Writes and reads run folders and their checkpoints, from which runs resume exactly. A checkpoint
-is the folder of a model or an adapter with training.safetensors, training.json and SHA256SUMS."""
+is a model or adapter folder that also holds training.safetensors, training.json and SHA256SUMS."""
 
 import contextlib
 import dataclasses
@@ -35,8 +35,8 @@ RESULTS = ("summary.json", "eval.json", "config.json", "model*.safetensors*", "a
 
 
 def check_out(options, sources: list) -> None:
-    """Raises ValueError if --out contains one of `sources`, which the run reads, or files that are
-    not those of a run, or a run without --resume or --overwrite."""
+    """Raises ValueError if --out contains one of `sources`, which the run reads, if --out holds
+    files but no run, or if it holds a run and neither --resume nor --overwrite is given."""
     folder = Path(options.out)
     for path in filter(None, sources):
         if Path(path).resolve().is_relative_to(folder.resolve()):
@@ -45,14 +45,14 @@ def check_out(options, sources: list) -> None:
         raise ValueError(f"--out {folder}: is a file; choose another name")
     found = [path for path in folder.glob("*") if path.suffix != ".partial"]
     if found and not (folder / "train_config.json").is_file():
-        raise ValueError(f"--out {folder}: holds other files; choose an empty folder")
+        raise ValueError(f"--out {folder}: holds other files, but no run; choose an empty folder")
     if found and not (options.resume or options.overwrite):
         raise ValueError(f"--out {folder}: holds a run; use --resume, --overwrite or another --out")
 
 
 def begin(options, record: dict, processes: int) -> None:
-    """Removes the results of an earlier run and, unless the run resumes from the checkpoint of
-    `record`, its progress. Then writes train_config.json, whose commit is None without git."""
+    """Removes the results of an earlier run, and its metrics and checkpoints unless the run resumes
+    from the checkpoint of `record`. Writes train_config.json, whose commit is null without git."""
     folder = Path(options.out)
     for pattern in RESULTS if record else (*RESULTS, "metrics.jsonl", "checkpoints", "tensorboard"):
         for path in list(folder.glob(pattern)):
@@ -126,7 +126,7 @@ def recorded(options) -> dict:
 
 
 def put_moments(model, optimizer, moments: dict[str, Tensor], world) -> None:
-    """Restores the state of AdamW from tensors under the names in `Progress.moments`."""
+    """Restores the state of AdamW from moments, which have the names of `Progress.moments`."""
     for name, moment in moments.items():
         key, path = name.split(".", maxsplit=1)
         parameter = model.get_parameter(path)
@@ -134,7 +134,7 @@ def put_moments(model, optimizer, moments: dict[str, Tensor], world) -> None:
 
 
 def save_checkpoint(job, optimizer, progress: Progress) -> None:
-    """Writes a checkpoint of job.model and the optimizer, then removes the oldest beyond --keep.
+    """Writes a checkpoint of job.model and the optimizer, then removes all but the newest --keep.
     After a crash, the new checkpoint is complete or absent, and the older checkpoints remain."""
     folder, options = Path(job.options.out), job.options
     states = {name: optimizer.state.get(p, {}) for name, p in job.model.named_parameters()}
@@ -174,8 +174,8 @@ def checksums(checkpoint: Path) -> list[str]:
 
 
 def read_record(checkpoint: Path) -> dict:
-    """Reads training.json. Raises ValueError that names the file if a file of the checkpoint, or
-    a row of metrics.jsonl up to its step, has changed since the run wrote it."""
+    """Returns training.json. Raises ValueError that names the file if a file of the checkpoint, or
+    a row of metrics.jsonl up to the checkpoint's step, has changed since the run wrote it."""
     remedy = f"remove {checkpoint} to resume from the checkpoint before it"
     sums, found = checkpoint / "SHA256SUMS", set(checksums(checkpoint))
     stored = set(sums.read_text(errors="replace").splitlines(True)) if sums.is_file() else set()

@@ -1,4 +1,4 @@
-"""Parses the options of train.py, fills in defaults and checks flags together. Imports mio.py."""
+"""Parses train.py's options, fills in defaults and checks combinations of flags. Imports mio.py."""
 
 import dataclasses
 import importlib.util
@@ -7,7 +7,7 @@ from pathlib import Path
 from mio import LOSSES, loss_table, options_of_losses
 from support import builtin_task, cli, files, lora, on_policy, run_folder
 
-# The defaults of the two kinds of run.
+# The defaults of runs that start from a checkpoint (--init), and of the demonstration.
 CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6, "max_new_tokens": 256}
 DEMONSTRATION = {"epochs": 3, "batch_size": 64, "max_length": 96, "lr": 1e-4,
                  "max_new_tokens": builtin_task.ANSWER_TOKENS}  # fmt: skip
@@ -36,7 +36,7 @@ def parse_options(argv: list[str] | None, cls: type, description: str, world):
             for name in found.keys() - fields.keys() - skipped:
                 raise ValueError(f"{flags['config']}: there is no option {name!r}; remove this key")
             if "loss" in flags and flags["loss"] != found.get("loss", flags["loss"]):
-                skipped |= {"beta", "out", *LOSS_OPTIONS}  # these belong to the loss of the file
+                skipped |= {"beta", "out", *LOSS_OPTIONS}  # the file's values are for another loss
             flags = {name: x for name, x in found.items() if name not in skipped} | flags
         flags = {name: cli.check_value(fields[name], value) for name, value in flags.items()}
         if flags.get("resume"):
@@ -56,7 +56,7 @@ def resolve(options, world):
     check_together(options)
     loss, defaults = LOSSES[options.loss], {"out": default_out(options)}
     defaults |= CHECKPOINT if options.init or options.plan else DEMONSTRATION
-    # The demonstration's summed log-ratios are small, because its model and answers are small.
+    # The demonstration multiplies beta by 5, because its short answers have small log-ratios.
     is_scaled = loss.needs_reference and loss.uses != "means" and not options.init
     defaults["beta"] = loss.beta * (5 if is_scaled else 1)
     defaults["lr"] *= 10 if options.lora_rank or options.init_adapter else 1
@@ -79,7 +79,7 @@ def check_together(options) -> None:
     if options.plan and (options.plan == "init") != ("init" in given):
         raise ValueError("--plan needs a preset or --init FOLDER; give one, but not both")
     if options.plan and (on_policy.draws(options) or options.init_adapter):
-        raise ValueError("--plan: leave out --on_policy, --loss rlhf and --init_adapter")
+        raise ValueError("--plan excludes --on_policy, rlhf and --init_adapter; leave out --plan")
     if not options.plan and ("init" in given) != ("data" in given):
         missing = "--data FILE.jsonl" if options.init else "--init FOLDER"
         raise ValueError(f"{missing} is missing; give both --init and --data, or neither")
@@ -88,7 +88,7 @@ def check_together(options) -> None:
     if options.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard needs a package; run pip install tensorboard")
     for name in given & LORA_FLAGS if options.init_adapter else ():
-        raise ValueError(f"--{name}: the adapter of --init_adapter sets it; leave out --{name}")
+        raise ValueError(f"--{name}: --init_adapter sets this value; leave out --{name}")
     needed = {"gpu": "plan", "mfu": "plan", "eval_data": "data", "init_adapter": "data"}
     for name, other in (needed | dict.fromkeys(LORA_FLAGS, "lora_rank")).items():
         if name in given and other not in given:

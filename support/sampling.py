@@ -1,4 +1,4 @@
-"""Samples answers from a model: generation with a cache, answers as text, and stop texts."""
+"""Samples answers from a model with a key-value cache, and returns them as ids or as text."""
 
 from collections.abc import Callable
 
@@ -20,8 +20,8 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
 
     prompts: non-empty lists of ids. temperature 0 is greedy. top_p keeps the smallest set of tokens
     whose probability reaches top_p. rows: number of prompts to continue at a time (default: as many
-    as GENERATION_TOKENS allow). is_over(index of the prompt, ids so far), which is called every few
-    tokens, also ends an answer. progress(ids) is called with each finished answer."""
+    as GENERATION_TOKENS allow). is_over(index of the prompt, ids so far), called every 8 tokens,
+    ends an answer if it returns True. progress(ids) is called with each finished answer."""
     assert prompts and all(prompts), "every prompt needs at least one token"
     device, window = model.head_weight.device, model.config.sliding_window or torch.inf
     rows = rows or max(1, GENERATION_TOKENS // (max(map(len, prompts)) + max_new_tokens))
@@ -68,7 +68,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
 
 def _read_prompts(model, prompts: list[list[int]], new_tokens: int) -> tuple[Tensor, Tensor]:
     """Returns the hidden state of each prompt's last token (R, D), and a cache that holds the
-    prompts and has room for `new_tokens`. The model reads a repeated prompt only once."""
+    prompts and has room for `new_tokens` more. The model reads a repeated prompt only once."""
     number: dict[tuple, int] = {}
     source = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
     config, weight, T = model.config, model.head_weight, max(map(len, number))
@@ -100,9 +100,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
 
 
 def draw(model, prompts, max_new_tokens, *, seed=0, is_over=None, **kwargs) -> list[list[int]]:
-    """Calls model.generate, which has the same arguments, on parts of GENERATION_ROWS prompts that
-    are sorted by length. The seed of a part is `seed` plus the number of prompts in earlier parts.
-    A long draw shows a progress bar."""
+    """Returns the answers of model.generate, which has the same arguments. Each call takes a part
+    of the prompts, at most GENERATION_ROWS sorted by length. The seed of a part is `seed` plus the
+    number of prompts in earlier parts. Shows progress unless the answers are few and short."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
     quick = len(prompts) <= GENERATION_ROWS and max_new_tokens <= 48  # needs no progress bar
@@ -117,7 +117,7 @@ def draw(model, prompts, max_new_tokens, *, seed=0, is_over=None, **kwargs) -> l
 
 
 def sample_answers(model, tokenizer, prompts: list, *, samples=1, temperature=1.0, seed=0) -> list:
-    """Samples a list of texts for each prompt. An answer that does not end in 48 tokens is ""."""
+    """Samples a list of texts for each prompt; an answer without an end in 48 tokens gives ""."""
     ids = [tokenizer.prompt_ids(prompt) for prompt in prompts for _ in range(samples)]
     answers = draw(model, ids, 48, stop_ids=tokenizer.stop_ids, temperature=temperature, seed=seed)
     texts = [tokenizer.decode(a[:-1]) if a[-1] in tokenizer.stop_ids else "" for a in answers]

@@ -1,5 +1,5 @@
-"""Tokenizers: byte-pair encoding by tiktoken, with the same ids as transformers. `load_tokenizer`
-reads `tokenizer.json` or Llama 3's `tokenizer.model` and refuses other tokenizers."""
+"""Tokenizers that encode with tiktoken and give the same ids as transformers. `load_tokenizer`
+reads `tokenizer.json` or Llama 3's `tokenizer.model`; other kinds of tokenizers are an error."""
 
 import base64
 import dataclasses
@@ -33,8 +33,8 @@ LLAMA3_SPECIALS = [
     "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(3, 249)),
 ]  # fmt: skip
-SPLIT_SECONDS = 10  # time limit of a regular expression for one text; known models need far less
-# Parts of a regular expression that `regex` and Oniguruma (in tokenizers) interpret alike.
+SPLIT_SECONDS = 10  # time limit of a pattern on one piece of text; known models need far less
+# PORTABLE matches the patterns that `regex` and Oniguruma (in tokenizers) interpret alike.
 ESCAPE = r"\\[pP]\{\^?\w+\}|\\[sSdDnrt]|\\[^\w]"
 PORTABLE = regex.compile(
     rf"(?:{ESCAPE}|\[\^?(?:{ESCAPE}|(?!&&)[^\[\]\\])+\]|\(\?(?:[:=!]|<[=!]|i:)|\)"
@@ -44,9 +44,9 @@ PORTABLE = regex.compile(
 HIDDEN = [byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "]
 BYTE_CHARS = [chr(256 + HIDDEN.index(b)) if b in HIDDEN else chr(b) for b in range(256)]
 BYTE_OF_CHAR = {char: byte for byte, char in enumerate(BYTE_CHARS)}
-FALLBACK_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's tokens of bytes
-SPACE = "▁"  # SentencePiece's space
-# Which schemes write SPACE before a text depends on what precedes the text: nothing, a token, text.
+FALLBACK_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's byte tokens
+SPACE = "▁"  # the character that SentencePiece writes for a space
+# What precedes a text -> the prefix schemes (Tokenizer.space) that write SPACE before the text.
 PREFIXED = {"nothing": ("first", "always", "legacy"), "token": ("always", "legacy"), "text": ()}
 
 
@@ -56,9 +56,9 @@ def _require(condition, what: str) -> None:
 
 
 def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], splits: list) -> Callable:
-    """Returns a function: piece of text -> ids. tiktoken joins `tokens` in their order. `ids[i]`
-    holds the ids of `tokens[i]`, several if the token is only a part of a character. If the last of
-    `splits` is one of KNOWN_PATTERNS, tiktoken applies it, and this function removes it."""
+    """Returns a function that converts a piece of text to ids. tiktoken forms tokens in the order
+    of `tokens`. `ids[i]` holds the ids of `tokens[i]`, several if it is a part of a character.
+    If the last of `splits` is one of KNOWN_PATTERNS, it is removed, and tiktoken applies it."""
     known = bool(splits) and splits[-1].pattern[1:-1] in KNOWN_PATTERNS
     split = splits.pop() if known else regex.compile(r"[\s\S]+")
     ranks = {token: rank for rank, token in enumerate(tokens)}
@@ -74,8 +74,8 @@ def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], splits: list)
 
 
 def merge(token: str, ranks: dict[tuple[str, str], int]) -> tuple[list[str], int]:
-    """Byte-pair encoding as in the tokenizers library: joins the adjacent pair of lowest rank
-    first, the leftmost if tied. Returns the final symbols and the rank of the last pair, or -1."""
+    """Joins a token's characters as the tokenizers library does: always the adjacent pair of lowest
+    rank, the leftmost if tied. Returns the final symbols and the last pair's rank, or -1."""
     symbols, last = list(token), -1
     while found := [(ranks[p], i) for i, p in enumerate(zip(symbols, symbols[1:])) if p in ranks]:
         last, i = min(found)
@@ -88,10 +88,10 @@ def byte_pairs(vocab: dict, merges: list, ignore_merges: bool, byte_level: bool)
     are bytes (written as in BYTE_CHARS) if `byte_level`, else characters (or bytes of characters
     outside the vocabulary). With `ignore_merges`, a piece that is a token becomes that token.
 
-    tiktoken joins two neighbors whenever their concatenation is a token, while a tokenizer.json
-    lists the pairs that may be joined. Both agree if tiktoken gets only the tokens that `merge`
-    forms from their own symbols, at the rank of the last pair joined: until a merge crosses the
-    ends of a token, the merges inside the token depend on its own symbols alone."""
+    tiktoken joins two neighbors whenever they form a token, but a tokenizer.json lists the pairs to
+    join. Both give the same ids if tiktoken knows only the tokens that `merge` can form, sorted by
+    the rank of the pair joined last: in a longer text, the symbols of a token are joined as in the
+    token alone, until one of them is joined with a symbol outside the token."""
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     alphabet = BYTE_OF_CHAR.keys() if byte_level else {token for token in vocab if len(token) == 1}
     last_rank = {}
@@ -137,8 +137,8 @@ def compile_template(source: str):
 
 def render_template(source: str, messages: list[dict], add_generation_prompt: bool, names) -> str:
     """Formats messages as one text with a chat template, a Jinja program, as transformers does.
-    `names` holds bos_token, eos_token and so on. Raises UnusableError if the template refuses the
-    messages, and ValueError if the template crashes."""
+    `names` maps bos_token, eos_token and so on to their texts. Raises UnusableError if the template
+    refuses the messages, and ValueError if the template crashes."""
     values = {"messages": messages, "tools": None, "documents": None, **names}
     try:
         return compile_template(source).render(values, add_generation_prompt=add_generation_prompt)
@@ -155,42 +155,42 @@ def render_template(source: str, messages: list[dict], add_generation_prompt: bo
 class Tokenizer:
     """Converts text to ids and back. `encode` adds no special tokens and recognizes none."""
 
-    encode_piece: Callable[[str], tuple[int, ...]]  # byte-pair encoding
-    token_bytes: dict[int, bytes]  # id -> text, added tokens included
+    encode_piece: Callable[[str], tuple[int, ...]]  # piece of text -> its ids
+    token_bytes: dict[int, bytes]  # id -> text in bytes; includes added tokens
     added: dict[str, int]  # added tokens: text -> id
     reserved: dict[str, int]  # special added tokens: text -> id
     special: regex.Pattern  # finds all added tokens, in the output of a chat template
     literal: regex.Pattern  # finds the added tokens that are not special, in any text
-    bos_id: int | None  # None if sequences start without one
-    end_id: int  # ends an answer
-    stop_ids: frozenset[int]  # the ids of which each ends a generated answer
+    bos_id: int | None  # None if sequences begin without a BOS token
+    end_id: int  # ends an answer in training
+    stop_ids: frozenset[int]  # generation stops at any of these ids
     names: dict[str, str]  # bos_token, eos_token and so on, for chat templates
     template: str | None  # the chat template
     files: dict[str, bytes]  # the files that `save` writes
     form: str | None = None  # Unicode normalization of text: "NFC" or None
-    splits: list[regex.Pattern] = ()  # patterns that cut text into pieces, in their order
+    splits: list[regex.Pattern] = ()  # patterns that cut text into pieces, one after another
     space: str = ""  # SentencePiece's prefix: a scheme in PREFIXED, or "never"; "" for byte level
-    strip: bool = False  # decoding removes the prefix
+    strip: bool = False  # whether decoding removes the prefix
 
     @property
     def vocab_size(self) -> int:
         return max(self.token_bytes) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids as in transformers with add_special_tokens=False and split_special_tokens=True."""
+        """Encodes like transformers with add_special_tokens=False, split_special_tokens=True."""
         return self._encode(text, self.literal)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Ids of a text that begins a sequence: one BOS, if the tokenizer has one, and the text."""
+        """Returns the ids of a text that begins a sequence, with the BOS token if there is one."""
         return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
 
     def continue_ids(self, text: str) -> list[int]:
-        """Ids of a text that follows another text, so that SentencePiece adds no prefix."""
+        """Returns the ids of a text that follows another text: SentencePiece adds no prefix."""
         return self._encode(text, self.literal, after="text")
 
     def _encode(self, text: str, added, mark: str = "", after: str = "nothing") -> list[int]:
-        """Encodes the added tokens that the pattern `added` finds, and the text between them
-        without `mark`. `after` says what precedes the text: "nothing", "text" or a "token"."""
+        """Returns the ids of the added tokens that the pattern `added` finds and of the other text,
+        from which `mark` is removed. `after`, a key of PREFIXED, says what precedes `text`."""
         ids, start = [], 0
         for match in added.finditer(text):
             ids += self._encode_plain(text[start : match.start()].replace(mark, ""), after)
@@ -210,7 +210,7 @@ class Tokenizer:
                 parts = [split.split(piece, timeout=SPLIT_SECONDS) for piece in pieces]
                 pieces = [piece for part in parts for piece in part if piece]
         except TimeoutError:
-            raise ValueError("a Split in tokenizer.json takes too long; simplify it") from None
+            raise ValueError("a Split in tokenizer.json is too slow; simplify it") from None
         return [id for piece in pieces for id in self.encode_piece(piece)]
 
     def decode(self, ids) -> str:
@@ -220,17 +220,17 @@ class Tokenizer:
         return text.removeprefix(" ") if self.strip else text
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
-        """Ids of a conversation, [{"role": ..., "content": ...}, ...], in the chat template. They
-        equal those of transformers' apply_chat_template, but the text of a special token in a
-        message stays text. Raises ValueError if the template is missing or fails."""
+        """Returns the ids of [{"role": ..., "content": ...}, ...] in the chat template. They equal
+        those of transformers' apply_chat_template, but the text of a special token in a message is
+        encoded as text. Raises ValueError if the template is missing or fails."""
         messages, mark = self._break_up(messages)
         text = render_template(self.template, messages, add_generation_prompt, self.names)
         return self._encode(text, self.special, mark)
 
     def turns(self, messages: list[dict], answers: list[dict]) -> tuple[list[int], list[list[int]]]:
-        """Ids of a conversation, and ids of each answer up to the token that ends the answer. The
-        ids of conversation and answer together begin the ids of both rendered as one conversation.
-        Raises UnusableError if the template refuses the conversation."""
+        """Returns the ids of a conversation and those of each answer, as the template writes it
+        after the conversation, up to the token that ends the answer. `end_id` is appended if there
+        is no such token. Raises UnusableError if the template refuses the conversation."""
         broken, mark = self._break_up([*messages, *answers])
         messages, answers, answer_ids = broken[: len(messages)], broken[len(messages) :], []
         head = render_template(self.template, messages, True, self.names)
@@ -247,8 +247,8 @@ class Tokenizer:
         return self._encode(head, self.special, mark), answer_ids
 
     def _break_up(self, messages: list[dict]) -> tuple[list[dict], str]:
-        """Inserts a mark, a character that no message contains, into the text of special tokens, so
-        that this text is not read as a special token. Returns the changed messages and the mark."""
+        """Inserts a mark, a character that no message contains, into every special token's text
+        in the messages, to encode it as text. Returns the changed messages and the mark."""
         if self.template is None:
             raise ValueError("messages need a template; add a chat_template.jinja to the tokenizer")
         text = "".join(message["content"] for message in messages)
@@ -282,11 +282,11 @@ def load_tokenizer(path) -> Tokenizer:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError, regex.error) as error:
-        raise ValueError(f"{path}: invalid tokenizer ({error!r:.99}); restore its files") from None
+        raise ValueError(f"{path}: invalid tokenizer ({error!r:.99}); restore the files") from None
 
 
 def byte_tokenizer() -> Tokenizer:
-    """The built-in tokenizer: 256 bytes, a token that begins a sequence and one that ends it."""
+    """Returns the built-in tokenizer: a token for each byte, a BOS token and an end token."""
     return load_tokenizer(Path(__file__).parent / "byte_tokenizer")
 
 
@@ -316,7 +316,7 @@ def _read(files: dict[str, bytes]) -> Tokenizer:
     fields["token_bytes"] |= {id: text.encode() for text, id in added.items()}
     for id in (*stop_ids, *fields["token_bytes"]):
         if type(id) is not int or not 0 <= id < 2**31:
-            raise ValueError(f"{id!r:.60} is not an id; correct tokenizer.json or eos_token_id")
+            raise ValueError(f"{id!r:.60} is no token id; correct tokenizer.json or eos_token_id")
     return Tokenizer(
         added=added, names=names, template=template, special=_any_of(added_tokens),
         bos_id=None if bos is None else added[bos], end_id=added[end], stop_ids=frozenset(stop_ids),
@@ -327,7 +327,7 @@ def _read(files: dict[str, bytes]) -> Tokenizer:
 
 
 def _any_of(added_tokens: list[dict]) -> regex.Pattern:
-    """Compiles a pattern that finds added tokens, the longest first, in a group without spaces."""
+    """Returns a pattern that finds added tokens, longest first; its group excludes white space."""
     parts = []
     for token in sorted(added_tokens, key=lambda token: -len(token["content"])):
         left, right = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
@@ -336,7 +336,7 @@ def _any_of(added_tokens: list[dict]) -> regex.Pattern:
 
 
 def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
-    """Reads lines of a base64 token and its rank. Returns the same three values as `_read_spec`."""
+    """Reads lines that hold a base64 token and its rank. Returns values as `_read_spec` does."""
     try:
         lines = [line.split() for line in content.splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -354,7 +354,7 @@ def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
 
 
 def _read_spec(settings: dict) -> tuple[dict, list[dict], str | None]:
-    """Returns fields of Tokenizer, the added tokens, and the BOS token or None."""
+    """Returns fields of Tokenizer, the added tokens, and the text of the BOS token or None."""
     spec = settings["tokenizer.json"]
     model, added_tokens = spec["model"], spec.get("added_tokens") or []
     _require(model.get("type", "BPE") == "BPE", f"a model of type {model.get('type')}")
@@ -388,7 +388,7 @@ def _read_spec(settings: dict) -> tuple[dict, list[dict], str | None]:
 
 
 def _steps(spec: dict | None, key: str) -> list[dict]:
-    """Lists the steps of a normalizer, pre-tokenizer, post-processor or decoder."""
+    """Returns the steps of a normalizer, pre-tokenizer, post-processor or decoder in one list."""
     if spec is None:
         return []
     return [step for part in spec[key] for step in _steps(part, key)] if key in spec else [spec]
@@ -418,7 +418,7 @@ def _read_byte_level(normalizer: list[dict], steps: list[dict]) -> dict:
 
 
 def _read_sentencepiece(steps: list[dict], settings: dict) -> dict:
-    """Returns the fields of Tokenizer that say where SentencePiece writes SPACE and splits text."""
+    """Returns the fields of Tokenizer that say where to prefix SPACE and where to split text."""
     config = settings.get("tokenizer_config.json", {})
     llama = settings.get("config.json", {}).get("model_type", "llama") == "llama"
     if llama and config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):

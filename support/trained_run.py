@@ -10,7 +10,7 @@ from support.files import read_json
 from support.questions import Item, read_items
 from support.tokenizers import load_tokenizer
 
-# The keys of train_config.json that evaluation reads, with their values for a plain checkpoint.
+# The keys of train_config.json that evaluation reads, and their values if there is no such file.
 TRAINING = {"init": None, "init_adapter": None, "data": None, "eval_data": None, "seed": 0,
             "eval_fraction": 0.0, "max_length": 1024, "beta": 1.0, "dtype": "float32"}  # fmt: skip
 
@@ -19,9 +19,9 @@ class Run(NamedTuple):
     """A run or a checkpoint, with the data to evaluate it on."""
 
     folder: Path
-    training: dict  # the values of TRAINING
-    data: dict[str, tuple[str, list[Item] | Pairs]]  # title -> file and its rows
-    is_demonstration: bool  # the problems of the built-in task are also data
+    training: dict  # the run's values for the keys of TRAINING
+    data: dict[str, tuple[str, list[Item] | Pairs]]  # title of a table -> file and its rows
+    is_demonstration: bool  # if True, the problems of the built-in task are also data
 
 
 def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
@@ -57,7 +57,7 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
 
 def load_checkpoint(folder, device: str, dtype) -> tuple:
     """Loads (model, tokenizer) from a folder. Raises OSError or ValueError that names the folder or
-    the file, also if an id of the tokenizer is not in the vocabulary of the model."""
+    file, for example if the tokenizer has an id outside the model's vocabulary."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder; correct the path")
     tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, dtype, device)
@@ -69,7 +69,7 @@ def load_checkpoint(folder, device: str, dtype) -> tuple:
 
 
 def load_reference(training: dict, device: str) -> Llama | None:
-    """Loads the model from which a run started, merged with its adapter if the run has one."""
+    """Loads the model from which a run started, with --init_adapter merged in, if any."""
     if training["init"] is None:
         return None
     model = Llama.from_pretrained(training["init"], device=device)

@@ -20,14 +20,14 @@ def weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
     if any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise ValueError(f"{index}: weight_map must name files of this folder; copy it again")
+        raise ValueError(f"{index}: weight_map must name files of the folder; copy the index again")
     return [folder / name for name in sorted(set(names))]
 
 
 def read_weights(folder: Path, shapes: dict, dtype, device="cpu", files=None) -> dict[str, Tensor]:
-    """Reads the weights of a checkpoint folder, name -> tensor of `dtype` on `device`. The `files`,
-    by default weight_files(folder), must hold exactly the parameters of `shapes`, name -> tuple,
-    with finite values of at least 16 bits. Raises ValueError that names the file and the tensor."""
+    """Returns the weights of a checkpoint folder as name -> tensor of `dtype` on `device`. `files`
+    (default: weight_files(folder)) must hold exactly the tensors in `shapes`, name -> shape, with
+    finite floats of at least 16 bits. Raises ValueError that names the file and the tensor."""
     missing, state = dict(shapes), {}
     for file in files or weight_files(folder):
         try:
@@ -40,7 +40,7 @@ def read_weights(folder: Path, shapes: dict, dtype, device="cpu", files=None) ->
             where, needed = f"{file}: {name}", missing.pop(name, "no such tensor")
             if tensor.shape != needed:
                 problem = f"has shape {tuple(tensor.shape)}, but the configuration needs {needed}"
-                raise ValueError(f"{where} {problem}; copy both files from one checkpoint")
+                raise ValueError(f"{where} {problem}; copy both from the same checkpoint")
             if not tensor.is_floating_point() or tensor.element_size() < 2:
                 raise ValueError(f"{where} has type {tensor.dtype}; convert it to bfloat16")
             if not all(extreme.isfinite() for extreme in tensor.aminmax()):
@@ -48,7 +48,7 @@ def read_weights(folder: Path, shapes: dict, dtype, device="cpu", files=None) ->
             state[name] = tensor.to(device).to(dtype)
     if missing:
         name, count = min(missing), len(missing)
-        raise ValueError(f"{folder}: {name} is missing, {count} in all; copy the folder again")
+        raise ValueError(f"{folder}: {name} is missing ({count} in all); copy the folder again")
     return state
 
 

@@ -133,6 +133,10 @@ def test_the_base_model_trains_up_to_its_target_accuracy(tmp_path, monkeypatch, 
     assert again.make(tmp_path / "base")["steps"] == 2
     tiny_model().save_pretrained(tmp_path / "base")  # other weights count as another model
     assert Training(monkeypatch, 0.55).make(tmp_path / "base")["steps"] == 2
+    for name in ("config.json", "tokenizer_config.json"):
+        file = tmp_path / "base" / name
+        file.write_text(file.read_text() + " ")
+        assert Training(monkeypatch, 0.55).make(tmp_path / "base")["steps"] == 2
     other = Training(monkeypatch, 0.62)
     assert other.make(tmp_path / "base", seed=1)["steps"] == 2  # another seed is another model
     assert_trained_on_new_problems(other, seed=1)

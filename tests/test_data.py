@@ -115,7 +115,7 @@ def test_truncated_and_dropped_rows_are_reported_by_line(tmp_path, capsys):
     long, short = load_pairs(file, byte_tokenizer(), max_length=8)
     assert long.prompt == [256, *b"fgh"] and short.prompt == [256, *b"h"]
     assert long.chosen == [*b"XYZ", 257] and long.rejected == [*b"no", 257]
-    assert "1 of 2 rows cut, the prompt lost its oldest" in capsys.readouterr().err
+    assert "1 of 2 rows cut: the prompt lost its oldest" in capsys.readouterr().err
     assert read_pairs(file, byte_tokenizer(), 8)[1].truncated == [1]
     assert load_pairs(file, byte_tokenizer(), max_length=13)[0].prompt == [256, *b"abcdefgh"]
     assert capsys.readouterr().err == ""
@@ -124,7 +124,7 @@ def test_truncated_and_dropped_rows_are_reported_by_line(tmp_path, capsys):
         ([256, *b"h"], [*b"X", 257], [*b"no", 257])
     ]
     error = capsys.readouterr().err
-    assert "1 of 2 rows dropped, the longer answer leaves no room" in error and "line 1" in error
+    assert "1 of 2 rows dropped because the longer answer leaves no" in error and "line 1" in error
     with pytest.raises(ValueError, match=r"pairs.jsonl: no rows to train on: 2 of 2 .*max_length"):
         load_pairs(file, byte_tokenizer(), max_length=2)
 
@@ -146,12 +146,12 @@ GOOD = '{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "no rows to train on: the file is empty; rows are"),
+        ("", "no rows to train on: the file is empty; rows must be"),
         ("\n \n", "no rows to train on: the file is empty"),
         (GOOD + "{", ":2: not valid JSON"),
         (GOOD + "\n[1]\n", ":3: expected a JSON object"),
         ("[" * 100_000, ":1: not valid JSON"),
-        ('{"prompt": "p", "chosen": "c"}', ":1: its columns are prompt, chosen; rows are"),
+        ('{"prompt": "p", "chosen": "c"}', ":1: its columns are prompt, chosen; rows must be"),
         ('{"prompt": 3, "chosen": "c", "rejected": "r"}', ":1: 'prompt' must be a string, not int"),
         ('{"prompt": "p", "chosen": " ", "rejected": "r"}', "chosen answer is empty: line 1"),
         ('\n{"prompt": "p", "chosen": "c", "rejected": ""}', "rejected answer is empty: line 2"),

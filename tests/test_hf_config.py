@@ -132,6 +132,7 @@ WRONG = [
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"rope_scaling": {"type": "dynamic"}, "rope_parameters": None}, "'dynamic'"),
     ({"rope_parameters": {"rope_type": []}}, "rope type"),
+    ({"rope_theta": "x"}, "rope_theta must be a positive float"),
     ({"rope_parameters": {"rope_type": "llama3"}}, "rope_scaling.factor must be a positive float"),
     ({"rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "high_freq_factor must be"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),

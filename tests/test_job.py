@@ -225,7 +225,7 @@ BAD_INPUT = {
     "a missing tensor": (remove_tensor, "model.norm.weight is missing"),
     "a tensor with NaN": (break_tensor, "model.norm.weight has values that are not finite"),
     "a tokenizer of another model": (shrink_vocabulary, "ids up to 257, but the model has 200"),
-    "a pair longer than the context": (write_long_pair, "a pair has 269 tokens, lower it to 256"),
+    "a pair longer than the context": (write_long_pair, "a pair has 269 tokens; lower it to 256"),
     "a row without an answer": (write_unpaired, "pairs.jsonl:2: --loss mio needs a chosen and a"),
 }
 
@@ -276,7 +276,7 @@ def test_a_lower_max_length_makes_a_long_pair_fit(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="lower it to 256"):
         job_of(checkpoint, file, *flags)
     job_of(checkpoint, file, *flags, "--max_length", "256")
-    with pytest.raises(ValueError, match="has 257 tokens, lower it to 256"):
+    with pytest.raises(ValueError, match="has 257 tokens; lower it to 256"):
         job_of(checkpoint, file, *flags, "--max_length", "257")
     held_out = write_rows(tmp_path / "short.jsonl", PAIR_ROWS)
     with pytest.raises(ValueError, match="lower it to 256"):

@@ -126,10 +126,10 @@ def test_shots_that_cannot_be_shown_are_refused(file):
     items = read_items(file([EXACT]))
     pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
     for rows, k, fault in [
-        ([EXACT | {"prompt": "a"}] * 2, 3, "-k 3, but the file has 2 shots; change -k"),
-        ([pair] * 9, 3, "-k 3, but the file has 0 shots; change -k or file"),
+        ([EXACT | {"prompt": "a"}] * 2, 3, "-k 3 exceeds its 2 questions; change -k"),
+        ([pair] * 9, 3, "-k 3 exceeds its 0 questions; change -k"),
         ([EXACT | {"prompt": MESSAGES}], 1, "conversations take no shots; leave out --shots"),
-        ([EXACT | {"prompt": "a"}, EXACT], 2, "is in --data; use --shots from a training split"),
+        ([EXACT | {"prompt": "a"}, EXACT], 2, "is in --data too; use --shots of another split"),
     ]:
         shots = file(rows, "shots.jsonl")
         line = ":2" if "--data" in fault else ""

@@ -44,21 +44,21 @@ def test_a_report_counts_rows_repeats_lengths_and_shared_prompts(report_on):
     # Prompts have 4, 4, 55, 2, 3, 4, 4, 2 tokens, chosen answers 4, 4, 4, 3, 4, 4, 3 and rejected
     # answers 5, 5, 5, 8, 5, 5. A pair takes 4 + 3 + 4 tokens, and 7 + 8 without sharing its prompt.
     assert lines == [
-        "10 rows, of which used: 5 of prompt, chosen, rejected, 3 of unpaired",
+        "10 rows, of which training uses 5 of prompt, chosen, rejected, 3 of unpaired",
         "columns not used: source",
-        "1 of 10 rows dropped, chosen and rejected are identical: line 3",
-        "1 of 10 rows dropped, the longer answer leaves no room for the prompt; raise",
-        "  --max_length: line 4",
-        "1 of 10 rows cut, the prompt lost its oldest tokens to --max_length: line 5",
+        "1 of 10 rows dropped because chosen and rejected are identical: line 3",
+        "1 of 10 rows dropped because the longer answer leaves no room for the prompt;",
+        "  raise --max_length: line 4",
+        "1 of 10 rows cut: the prompt lost its oldest tokens to --max_length: line 5",
         "8 pairs to train on, at most 60 tokens each",
         "3 of them repeat an earlier pair",
         "tokens         0 %    25 %    50 %    75 %    95 %   100 %",
         "prompt           2       3       4       4      37      55",
         "chosen           3       4       4       4       4       4",
         "rejected         5       5       5       5       7       8",
-        "prompts shared: 124 tokens to compute instead of 195 (-36%)",
+        "sharing prompts: 124 tokens to compute instead of 195 (-36%)",
         "",
-        "line 1, scored tokens marked ^:",
+        "line 1 (^ marks scored tokens):",
         "prompt       0 <|begin|> a b \\n",
         "chosen       4 c d e <|end|>",
         "               ^ ^ ^ ^^^^^^^",
@@ -72,9 +72,9 @@ def test_an_answer_that_no_row_has_gets_no_quantiles(report_on):
     assert lines[2] == "0 of them repeat an earlier pair"
     assert lines[5] == "chosen           3       3       4       4       4       4"
     assert lines[6] == "rejected"
-    assert lines[7] == "prompts shared: 9 tokens to compute instead of 9 (+0%)"
+    assert lines[7] == "sharing prompts: 9 tokens to compute instead of 9 (+0%)"
     assert lines[9:] == [
-        "line 1, scored tokens marked ^:",
+        "line 1 (^ marks scored tokens):",
         "prompt       0 <|begin|> p",
         "chosen       2 c c <|end|>",
         "               ^ ^ ^^^^^^^",
@@ -105,8 +105,8 @@ def test_a_file_without_usable_rows_and_bad_input(tmp_path, capsys):
     write_rows(file, [PAIR | {"chosen": "fghi"}])
     data.main([str(file), "--tokenizer", str(folder)])
     assert capsys.readouterr().out.splitlines() == [
-        "1 rows, of which used: none",
-        "1 of 1 rows dropped, chosen and rejected are identical: line 1",
+        "1 rows, of which training uses none",
+        "1 of 1 rows dropped because chosen and rejected are identical: line 1",
         "0 pairs to train on, at most 1024 tokens each",
     ]
     for argv, fault in [

@@ -204,7 +204,7 @@ def test_unusable_rows_are_dropped_and_counted_by_line(tokenizer, tmp_path, caps
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(unusable)
     for number, (reason, line) in enumerate(zip(unusable, lines), start=2):
-        assert line.startswith(f"{file}: 2 of {len(rows)} rows dropped, {reason}")
+        assert line.startswith(f"{file}: 2 of {len(rows)} rows dropped because {reason}")
         assert line.endswith(f": line {number}, {number + len(unusable)}")
 
 
@@ -217,10 +217,10 @@ def test_only_rows_that_are_used_count_as_a_form(tokenizer, tmp_path):
 
 
 MALFORMED = {
-    '{"prompt": "p"}': "its columns are prompt; rows are {",
-    "{}": "its columns are none; rows are {",
-    '{"completion": "c"}': "its columns are completion; rows are {",
-    '{"prompt": "p", "chosen": "c"}': "its columns are prompt, chosen; rows are {",
+    '{"prompt": "p"}': "its columns are prompt; rows must be {",
+    "{}": "its columns are none; rows must be {",
+    '{"completion": "c"}': "its columns are completion; rows must be {",
+    '{"prompt": "p", "chosen": "c"}': "its columns are prompt, chosen; rows must be {",
     '{"prompt": ["p"], "chosen": [], "rejected": []}': "'chosen' must be a list of messages",
     '{"chosen": "a", "rejected": "b"}': "a row without a 'prompt' needs",
     '{"prompt": "p", "chosen": "a", "rejected": [1]}': "'rejected' must be a string, not list",
@@ -260,8 +260,8 @@ def test_a_report_lists_the_columns_that_no_form_has_and_at_most_five_lines(toke
     assert report.lines() == ["columns not used: score_chosen, system"]
     report = Report(rows=9, truncated=[7, 9], dropped={"it is odd": [1, 2, 3, 4, 5, 6]})
     assert report.lines() == [
-        "6 of 9 rows dropped, it is odd: line 1, 2, 3, 4, 5, ...",
-        "2 of 9 rows cut, the prompt lost its oldest tokens to --max_length: line 7, 9",
+        "6 of 9 rows dropped because it is odd: line 1, 2, 3, 4, 5, ...",
+        "2 of 9 rows cut: the prompt lost its oldest tokens to --max_length: line 7, 9",
     ]
     assert Report(rows=9, truncated=[1, 2, 3, 4, 5]).lines()[0].endswith("line 1, 2, 3, 4, 5")
 

@@ -137,9 +137,9 @@ INPUTS = ("--init", "init", "--data", "pairs.jsonl")
         ((*INPUTS, "--lora_rslora"), "--lora_rslora needs --lora_rank"),
         (
             (*INPUTS, "--init_adapter", "x", "--lora_rank", "2"),
-            "--lora_rank: the adapter of --init_",
+            "--lora_rank: --init_adapter sets this",
         ),
-        ((*INPUTS, "--init_adapter", "x", "--lora_rslora"), "--lora_rslora: the adapter of"),
+        ((*INPUTS, "--init_adapter", "x", "--lora_rslora"), "--lora_rslora: --init_adapter sets"),
         (("--max_length", "56"), "--max_length: the demonstration needs at least 57; raise it"),
         (("--config", "gone.json"), "gone.json: No such file or directory; check the path"),
     ],

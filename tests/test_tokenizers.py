@@ -428,8 +428,8 @@ REFUSED = [
     ({"model": MODEL | {"merges": [5]}}, "invalid tokenizer"),
     ({"model": MODEL | {"vocab": {"a": 0}}}, "invalid tokenizer"),
     ({"model": MODEL | {"vocab": MODEL["vocab"] | {"new": 97}}}, "one id for two tokens"),
-    ({"model": MODEL | {"vocab": MODEL["vocab"] | {"new": -1}}}, "-1 is not an id"),
-    ({"model": MODEL | {"vocab": MODEL["vocab"] | {"new": True}}}, "one id|True is not an id"),
+    ({"model": MODEL | {"vocab": MODEL["vocab"] | {"new": -1}}}, "-1 is no token id"),
+    ({"model": MODEL | {"vocab": MODEL["vocab"] | {"new": True}}}, "one id|True is no token id"),
     ({"normalizer": {"type": "Lowercase"}}, "a normalizer Lowercase"),
     ({"pre_tokenizer": {"type": "Whitespace"}}, "neither ByteLevel nor byte_fallback"),
     ({"pre_tokenizer": LEVEL | {"add_prefix_space": True}}, "without a prefix space"),
@@ -445,7 +445,7 @@ REFUSED = [
         "(?:abc){e<=9}", "(?s)a", "(*FAIL)", r"\h", r"\w", r"[a\w]",
         r"\Aa", "[a-z&&b]", "(?P<x>a)", "a{,3}", "")),
     ({"added_tokens": [BEGIN | {"id": 65}, END]}, "one id for two tokens"),
-    ({"added_tokens": [BEGIN | {"id": "a"}, END]}, "'a' is not an id"),
+    ({"added_tokens": [BEGIN | {"id": "a"}, END]}, "'a' is no token id"),
     ({"added_tokens": [BEGIN | {"single_word": True}, END]}, "the added token .*single_word"),
     ({"added_tokens": [BEGIN | {"content": ""}, END]}, "the added token"),
     ({"added_tokens": [BEGIN]}, "eos_token in tokenizer_config.json must be an added token, not"),
@@ -507,16 +507,16 @@ def test_a_split_that_does_not_end_is_refused(tmp_path, monkeypatch):
     byte_tokenizer().save(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(BYTE_LEVEL | split_by("(?:a|aa)+b")))
     monkeypatch.setattr("support.tokenizers.SPLIT_SECONDS", 0.05)
-    with pytest.raises(ValueError, match=r"a Split in tokenizer\.json takes too long; simplify it"):
+    with pytest.raises(ValueError, match=r"a Split in tokenizer\.json is too slow; simplify"):
         load_tokenizer(tmp_path).encode("a" * 60)
 
 
 def test_files_beside_the_tokenizer_are_read_and_checked(tmp_path):
     byte_tokenizer().save(tmp_path)
     for name, content, message in [
-        ("generation_config.json", {"eos_token_id": [257, "x"]}, "'x' is not an id"),
-        ("generation_config.json", {"eos_token_id": -1}, "-1 is not an id"),
-        ("config.json", {"eos_token_id": 1.5}, "1.5 is not an id"),
+        ("generation_config.json", {"eos_token_id": [257, "x"]}, "'x' is no token id"),
+        ("generation_config.json", {"eos_token_id": -1}, "-1 is no token id"),
+        ("config.json", {"eos_token_id": 1.5}, "1.5 is no token id"),
         ("tokenizer_config.json", {}, "eos_token in tokenizer_config.json .* not None"),
         ("tokenizer_config.json", {"eos_token": {"id": 1}}, "invalid tokenizer .*; restore"),
         ("special_tokens_map.json", [], "special_tokens_map.json: expected a JSON object"),

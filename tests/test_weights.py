@@ -81,7 +81,7 @@ def test_a_tied_checkpoint_may_not_bring_a_head(tmp_path):
 def test_tensors_that_are_not_those_of_the_model_are_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     for changes, message in [
-        ({"b": None}, f"{tmp_path}: b is missing, 1 in all; copy the folder"),
+        ({"b": None}, f"{tmp_path}: b is missing (1 in all); copy the folder"),
         ({"f": torch.zeros(2)}, f"{file}: f has shape (2,), but the configuration needs no such"),
         ({"b": torch.zeros(4, 3)}, "b has shape (4, 3), but the configuration needs (3, 4)"),
         ({"b": torch.zeros(0)}, f"{file}: b has shape (0,)"),
@@ -116,13 +116,13 @@ def test_an_index_that_does_not_describe_the_folder_is_refused(tmp_path):
     save_file({name: STATE[name] for name in "de"}, folder / "2.safetensors")
     good = {name: "1.safetensors" if name in "abc" else "2.safetensors" for name in STATE}
     for weight_map, message in [
-        (None, "index.json: weight_map must name files of this folder; copy it again"),
+        (None, "index.json: weight_map must name files of the folder; copy the index again"),
         ([], "weight_map must"),
-        ({}, "a is missing, 5 in all"),
+        ({}, "a is missing (5 in all)"),
         ({"a": 1}, "weight_map must"),
         (good | {"e": "3.safetensors"}, "3.safetensors: is damaged or missing"),
-        (good | {"e": "../outside.safetensors"}, "must name files of this folder"),
-        ({"a": "1.safetensors"}, "d is missing, 2 in all"),
+        (good | {"e": "../outside.safetensors"}, "must name files of the folder"),
+        ({"a": "1.safetensors"}, "d is missing (2 in all)"),
     ]:
         content = json.dumps({"weight_map": weight_map})
         (folder / "model.safetensors.index.json").write_text(content)
