@@ -30,7 +30,7 @@ from support.curves import plot
 from support.figures import Column, Row, compared, table
 from support.files import digest_file, write_json
 from support.questions import answer_columns, choice_columns, choice_rows, examples, read_items
-from support.sampling import draw
+from support.sampling import sample_ids
 from support.trained_run import Run, load_checkpoint, load_reference, read_run
 
 # --- Log-probs of answers -------------------------------------------------------------------------
@@ -160,25 +160,35 @@ def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options
     names = np.array([f"{file}:{line}" for line in pairs.lines])
     columns = {name: column._replace(names=names) for name, column in columns.items()}
     if "margin" in columns:
-        rewards = np.stack([columns[f"T {side}"].values for side in ("chosen", "rejected")], axis=1)
-        same_items = {"prompts": columns["margin"].prompts, "names": names}
-        estimates = information(torch.from_numpy(rewards))
-        for name, limit in (("dv", "0.693"), ("nwj", "0.693"), ("js", "0.4315")):
-            critic[f"{name} ≤{limit}"] = estimates[name]._replace(**same_items)
+        critic = critic_columns(columns)
     if reference and options.kl_samples:
-        first: dict[tuple, int] = {}  # a prompt -> its first pair
-        for i, pair in enumerate(pairs):
-            first.setdefault(tuple(pair.prompt), i)
-        prompts = list(map(list, first))[: options.kl_samples]
-        room = model.config.max_position_embeddings - max(map(len, prompts))
-        kwargs = {"stop_ids": tokenizer.stop_ids, "seed": options.seed, "rows": options.batch_size}
-        drawn = draw(model, prompts, max(1, min(options.max_new_tokens, room)), **kwargs)
-        rows = list(zip(prompts, drawn))
-        logps, ref = (torch.cat(answer_logps(m, rows, *layout)) for m in (model, reference))
-        names = names[list(first.values())[: len(prompts)]]
-        critic["KL"] = Column((logps - ref).double().numpy(), names=names)
-    by_title = {title: columns, f"{title}: critic": critic}
-    return {title: columns for title, columns in by_title.items() if columns}
+        critic["KL"] = kl_column(model, reference, tokenizer, pairs, names, layout, options)
+    return {title: columns, f"{title}: critic": critic} if critic else {title: columns}
+
+
+def critic_columns(columns: dict[str, Column]) -> dict[str, Column]:
+    """Returns `information` for the rewards in `columns`, named with the largest possible value."""
+    rewards = np.stack([columns[f"T {side}"].values for side in ("chosen", "rejected")], axis=1)
+    estimates = information(torch.from_numpy(rewards))  # from (pairs, 2)
+    _, _, prompts, names = columns["margin"]
+    limits = {"dv ≤0.693": "dv", "nwj ≤0.693": "nwj", "js ≤0.4315": "js"}
+    return {c: estimates[n]._replace(prompts=prompts, names=names) for c, n in limits.items()}
+
+
+def kl_column(model, reference, tokenizer, pairs: Pairs, names, layout, options) -> Column:
+    """Returns log pi(y|x) / ref(y|x) of one sampled answer y to each of the first prompts x of the
+    pairs. The mean estimates the KL divergence of the policy from the reference, in nats."""
+    first: dict[tuple, int] = {}  # a prompt -> its first pair
+    for i, pair in enumerate(pairs):
+        first.setdefault(tuple(pair.prompt), i)
+    prompts = list(map(list, first))[: options.kl_samples]
+    room = model.config.max_position_embeddings - max(map(len, prompts))
+    kwargs = {"stop_ids": tokenizer.stop_ids, "seed": options.seed, "rows": options.batch_size}
+    drawn = sample_ids(model, prompts, max(1, min(options.max_new_tokens, room)), **kwargs)
+    rows = list(zip(prompts, drawn))
+    logps, ref = (torch.cat(answer_logps(m, rows, *layout)) for m in (model, reference))
+    names = names[list(first.values())[: len(prompts)]]
+    return Column((logps - ref).double().numpy(), names=names)
 
 
 def evaluate(run: Run, shots: dict[str, str], options: "Options") -> tuple[dict, dict]:

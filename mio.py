@@ -8,7 +8,7 @@ The symbols of the paper (MIO, arXiv 2506.22578) have these names in the code (l
   z = s - ref    log-ratio                                     logratios
   m = s / n      mean log-probability of a token               mean_logps
   T = beta z     implicit reward, the critic of the paper      rewards
-  D = T_w - T_l  margin                                        margins
+  d = T_w - T_l  margin                                        margins
   K              max(0, mean T) on answers of other rows       shared (kto)
   A              advantage of a sampled answer                 advantages (rlhf)
   sp, sigma      log(1 + e^x) and its derivative, the logistic function
@@ -20,8 +20,7 @@ chosen and rejected answers. For one pair the bounds are
   Donsker-Varadhan   T_w - log(e^T_w / 2 + e^T_l / 2)       =  log 2 - dpo
   Jensen-Shannon     -sp(-T_w) - sp(T_w) / 2 - sp(T_l) / 2  =  -mio
 
-so DPO maximizes the first bound and MIO maximizes the second. As a function of T_w and T_l, `mio`
-equals the pairwise NCA loss (arXiv 2402.05369); the paper adds the interpretation.
+so DPO maximizes the first bound and MIO maximizes the second.
 """
 
 import dataclasses
@@ -95,7 +94,7 @@ def nwj(chosen: Answers, rejected: Answers) -> Tensor:
 
 def log_mean_exp(chosen: Answers, rejected: Answers) -> Tensor:
     """c = log mean e^T over the 2B answers of B pairs: a scalar (), the shared term of dv."""
-    critics = torch.cat((chosen.rewards, rejected.rewards))
+    critics = torch.cat((chosen.rewards, rejected.rewards))  # (2B,)
     return critics.logsumexp(dim=0) - math.log(len(critics))
 
 
@@ -109,38 +108,38 @@ def dv(chosen: Answers, rejected: Answers, shared: Tensor) -> Tensor:
 
 # Functions of the margin.
 def cdpo(chosen: Answers, rejected: Answers, label_smoothing: float = 0.1) -> Tensor:
-    """(1-eps) sp(-D) + eps sp(D)"""
+    """(1-eps) sp(-d) + eps sp(d)"""
     d = margins(chosen, rejected)
     return (1 - label_smoothing) * F.softplus(-d) + label_smoothing * F.softplus(d)
 
 
 def robust(chosen: Answers, rejected: Answers, label_smoothing: float = 0.1) -> Tensor:
-    """((1-eps) sp(-D) - eps sp(D)) / (1-2eps)"""
+    """((1-eps) sp(-d) - eps sp(d)) / (1-2eps)"""
     d = margins(chosen, rejected)
     clean, flipped = (1 - label_smoothing) * F.softplus(-d), label_smoothing * F.softplus(d)
     return (clean - flipped) / (1 - 2 * label_smoothing)
 
 
 def exo(chosen: Answers, rejected: Answers, epsilon: float = 1e-3) -> Tensor:
-    """q log(q/(1-eps)) + (1-q) log((1-q)/eps), q = sigma(D)"""
+    """q log(q/(1-eps)) + (1-q) log((1-q)/eps), q = sigma(d)"""
     d = margins(chosen, rejected)
     right = d.sigmoid() * (F.logsigmoid(d) - math.log1p(-epsilon))
     return right + (-d).sigmoid() * (F.logsigmoid(-d) - math.log(epsilon))
 
 
 def dpop(chosen: Answers, rejected: Answers, dpop_lambda: float = 50.0) -> Tensor:
-    """sp(-(D - beta lambda max(0, -z_w)))"""
+    """sp(-(d - beta lambda max(0, -z_w)))"""
     penalty = dpop_lambda * F.relu(-chosen.rewards)
     return F.softplus(penalty - margins(chosen, rejected))
 
 
 def rpo(chosen: Answers, rejected: Answers, alpha: float = 1.0) -> Tensor:
-    """sp(-D) - alpha m_w"""
+    """sp(-d) - alpha m_w"""
     return dpo(chosen, rejected) - alpha * chosen.mean_logps
 
 
 def hinge(chosen: Answers, rejected: Answers) -> Tensor:
-    """max(0, 1 - D)"""
+    """max(0, 1 - d)"""
     return F.relu(1 - margins(chosen, rejected))
 
 
@@ -167,14 +166,14 @@ def apo_zero(chosen: Answers, rejected: Answers) -> Tensor:
 
 
 def apo_down(chosen: Answers, rejected: Answers) -> Tensor:
-    """sigma(T_w) + 1 - sigma(D)"""
+    """sigma(T_w) + 1 - sigma(d)"""
     return chosen.rewards.sigmoid() + (-margins(chosen, rejected)).sigmoid()
 
 
 def mean_reward(chosen: Answers, rejected: Answers) -> Tensor:
     """K = max(0, mean T) over the answers that are present: a scalar (), the shared term of kto."""
-    rewards = torch.cat((chosen.rewards, rejected.rewards))
-    present = torch.cat((chosen.present, rejected.present))
+    rewards = torch.cat((chosen.rewards, rejected.rewards))  # (2B,)
+    present = torch.cat((chosen.present, rejected.present))  # (2B,)
     return ((rewards * present).sum() / present.sum()).clamp(min=0)
 
 
@@ -260,10 +259,6 @@ class Loss:
         return self.shared is None
 
     @property
-    def formula(self) -> str:
-        return self.function.__doc__
-
-    @property
     def options(self) -> dict[str, float]:
         """Maps each of the loss's own options to its default. Each option is a flag of train.py."""
         parameters = inspect.signature(self.function).parameters.values()
@@ -329,7 +324,7 @@ def loss_table() -> str:
         facts = [loss.uses, "reference" if loss.needs_reference else "no reference"]
         facts += [f"beta {loss.beta:g}"] if loss.uses_beta else []
         facts += [f"{option} {default:g}" for option, default in loss.options.items()]
-        lines += [f"{name:10}{loss.formula}", f"{'':10}{', '.join(facts)}; {loss.source}"]
+        lines += [f"{name:10}{loss.function.__doc__}", f"{'':10}{', '.join(facts)}; {loss.source}"]
     return "\n".join(lines)
 
 
@@ -362,7 +357,7 @@ def pair_loss(
 # --- The head: from the hidden states of the answers' tokens to losses ----------------------------
 # The answers lie end to end in the order chosen_0, rejected_0, chosen_1, rejected_1, ...:
 # hidden (N, D) holds the states that predict the tokens, targets (N,) holds the token ids, and
-# lengths (2B,) holds the number of tokens of each answer.
+# lengths (2B,) holds the number of tokens of each answer. A chunk has b pairs and t tokens.
 
 CHUNK_TOKENS = 1024  # number of tokens whose logits are in memory at a time
 
@@ -405,9 +400,10 @@ def fused_pair_loss(
         def sides(x: Tensor | None) -> tuple:
             return (None, None) if x is None else (x[answers][0::2], x[answers][1::2])
 
-        n = dict(zip(("chosen_lengths", "rejected_lengths"), sides(on_device)))
-        sums = logps[0::2], logps[1::2], *sides(ref_logps)
-        return pair_loss(name, *sums, beta=beta, advantages=sides(advantages), **n, **options)
+        sums = logps[0::2], logps[1::2], *sides(ref_logps)  # four tensors (b,)
+        kwargs = dict(zip(("chosen_lengths", "rejected_lengths"), sides(on_device)))  # (b,) each
+        kwargs |= {"advantages": sides(advantages), **options}
+        return pair_loss(name, *sums, beta=beta, **kwargs)
 
     return FusedHead.apply(hidden, head_weight, targets, lengths, losses_of, chunk_tokens, compiled)
 
@@ -440,8 +436,8 @@ class FusedHead(torch.autograd.Function):
         answer_of_token = _answer_of_token(lengths, hidden.device)  # (N,)
         losses, logps = [], []
         for answers, tokens in chunks:
-            residual, token_logps = head.residual(hidden[tokens], targets[tokens])  # (n, V), (n,)
-            answer = answer_of_token[tokens] - answers.start  # (n,), counted within the chunk
+            residual, token_logps = head.residual(hidden[tokens], targets[tokens])  # (t, V), (t,)
+            answer = answer_of_token[tokens] - answers.start  # (t,), counted within the chunk
             sums = _sum_by_answer(token_logps, answer, answers.stop - answers.start)  # (2b,)
             with torch.enable_grad():
                 sums.requires_grad_(True)
@@ -449,7 +445,7 @@ class FusedHead(torch.autograd.Function):
                 (g,) = torch.autograd.grad(loss.sum(), sums)  # (2b,)
             losses.append(loss.detach())
             logps.append(sums.detach())
-            minus_g = -g[answer, None]  # (n, 1)
+            minus_g = -g[answer, None]  # (t, 1)
             if need_hidden:
                 grad_hidden[tokens] = minus_g * (residual @ head.weight)
             if need_head:
@@ -485,8 +481,8 @@ class _ChunkedHead:
         self.to_residual = _compiled_to_residual if compiled else _to_residual
 
     def residual(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (n, D), targets (n,) -> softmax minus one-hot (n, V), which is valid until the
-        next call, and token log-probs (n,)."""
+        """hidden (t, D), targets (t,) -> softmax minus one-hot (t, V), which is valid until the
+        next call, and token log-probs (t,)."""
         dtype = self.weight.dtype
         logits = torch.mm(hidden.to(dtype), self.weight.T, out=self.logits[: len(hidden)])
         # A CPU processes a few rows at a time, so that the logits stay in its cache.
@@ -496,7 +492,7 @@ class _ChunkedHead:
 
 
 def _to_residual(logits: Tensor, targets: Tensor) -> Tensor:
-    """Turns logits (n, V) into softmax minus one-hot in place; returns token log-probs (n,)."""
+    """Turns logits (t, V) into softmax minus one-hot in place; returns token log-probs (t,)."""
     # In a long answer, the errors of a bfloat16 log-softmax can add up to a nat, so p is float32.
     p = logits.to(torch.promote_types(logits.dtype, torch.float32))
     torch.log_softmax(p, dim=-1, out=p)
@@ -510,7 +506,7 @@ _compiled_to_residual = torch.compile(_to_residual, dynamic=True)
 
 
 def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, overwrite: bool) -> None:
-    """Adds residual (n, V), transposed, times weighted (n, D) to total (V, D), or replaces total if
+    """Adds residual (t, V), transposed, times weighted (t, D) to total (V, D), or replaces total if
     `overwrite`. To save memory, a product in lower precision is added in slices of V."""
     weighted = weighted.to(residual.dtype)
     if total.dtype == residual.dtype:

@@ -85,16 +85,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 Mask = Tensor | list[Tensor] | BlockMask | None
 
 
@@ -135,8 +125,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * self.head_dim, D, bias=config.attention_bias)
         self.q_norm = self.k_norm = nn.Identity()
         if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary, mask: Mask, cache: Tensor | None, positions: Tensor):
         """x (B, T, D) -> (B, T, D). A cache (2, B, K, capacity, E) stores keys and values at
@@ -149,7 +139,7 @@ class Attention(nn.Module):
         if cache is not None:
             row = torch.arange(B, device=x.device)[:, None]
             cache[0][row, :, positions] = k.transpose(1, 2)  # (B, T, K, E)
-            cache[1][row, :, positions] = v.transpose(1, 2)
+            cache[1][row, :, positions] = v.transpose(1, 2)  # (B, T, K, E)
             if T == 1 and mask is not None:
                 k, v = cache[:, :, :, : mask.shape[-1]]  # (B, K, S, E) each
         y = attend(q, k, v, mask, self.grouped)  # (B, H, T, E)
@@ -173,9 +163,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary, mask: Mask, cache: Tensor | None, positions: Tensor):
@@ -196,7 +186,7 @@ class Llama(nn.Module):
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
                 "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+                "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
         if not config.tie_word_embeddings:

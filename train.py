@@ -35,7 +35,7 @@ from support.distributed import World, join
 from support.figures import table, task_row
 from support.files import locked, write_json
 from support.job import Job, TrainingError, describe, first_progress, load_job, logps_of
-from support.on_policy import draw_pairs, draws, is_rlhf, prompts_per_step
+from support.on_policy import draw_pairs, is_on_policy, is_rlhf, prompts_per_step
 from support.plan import GPUS, PRESETS, plan
 from support.run_folder import MAY_CHANGE, Progress
 from support.run_options import parse_options
@@ -120,19 +120,19 @@ def train_step(
     if not LOSSES[options.loss].pairwise:
         loss_arguments["shared"] = shared_term(model, data, options, world)
     for batch in data.batches:
-        ref_logps = of_answers(data.ref_logps, batch, device)  # (2B,)
-        advantages = of_answers(data.advantages, batch, device)  # (2B,)
+        ref_logps = of_answers(data.ref_logps, batch, device)  # (2b,) for the b pairs of a batch
+        advantages = of_answers(data.advantages, batch, device)  # (2b,)
         batch = batch.to(device)
         with autocast(device, dtype):
             hidden = answer_states(model, batch)  # (N, D)
             loss, logp = fused_pair_loss(
                 hidden, model.head_weight, batch.targets, batch.lengths, ref_logps, options.loss,
                 advantages=advantages, compiled=model.compiled, **loss_arguments,
-            )  # (B,), (2B,)  # fmt: skip
+            )  # (b,), (2b,)  # fmt: skip
         loss.sum().backward()
         losses.append(loss.detach())
-        logps.append(logp.view(-1, 2))  # (B, 2)
-    losses, logps = world.cat(losses), world.cat(logps).float()
+        logps.append(logp.view(-1, 2))  # (b, 2)
+    losses, logps = world.gather(losses), world.gather(logps).float()  # (B,), (B, 2)
     if check:
         check(losses, logps)
     B = len(losses)
@@ -148,8 +148,8 @@ def train_step(
 
 
 def of_answers(values: Tensor | None, batch: Batch, device: torch.device) -> Tensor | None:
-    """Returns a batch's rows of `values` (pairs, 2) as (2B,), in the order of batch.lengths."""
-    return None if values is None else values[batch.index].flatten().to(device)
+    """Returns a batch's rows of `values` (pairs, 2) as (2b,), in the order of batch.lengths."""
+    return None if values is None else values[batch.index].flatten().to(device)  # (b, 2) -> (2b,)
 
 
 def shared_term(model: Llama, data: StepData, options: Options, world: World) -> Tensor:
@@ -157,9 +157,9 @@ def shared_term(model: Llama, data: StepData, options: Options, world: World) ->
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     batches, ref_logps = data.mismatched or (data.batches, data.ref_logps)
     logps = [evaluation.batch_logps(model, batch.to(device), dtype) for batch in batches]
-    ref = [of_answers(ref_logps, batch, device) for batch in batches]  # (2B,) each
+    ref = [of_answers(ref_logps, batch, device) for batch in batches]  # (2b,) each
     lengths = [batch.lengths.to(device) for batch in batches]
-    terms = [world.cat(parts) for parts in (logps, ref, lengths)]
+    terms = [world.gather(parts) for parts in (logps, ref, lengths)]  # (2B,) each
     sides = (Answers(*(x[side::2] for x in terms), options.beta) for side in (0, 1))
     return LOSSES[options.loss].shared(*sides)
 
@@ -209,7 +209,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
             lr = learning_rate(options, step, job.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            check = functools.partial(check_start, options, data) if step == 1 else None
+            check = functools.partial(check_first_step, options, data) if step == 1 else None
             losses, logps, grad_norm = torch.zeros(0), torch.zeros(0, 2), torch.zeros(())
             if data.batches:  # none if the drawn answers to each prompt are all right or all wrong
                 losses, logps, grad_norm = train_step(model, optimizer, data, options, world, check)
@@ -218,7 +218,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
             # What is written at a step depends on the step alone, not on where this run stops.
             evaluate, last = step % options.eval_every == 0 or step == job.steps, step == job.stop
             is_logged = evaluate or step % options.log_every == 0
-            received = world.cat([torch.tensor(signals, dtype=torch.long)])
+            received = world.gather([torch.tensor(signals, dtype=torch.long)])
             stopped, every = len(received) > 0, options.save_every
             save = stopped or (every is not None and (last or step % every == 0))
             if not (is_logged or save or last):
@@ -243,7 +243,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
                 now = progress._replace(step=step, num_tokens=tokens)
                 run_folder.save_checkpoint(job, optimizer, now)
             if stopped:
-                signals[:] = world.cat([received]).tolist()  # waits for the first process to save
+                signals[:] = world.gather([received]).tolist()  # waits until the first has saved
                 break
             clock, clock_step, clock_tokens, unchecked = time.perf_counter(), step, tokens, []
     check_weights(job, row["step"])
@@ -264,14 +264,14 @@ def step_data(job: Job, progress: Progress, step: int) -> StepData:
     if job.mismatched:
         mismatched = job.world.batches(job.mismatched, rows, *layout), progress.ref_mismatched
     index = torch.tensor([i for batch in batches for i in batch.index], dtype=torch.long)
-    index = job.world.cat([index]).tolist()
+    index = job.world.gather([index]).tolist()
     return data._replace(batches=batches, mismatched=mismatched, index=index)
 
 
 # --- Checks and metrics ---------------------------------------------------------------------------
 
 
-def check_start(options: Options, data: StepData, losses: Tensor, logps: Tensor) -> None:
+def check_first_step(options: Options, data: StepData, losses: Tensor, logps: Tensor) -> None:
     """Raises TrainingError unless, before the first update, all rewards are 0 and the loss has its
     known value. This catches reference log-probs of other weights, precision or packing."""
     if data.ref_logps is None or data.advantages is not None or not losses.isfinite().all():
@@ -308,7 +308,7 @@ def check_finite(job: Job, step: int, data: StepData, losses: Tensor, grad_norm:
 
 def check_weights(job: Job, step: int) -> None:
     finite = all(p.isfinite().all() for p in job.model.parameters())  # this process's share
-    if not job.world.cat([torch.tensor([finite])]).all():
+    if not job.world.gather([torch.tensor([finite])]).all():
         raise TrainingError(f"step {step}: the weights are not finite; try a lower --lr")
 
 
@@ -398,8 +398,8 @@ def main(argv: list[str] | None = None) -> Path:
                 if options.lora_rank:  # finds a wrong rank or target before the base is trained
                     with torch.device("meta"):
                         lora.add_lora(Llama(builtin_task.BASE_MODEL), lora.config_of(options))
-                draw = draws(options)
-                options = builtin_task.prepare(options, draw, make_optimizer, train_step)
+                drawn = is_on_policy(options)
+                options = builtin_task.prepare(options, drawn, make_optimizer, train_step)
             job = load_job(options, world)
             if world.first:
                 stack.enter_context(locked(folder))

@@ -71,15 +71,15 @@ def base_folder(options) -> Path:
     return Path(options.out).parent / (f"base-seed{options.seed}" if options.seed else "base")
 
 
-def prepare(options, draws: bool, make_optimizer, train_step):
+def prepare(options, drawn: bool, make_optimizer, train_step):
     """Makes the base model and its pairs unless they exist. Returns options with their paths:
-    `data` is pairs.jsonl or, if the policy draws the answers (`draws`), problems.jsonl."""
+    `data` is pairs.jsonl or, if the policy draws the answers (`drawn`), problems.jsonl."""
     folder = base_folder(options)
     sft = type(options)(loss="sft", lr=BASE["lr"], seed=options.seed, device=options.device)
     with locked(folder, "waiting for the run that makes this base model"):
         make_base(folder, sft, make_optimizer, train_step)
         make_pairs(folder, options.seed, options.device)
-    data, held_out = "problems.jsonl" if draws else "pairs.jsonl", "heldout_pairs.jsonl"
+    data, held_out = "problems.jsonl" if drawn else "pairs.jsonl", "heldout_pairs.jsonl"
     paths = {"data": str(folder / data), "eval_data": str(folder / held_out)}
     return dataclasses.replace(options, init=str(folder), **paths)
 

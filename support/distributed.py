@@ -19,7 +19,7 @@ class World:
     """A single process. Gathering returns its argument; checking and sharding do nothing."""
 
     rank, count, first = 0, 1, True
-    cat = staticmethod(torch.cat)  # with several processes, also joins the rows of all processes
+    gather = staticmethod(torch.cat)  # joins the rows of all parts, and of all processes
     batches = staticmethod(make_batches)
     total_norm = staticmethod(get_total_norm)
     place = staticmethod(lambda moment, parameter: moment.to(parameter.device))
@@ -34,9 +34,9 @@ class Processes(World):
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.first = self.rank == 0  # the first process prints and writes files
 
-    def check(self, init: str | None, batch_size: int, draws: bool) -> None:
+    def check(self, init: str | None, batch_size: int, on_policy: bool) -> None:
         """Raises ValueError for options that do not allow this number of processes."""
-        if draws or not init:
+        if on_policy or not init:
             raise ValueError("the demonstration, --on_policy and rlhf run only without torchrun")
         if batch_size < self.count:
             raise ValueError(f"--batch_size must be at least {self.count}, the number of processes")
@@ -46,7 +46,7 @@ class Processes(World):
         dist.all_reduce(tensor)
         return tensor
 
-    def cat(self, parts: list[Tensor]) -> Tensor:
+    def gather(self, parts: list[Tensor]) -> Tensor:
         """Concatenates the rows of this process's parts (n, ...) with those of all other processes,
         in the order of the processes. Every process receives all rows; n may differ."""
         rows, counts = torch.cat(parts), torch.zeros(self.count, dtype=torch.long)
@@ -61,7 +61,7 @@ class Processes(World):
         index = sorted(index, key=lambda i: row_length(pairs[i]))  # balances the lengths
         batches = make_batches(pairs, index[self.rank :: self.count], *layout)
         # Every pass involves all processes, so processes with fewer batches run empty batches.
-        most = int(self.cat([torch.tensor([len(batches)])]).max())
+        most = int(self.gather([torch.tensor([len(batches)])]).max())
         (batch,), none = make_batches(pairs, index[:1], *layout), torch.zeros(0, dtype=torch.long)
         empty = batch._replace(source=none, targets=none, lengths=none, index=[])
         return batches + [empty] * (most - len(batches))

@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -58,12 +58,12 @@ def read_rows(path):
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @contextlib.contextmanager
-def written_whole(path: Path):
+def atomic_write(path: Path):
     """Yields a temporary path for a file or folder to write, then flushes it to disk and renames it
     to `path`, so that a crash leaves `path` complete or unchanged. An OSError names `path`."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")

@@ -119,7 +119,7 @@ def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
     return values
 
 
-def grade_drawn(item, tokenizer, answer: list[int]) -> float:
+def grade_answer(item, tokenizer, answer: list[int]) -> float:
     """Returns the reward of an answer (ids) to a `questions.Item`: 1 if the first reader of the
     grade finds the right result and the answer ends with a stop id, otherwise 0."""
     right, *_ = grade_values(item.grade, item.key, [tokenizer.decode(answer[:-1])]).values()

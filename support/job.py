@@ -74,7 +74,7 @@ def load_job(options, world) -> Job:
     questions = mismatched = None
     if options.eval_data:
         held_out = load_pairs(options.eval_data, tokenizer, options.max_length)
-    if on_policy.draws(options):
+    if on_policy.is_on_policy(options):
         questions = on_policy.load_questions(options, model, tokenizer)
     else:
         pairs = load_pairs(options.data, tokenizer, options.max_length)
@@ -109,7 +109,7 @@ def load_job(options, world) -> Job:
 def load_models(options, checkpoint: Path | None, world):
     """Loads policy, tokenizer, and the reference, which is None unless the policy draws answers."""
     device = "cpu" if world.count > 1 else options.device  # sharding moves it block by block
-    draws, adapter, reference = on_policy.draws(options), options.init_adapter, None
+    drawn, adapter, reference = on_policy.is_on_policy(options), options.init_adapter, None
     if options.lora_rank or adapter:
         model, tokenizer = load_checkpoint(options.init, "cpu", torch.float32)
         torch.manual_seed(options.seed)
@@ -120,14 +120,14 @@ def load_models(options, checkpoint: Path | None, world):
         if adapter:
             lora.load_adapter(model, adapter)
         model.to(device)
-        if draws:  # the reference shares the frozen weights
+        if drawn:  # the reference shares the frozen weights
             frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
             reference = copy.deepcopy(model, frozen)
         if checkpoint:
             lora.load_adapter(model, checkpoint)
     else:
         model, tokenizer = load_checkpoint(checkpoint or options.init, device, torch.float32)
-        if draws:
+        if drawn:
             reference = Llama.from_pretrained(options.init, device=device)
     model.checkpointing = options.checkpointing == "on"
     if options.compile == "on" or (options.compile == "auto" and options.device != "cpu"):
@@ -166,7 +166,7 @@ def describe(job: Job) -> str:
     if job.questions:
         rows, unit = f"{len(job.questions)} questions, {options.samples} answers to each", "prompts"
     return (
-        f"{options.loss}: {loss.formula}   [{loss.source}]\n"
+        f"{options.loss}: {loss.function.__doc__}   [{loss.source}]\n"
         f"  log-probs as {loss.uses} over an answer's tokens{''.join(arguments)}, "
         f"{'with' if loss.needs_reference else 'without'} a reference\n"
         f"  {options.init}: {total:,} parameters, {trained:,} of them trained, {options.dtype} "
@@ -205,7 +205,7 @@ def reference_logps(job: Job, pairs: Pairs) -> Tensor:
     with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="pt") as tensors:
         logps, stored = tensors.get_tensor("logps"), (tensors.metadata() or {}).get("key")
         cached = logps if stored == digest(key, logps.numpy().tobytes()) else None
-    if job.world.cat([torch.tensor([cached is not None])]).all():
+    if job.world.gather([torch.tensor([cached is not None])]).all():
         print(f"reference log-probs: found in {file}")
         return cached
     with stage("reference log-probs: the initial weights on the training pairs") as notes:

@@ -8,17 +8,17 @@ import torch
 from data import Pair, Pairs, StepData
 from eval import pair_logps
 from mio import LOSSES
-from support.grading import grade_drawn
+from support.grading import grade_answer
 from support.lora import lora_of, merge_lora
 from support.questions import Item, prompt_ids, read_items
-from support.sampling import draw
+from support.sampling import sample_ids
 
 
 def is_rlhf(options) -> bool:
     return LOSSES[options.loss].answers == "drawn"
 
 
-def draws(options) -> bool:
+def is_on_policy(options) -> bool:
     """Tells whether the policy draws the answers, so that --data holds questions."""
     return options.on_policy or is_rlhf(options)
 
@@ -60,8 +60,9 @@ def draw_pairs(job, step: int, rows: list[int]) -> StepData:
     prompts = [item.ids(tokenizer, "") for item in items]
     policy = merge_lora(copy.deepcopy(model), dtype) if lora_of(model) else model
     seed = int(np.random.default_rng([options.seed, step]).integers(2**62))
-    answers = draw(policy, prompts, options.max_new_tokens, stop_ids=tokenizer.stop_ids, seed=seed)
-    grades = [grade_drawn(item, tokenizer, answer) for item, answer in zip(items, answers)]
+    kwargs = {"stop_ids": tokenizer.stop_ids, "seed": seed}
+    answers = sample_ids(policy, prompts, options.max_new_tokens, **kwargs)
+    grades = [grade_answer(item, tokenizer, answer) for item, answer in zip(items, answers)]
     metrics = {"reward": sum(grades) / len(grades), "num_drawn": sum(map(len, answers))}
     for start in range(0, len(answers), k):
         drawn = range(start, start + k)  # the answers to one prompt

@@ -25,7 +25,7 @@ GPUS = {"h100": (80, 989, 67), "a100": (80, 312, 19.5), "h200": (141, 989, 67),
         "rtx4090": (24, 165, 82.6)}  # fmt: skip
 
 
-class Needs(NamedTuple):
+class StepCost(NamedTuple):
     """The memory of a step on each GPU in bytes, by kind and at the peak, and each GPU's FLOPs."""
 
     parameters: int  # number of parameters of the whole model, adapters included
@@ -38,7 +38,7 @@ class Needs(NamedTuple):
     flops: float
 
 
-def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1) -> Needs:
+def step_cost(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1) -> StepCost:
     """Returns what each GPU needs in a step of `passes` forward passes, without the overhead of the
     allocator and CUDA. rows, lengths: the numbers of tokens of the rows and answers in a pass."""
     with torch.device("meta"):  # all blocks are alike, so the model has a single block
@@ -82,7 +82,8 @@ def needs(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1
     peak = weights + moments + max(start, gradients + max(at_work, grad_head * copies))
     flops = passes * _operations(config, options, linears, head, T, N, squares, compiled)
     total = sum(p.numel() for p in root + L * block)
-    return Needs(total, weights, gradients, moments, activations, grad_head + logits, peak, flops)
+    memory = weights, gradients, moments, activations, grad_head + logits, peak
+    return StepCost(total, *memory, flops)
 
 
 def _saved_by_token(config, linears: dict, trains_norms: bool, s: int) -> int:
@@ -117,8 +118,8 @@ def _operations(config, options, linears, head, T, N, squares, compiled) -> floa
     return flops
 
 
-def needs_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) -> Needs:
-    """Returns `needs` with `changes` to the options, for prompts that fill half of --max_length."""
+def cost_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) -> StepCost:
+    """Returns `step_cost` with `changes` to the options, if prompts fill half of --max_length."""
     options = dataclasses.replace(options, **changes)
     prompt, answer = options.max_length // 2, options.max_length - options.max_length // 2
     pair = prompt + 2 * (answer - 1)
@@ -126,7 +127,7 @@ def needs_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) -
     count = min(share, max(1, options.micro_tokens // pair))  # pairs in a pass
     padding = 0 if options.compile == "off" else max(0, options.micro_tokens - pair * count)
     rows, lengths = [pair] * count + [padding], [answer] * 2 * count
-    return needs(config, options, rows, lengths, -(-share // count), gpus)
+    return step_cost(config, options, rows, lengths, -(-share // count), gpus)
 
 
 def plan(options) -> str:
@@ -140,7 +141,7 @@ def plan(options) -> str:
     flags = (None, rank), ("float32", "bfloat16"), ("off", "on")
     for lora_rank, dtype, checkpointing in product(*flags):
         changes = {"lora_rank": lora_rank, "dtype": dtype, "checkpointing": checkpointing}
-        found = [needs_of_longest_pairs(config, options, gpus, **changes) for gpus in counts]
+        found = [cost_of_longest_pairs(config, options, gpus, **changes) for gpus in counts]
         # About a tenth of the memory stays free, because the predicted peak is an estimate.
         fits = (gpus for gpus, each in zip(counts, found) if 1.1 * each.peak <= memory * 1e9)
         one, speed = found[0], 1e12 * options.mfu * peak_speeds[dtype == "float32"]
@@ -149,7 +150,7 @@ def plan(options) -> str:
         mark = ">" if changes.items() <= vars(options).items() else " "
         row = f"{mark} {label:17}" + "".join(f"{part / 1e9:7.1f}" for part in one[1:7])
         rows.append(f"{row}{one.flops / 1e15:7.2f}{one.flops / speed:7.1f}{next(fits, '-'):>5}")
-    total = needs_of_longest_pairs(config, options, gpus=1, lora_rank=None).parameters
+    total = cost_of_longest_pairs(config, options, gpus=1, lora_rank=None).parameters
     pairs = f"{options.batch_size} pairs of up to {options.max_length} tokens"
     return f"""{init.name[-32:]}: {total:,} parameters,
 {pairs} in a step on one {options.gpu} of {memory} GB

@@ -9,7 +9,7 @@ from support.figures import Column
 from support.files import read_rows
 from support.grading import GRADERS, grade_values
 from support.rows import COLUMNS, messages_of, text_of
-from support.sampling import draw, stop_texts
+from support.sampling import sample_ids, stop_texts
 
 FORMS = "write {question, answer}, {prompt, answer, grade}, {prompt, choices, gold} or pairs"
 
@@ -127,8 +127,8 @@ def answer_columns(model, tokenizer, path, items: list[Item], before: str, optio
     prompts = prompt_ids(model, tokenizer, path, items, before, [new] * len(items))
     kwargs = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
     kwargs |= {"rows": options.batch_size, "stop_ids": tokenizer.stop_ids}
-    kwargs["is_over"] = stop_texts(tokenizer, [item.stop for item in items for _ in range(n)])
-    answers = iter(draw(model, [ids for ids in prompts for _ in range(n)], new, **kwargs))
+    kwargs["is_done"] = stop_texts(tokenizer, [item.stop for item in items for _ in range(n)])
+    answers = iter(sample_ids(model, [ids for ids in prompts for _ in range(n)], new, **kwargs))
     texts, values = [], []
     for item in items:
         found, cut = [], 0

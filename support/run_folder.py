@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from support.cli import check_value, pick_device
-from support.files import digest_file, flush_to_disk, read_json, write_json, written_whole
+from support.files import atomic_write, digest_file, flush_to_disk, read_json, write_json
 from support.lora import lora_of, save_adapter
 from support.tokenizers import TOKENIZER_FILES
 from support.weights import save_tensors
@@ -154,7 +154,7 @@ def save_checkpoint(job, optimizer, progress: Progress) -> None:
     record |= {"metrics": hashed, "options": recorded(options)}
     checkpoint = folder / "checkpoints" / f"step-{progress.step:06}"
     checkpoint.parent.mkdir(exist_ok=True)
-    with written_whole(checkpoint) as partial:
+    with atomic_write(checkpoint) as partial:
         if lora_of(model):
             save_adapter(model, partial, options.init)
         else:

@@ -68,7 +68,7 @@ def resolve(options, world):
     options = dataclasses.replace(options, **defaults, device=cli.pick_device(options.device))
     on_policy.check_draws(options)
     if not options.plan:
-        world.check(options.init, options.batch_size, on_policy.draws(options))
+        world.check(options.init, options.batch_size, on_policy.is_on_policy(options))
     return options
 
 
@@ -78,7 +78,7 @@ def check_together(options) -> None:
     given = {name for name, x in vars(options).items() if x or type(x) in (int, float)}
     if options.plan and (options.plan == "init") != ("init" in given):
         raise ValueError("--plan needs a preset or --init FOLDER; give one, but not both")
-    if options.plan and (on_policy.draws(options) or options.init_adapter):
+    if options.plan and (on_policy.is_on_policy(options) or options.init_adapter):
         raise ValueError("--plan excludes --on_policy, rlhf and --init_adapter; leave out --plan")
     if not options.plan and ("init" in given) != ("data" in given):
         missing = "--data FILE.jsonl" if options.init else "--init FOLDER"

@@ -13,14 +13,14 @@ GENERATION_TOKENS = 2**16  # most tokens of prompts and answers in the cache at 
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
              top_p: float = 1.0, stop_ids=(), seed: int = 0, *, rows: int | None = None,
-             is_over: Callable[[int, list[int]], bool] | None = None,
+             is_done: Callable[[int, list[int]], bool] | None = None,
              progress: Callable[[list[int]], None] | None = None) -> list[list[int]]:  # fmt: skip
     """Continues each prompt until a stop id or for `max_new_tokens`. Returns the new ids of each
     prompt, with the stop id if there is one. The same seed and prompts give the same answers.
 
     prompts: non-empty lists of ids. temperature 0 is greedy. top_p keeps the smallest set of tokens
     whose probability reaches top_p. rows: number of prompts to continue at a time (default: as many
-    as GENERATION_TOKENS allow). is_over(index of the prompt, ids so far), called every 8 tokens,
+    as GENERATION_TOKENS allow). is_done(index of the prompt, ids so far), called every 8 tokens,
     ends an answer if it returns True. progress(ids) is called with each finished answer."""
     assert prompts and all(prompts), "every prompt needs at least one token"
     device, window = model.head_weight.device, model.config.sliding_window or torch.inf
@@ -29,38 +29,38 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(max_new_tokens, len(prompts), generator=generator).to(device)
     stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    look_every = 8 if device.type == "cuda" or is_over else 1  # steps between two checks
+    check_every = 8 if device.type == "cuda" or is_done else 1  # steps between two checks
     answers: dict[int, list[int]] = {}
     for start in range(0, len(prompts), rows):
-        live = list(range(len(prompts)))[start : start + rows]  # the prompt of each row
-        lengths = torch.tensor([len(prompts[i]) for i in live], device=device)  # (R,)
-        hidden, cache = _read_prompts(model, [prompts[i] for i in live], max_new_tokens)
-        new = torch.zeros(len(live), 0, dtype=torch.long, device=device)  # (R, steps)
-        draws = uniform[:, live]  # (max_new_tokens, R)
+        active = list(range(len(prompts)))[start : start + rows]  # the prompt of each row
+        lengths = torch.tensor([len(prompts[i]) for i in active], device=device)  # (R,)
+        hidden, cache = _read_prompts(model, [prompts[i] for i in active], max_new_tokens)
+        new = torch.zeros(len(active), 0, dtype=torch.long, device=device)  # (R, steps)
+        draws = uniform[:, active]  # (max_new_tokens, R)
         for step in range(max_new_tokens):
             logits = (hidden @ model.head_weight.T).float()  # (R, V)
             token = sample(logits, temperature, top_p, draws[step])  # (R,)
             new = torch.cat((new, token[:, None]), dim=1)
             is_last = step + 1 == max_new_tokens
-            if step % look_every == 0 or is_last:
+            if step % check_every == 0 or is_last:
                 ended = torch.isin(new, stop).any(dim=1).nonzero()[:, 0].tolist()  # rows
-                for row in range(len(live)) if is_last or is_over else ended:
-                    if (i := live[row]) in answers:
+                for row in range(len(active)) if is_last or is_done else ended:
+                    if (i := active[row]) in answers:
                         continue
                     ids = new[row].tolist()
                     size = next((n for n, id in enumerate(ids, 1) if id in stop_ids), None)
-                    if is_last or size or is_over(i, ids):
+                    if is_last or size or is_done(i, ids):
                         answers[i] = ids[:size]
                         if progress:
                             progress(answers[i])
-                left = [row for row, i in enumerate(live) if i not in answers]  # unfinished rows
+                left = [row for row, i in enumerate(active) if i not in answers]  # unfinished rows
                 if not left:
                     break
-                if len(left) <= len(live) // 2:  # drop the finished rows
-                    live, draws = [live[row] for row in left], draws[:, left]
+                if len(left) <= len(active) // 2:  # drop the finished rows
+                    active, draws = [active[row] for row in left], draws[:, left]
                     cache, new, lengths = cache[:, :, left], new[left], lengths[left]
             position = (lengths + step)[:, None]  # (R, 1)
-            keys = torch.arange(max(len(prompts[i]) for i in live) + step + 1, device=device)
+            keys = torch.arange(max(len(prompts[i]) for i in active) + step + 1, device=device)
             mask = (keys <= position) & (position - keys < window)  # (R, S)
             hidden = model(new[:, -1:], position, mask[:, None, None], cache)[:, 0]  # (R, D)
     return [answers[i] for i in range(len(prompts))]
@@ -99,7 +99,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
     return (choice if order is None else order.gather(1, choice))[:, 0]
 
 
-def draw(model, prompts, max_new_tokens, *, seed=0, is_over=None, **kwargs) -> list[list[int]]:
+def sample_ids(model, prompts, max_new_tokens, *, seed=0, is_done=None, **kwargs) -> list:
     """Returns the answers of model.generate, which has the same arguments. Each call takes a part
     of the prompts, at most GENERATION_ROWS sorted by length. The seed of a part is `seed` plus the
     number of prompts in earlier parts. Shows progress unless the answers are few and short."""
@@ -111,7 +111,7 @@ def draw(model, prompts, max_new_tokens, *, seed=0, is_over=None, **kwargs) -> l
         for start in range(0, len(order), GENERATION_ROWS):
             part = order[start : start + GENERATION_ROWS]
             ids = [prompts[i] for i in part]
-            kwargs["is_over"] = is_over and (lambda n, ids, part=part: is_over(part[n], ids))
+            kwargs["is_done"] = is_done and (lambda n, ids, part=part: is_done(part[n], ids))
             answers |= zip(part, model.generate(ids, max_new_tokens, seed=seed + start, **kwargs))
     return [answers[i] for i in range(len(prompts))]
 
@@ -119,16 +119,17 @@ def draw(model, prompts, max_new_tokens, *, seed=0, is_over=None, **kwargs) -> l
 def sample_answers(model, tokenizer, prompts: list, *, samples=1, temperature=1.0, seed=0) -> list:
     """Samples a list of texts for each prompt; an answer without an end in 48 tokens gives ""."""
     ids = [tokenizer.prompt_ids(prompt) for prompt in prompts for _ in range(samples)]
-    answers = draw(model, ids, 48, stop_ids=tokenizer.stop_ids, temperature=temperature, seed=seed)
+    kwargs = {"stop_ids": tokenizer.stop_ids, "temperature": temperature, "seed": seed}
+    answers = sample_ids(model, ids, 48, **kwargs)
     texts = [tokenizer.decode(a[:-1]) if a[-1] in tokenizer.stop_ids else "" for a in answers]
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
 
 
 def stop_texts(tokenizer, stops: list[tuple[str, ...]]) -> Callable | None:
-    """Returns the argument `is_over` of `draw` that ends answer i when its text contains one of the
-    texts stops[i], or None if there are no stop texts."""
+    """Returns a function `is_done` for `sample_ids`, which ends answer i once its text contains one
+    of the texts stops[i], or None if there are no stop texts."""
 
-    def is_over(i: int, answer: list[int]) -> bool:
+    def is_done(i: int, answer: list[int]) -> bool:
         return any(stop in tokenizer.decode(answer) for stop in stops[i])
 
-    return is_over if any(stops) else None
+    return is_done if any(stops) else None

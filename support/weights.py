@@ -6,7 +6,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from support.files import read_json, write_json, written_whole
+from support.files import atomic_write, read_json, write_json
 
 MAX_SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
@@ -47,8 +47,8 @@ def read_weights(folder: Path, shapes: dict, dtype, device="cpu", files=None) ->
                 raise ValueError(f"{where} has values that are not finite; copy the file again")
             state[name] = tensor.to(device).to(dtype)
     if missing:
-        name, count = min(missing), len(missing)
-        raise ValueError(f"{folder}: {name} is missing ({count} in all); copy the folder again")
+        problem = f"{min(missing)} is missing ({len(missing)} in all)"
+        raise ValueError(f"{folder}: {problem}; copy the folder again")
     return state
 
 
@@ -77,7 +77,7 @@ def write_weights(folder: Path, state: dict[str, Tensor]) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Writes a safetensors file with the permissions that Python gives to new files."""
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode
         save_file(tensors, partial, metadata=metadata)

@@ -40,10 +40,10 @@ from support.builtin_task import problems, solution
 from support.distributed import World
 from support.job import Job
 from support.lora import LINEARS, LoraConfig, add_lora
-from support.plan import needs
+from support.plan import step_cost
 from support.questions import read_items
 from support.run_folder import Progress, save_checkpoint
-from support.sampling import draw
+from support.sampling import sample_ids
 from support.tokenizers import byte_tokenizer
 
 ROUNDS = 5
@@ -324,7 +324,7 @@ def bench_generation(questions: int = 200, rows: int = 32, most: int = 256) -> N
     items, stop = read_items(file)[:questions], sorted(tokenizer.stop_ids)
     prompts = sorted((item.ids(tokenizer, "") for item in items), key=len)
     start = time.perf_counter()
-    answers = draw(ours, prompts, most, stop_ids=stop, temperature=0, rows=rows)
+    answers = sample_ids(ours, prompts, most, stop_ids=stop, temperature=0, rows=rows)
     seconds, start, expected = time.perf_counter() - start, time.perf_counter(), []
     for first in range(0, len(prompts), rows):
         part = prompts[first : first + rows]
@@ -469,7 +469,7 @@ def run_planned(name, folder, pairs, ref, losses, clock) -> None:
     layout = options.row_tokens, options.micro_tokens
     batches = make_batches(pairs, list(range(batch, 2 * batch)), *layout)
     clock.planned = max(
-        needs(model.config, options, b.row_tokens, b.lengths.tolist(), len(batches)).peak
+        step_cost(model.config, options, b.row_tokens, b.lengths.tolist(), len(batches)).peak
         for b in batches
     )
 

@@ -126,11 +126,11 @@ def test_published_rows_are_answered_after_shots_and_end_at_a_stop_text(
 ):
     prompts_read = []
 
-    def generate(self, prompts, max_new_tokens, is_over=None, **how):
+    def generate(self, prompts, max_new_tokens, is_done=None, **how):
         texts = [bytes(prompt[1:]).decode() for prompt in prompts]
         prompts_read.extend(texts)
         assert max_new_tokens == 90
-        assert is_over(0, list(b"a Question:")) and not is_over(1, list(b"a question"))
+        assert is_done(0, list(b"a Question:")) and not is_done(1, list(b"a question"))
         return [
             [*b"#### 4 it is\nQuestion: 9"] if "3" in text else [*b"so 4", 257] for text in texts
         ]

@@ -76,7 +76,7 @@ def test_n_steps_and_n_after_a_resume_equal_two_n_steps(kind, checkpoint, pairs_
 def test_draws_after_a_resume_equal_those_of_a_run_that_never_stopped(
     flags, checkpoint, pairs_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(on_policy, "grade_drawn", lambda i, t, answer: answer[0] % 2 / 1)
+    monkeypatch.setattr(on_policy, "grade_answer", lambda i, t, answer: answer[0] % 2 / 1)
     rows = [{"prompt": f"{i}?", "answer": "1", "grade": "exact"} for i in range(20)]
     questions = write_rows(tmp_path / "questions.jsonl", rows)
     flags += ["--eval_data", str(pairs_file), "--max_new_tokens", "4", "--samples", "4", *SAVED]

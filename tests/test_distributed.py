@@ -43,10 +43,10 @@ LAYOUT = 100, 150  # row_tokens, micro_tokens
 def cat_joins_rows_in_the_order_of_the_processes(world, folder):
     rows = torch.arange(6.0).view(3, 2)
     parts = [rows[:1], rows[1:1]] if world.first else [rows[1:2], rows[2:]]
-    assert torch.equal(world.cat(parts), rows)
-    votes = world.cat([torch.tensor([world.first])])
+    assert torch.equal(world.gather(parts), rows)
+    votes = world.gather([torch.tensor([world.first])])
     assert votes.tolist() == [True, False]
-    assert world.cat([torch.zeros(0, dtype=torch.long)]).tolist() == []
+    assert world.gather([torch.zeros(0, dtype=torch.long)]).tolist() == []
 
 
 def sum_adds_in_place(world, folder):
@@ -68,12 +68,12 @@ def batches_deal_out_the_pairs(world, folder):
     for index in ([3, 1, 4, 15, 9], [7], list(range(23))):
         batches = world.batches(pairs, index, *LAYOUT)
         own = [i for batch in batches for i in batch.index]
-        everyone = world.cat([torch.tensor(own, dtype=torch.long)]).tolist()
+        everyone = world.gather([torch.tensor(own, dtype=torch.long)]).tolist()
         assert sorted(everyone) == sorted(index)
-        counts = world.cat([torch.tensor([len(batches)])]).tolist()
+        counts = world.gather([torch.tensor([len(batches)])]).tolist()
         assert counts[0] == counts[1] > 0
         tokens = torch.tensor([sum(row_length(pairs[i]) for i in own)])
-        loads = world.cat([tokens]).tolist()
+        loads = world.gather([tokens]).tolist()
         assert len(index) == 1 or max(loads) <= 2 * min(loads)
         for batch in batches:
             assert len(batch.lengths) == 2 * len(batch.index) and batch.tokens.numel()

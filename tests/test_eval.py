@@ -221,11 +221,11 @@ def test_information_of_a_file_has_the_rewards_as_critic_and_bootstrap_errors(pa
 def test_kl_is_the_log_ratio_of_an_answer_sampled_once_for_each_prompt(tmp_path, monkeypatch):
     answer, calls = [65, 66, 257], []
 
-    def draw(model, prompts, max_new_tokens, **how):
+    def sample_ids(model, prompts, max_new_tokens, **how):
         calls.append((prompts, max_new_tokens, how))
         return [answer] * len(prompts)
 
-    monkeypatch.setattr(evaluation, "draw", draw)
+    monkeypatch.setattr(evaluation, "sample_ids", sample_ids)
     file = write_rows(tmp_path / "pairs.jsonl", [PAIR_ROWS[0], *PAIR_ROWS[:3]])
     pairs, models = load_pairs(file, byte_tokenizer()), (tiny_model(), tiny_model(seed=1))
     kl = columns_by_title(models, file, kl_samples=9)["x: critic"]["KL"]

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from support import files
 from support.files import (
+    atomic_write,
     digest,
     digest_file,
     flush_to_disk,
@@ -22,7 +23,6 @@ from support.files import (
     read_rows,
     write_json,
     write_rows,
-    written_whole,
 )
 
 NOT_JSON = {
@@ -127,7 +127,7 @@ def test_content_is_flushed_before_it_takes_its_name_and_the_folder_afterwards(
     monkeypatch.setattr(files, "flush_to_disk", flush)
     monkeypatch.setattr(os, "replace", rename)
     target = tmp_path / "step-2"
-    with written_whole(target) as partial:
+    with atomic_write(target) as partial:
         (partial / "inner").mkdir(parents=True)
         for name in ("a", "inner/b"):
             (partial / name).write_text(name)
@@ -160,7 +160,7 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(is_folder, tmp_p
         (SafetensorError("I/O error: No space left on device"), OSError),
         (KeyboardInterrupt(), KeyboardInterrupt),
     ):
-        with pytest.raises(kind) as raised, written_whole(target) as partial:
+        with pytest.raises(kind) as raised, atomic_write(target) as partial:
             write(partial, error)
         if kind is OSError:
             assert str(target) in str(raised.value) and "No space left" in str(raised.value)
@@ -169,7 +169,7 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(is_folder, tmp_p
 
 
 def test_a_partial_file_is_named_after_its_target_and_its_process(tmp_path):
-    with written_whole(tmp_path / "x.json") as partial:
+    with atomic_write(tmp_path / "x.json") as partial:
         assert partial.name == f"x.json.{os.getpid()}.partial"
         partial.write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]

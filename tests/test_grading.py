@@ -8,7 +8,7 @@ import pytest
 
 from support.grading import (
     GRADERS,
-    grade_drawn,
+    grade_answer,
     grade_values,
     normalize_formula,
     parse_number,
@@ -209,11 +209,11 @@ def test_a_right_answer_earns_its_reward_only_if_it_ends_with_a_stop_id():
     tokenizer = SimpleNamespace(stop_ids={257, 258}, decode=lambda ids: bytes(ids).decode())
     item = SimpleNamespace(grade="gsm8k", key="#### 42")
     right = list(b"6 * 7 = 42\n#### 42")
-    assert grade_drawn(item, tokenizer, [*right, 257]) == 1.0
-    assert grade_drawn(item, tokenizer, [*right, 258]) == 1.0
+    assert grade_answer(item, tokenizer, [*right, 257]) == 1.0
+    assert grade_answer(item, tokenizer, [*right, 258]) == 1.0
     assert (
-        grade_drawn(item, tokenizer, [*right, ord(" ")]) == 0.0
+        grade_answer(item, tokenizer, [*right, ord(" ")]) == 0.0
     )  # right, but max_new_tokens cut it
-    assert grade_drawn(item, tokenizer, [*b"#### 41", 257]) == 0.0
+    assert grade_answer(item, tokenizer, [*b"#### 41", 257]) == 0.0
     # The first reading of gsm8k is the strict one.
-    assert grade_drawn(item, tokenizer, [*b"it is 42", 257]) == 0.0
+    assert grade_answer(item, tokenizer, [*b"it is 42", 257]) == 0.0

@@ -111,7 +111,7 @@ def test_pairs_that_split_their_ids_in_another_place_have_another_hash():
 
 def test_a_run_says_with_what_it_trains(checkpoint, pairs_file):
     text = describe(job_of(checkpoint, pairs_file, "--loss", "simpo", "--batch_size", 8))
-    assert f"simpo: {LOSSES['simpo'].formula}   [arXiv 2405.14734]" in text
+    assert f"simpo: {LOSSES['simpo'].function.__doc__}   [arXiv 2405.14734]" in text
     assert (
         "log-probs as means over an answer's tokens, beta 2, gamma 0.5, without a reference" in text
     )

@@ -255,7 +255,7 @@ def test_a_bfloat16_base_has_the_reference_of_full_training(
     out = run(checkpoint, pairs_file, tmp_path / "out", *LORA, *half)
     printed = capsys.readouterr().out
     assert "rewards 0 within 0.0e+00" in printed
-    change = float(printed.partition("log-probs of answers change by at most ")[2].split()[0])
+    change = float(printed.partition("log-probs change by at most ")[2].split()[0])
     assert 1e-4 < change < 1
     assert {w.dtype for w in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
 
@@ -273,7 +273,7 @@ def test_n_steps_and_n_more_are_two_n_steps(flags, checkpoint, pairs_file, tmp_p
         own += ["--eval_data", str(pairs_file), "--max_new_tokens", "4", "--samples", "4"]
         # An exact answer is out of reach for a random model, so answers are graded by a byte.
         monkeypatch.setattr(
-            "support.on_policy.grade_drawn", lambda item, tokenizer, ids: float(ids[0] % 2)
+            "support.on_policy.grade_answer", lambda item, tokenizer, ids: float(ids[0] % 2)
         )
     own += ["--epochs", "4"]
     at_once = run(checkpoint, data, tmp_path / "at_once", *own, "--max_steps", "4")

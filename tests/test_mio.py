@@ -251,7 +251,7 @@ def test_the_printed_table_says_what_each_loss_uses(name):
     lines = mio.loss_table().splitlines()
     assert max(map(len, lines)) <= 80
     row = next(i for i, line in enumerate(lines) if line.split(" ")[0] == name)
-    assert loss.formula in lines[row] and loss.source in lines[row + 1]
+    assert loss.function.__doc__ in lines[row] and loss.source in lines[row + 1]
     plain, facts = loss_of(name, *batch, **options), lines[row + 1]
     assert (f"beta {loss.beta:g}" in facts) == loss.uses_beta
     if name != "rlhf":  # its advantages contain beta and the reference
@@ -483,7 +483,7 @@ def test_the_readme_adds_a_loss_in_ten_lines(monkeypatch):
     test_the_fused_head_passes_gradcheck("tilted")
     test_extreme_log_ratios_give_finite_losses_and_gradients("tilted")
     test_the_printed_table_says_what_each_loss_uses("tilted")
-    assert LOSSES["tilted"].formula == "sp(-T_w) + alpha sp(T_w) + (1-alpha) sp(T_l)"
+    assert LOSSES["tilted"].function.__doc__ == "sp(-T_w) + alpha sp(T_w) + (1-alpha) sp(T_l)"
     batch = batch_of_pairs()
     for alpha, name in ((0.0, "bce"), (0.5, "mio")):
         torch.testing.assert_close(loss_of("tilted", *batch, alpha=alpha), loss_of(name, *batch))

@@ -181,7 +181,11 @@ def test_sampled_answers_go_to_their_own_prompts():
         assert model.generate(prompts, 20, rows=rows, **how) == expected
         assert sorted(finished) == sorted(expected)
         finished.clear()
-    how = {"stop_ids": stop_ids, "seed": 5, "is_over": lambda i, ids: i % 2 == 1 and len(ids) > 3}
+    how = {
+        "stop_ids": stop_ids,
+        "seed": 5,
+        "is_done": lambda i, ids: i % 2 == 1 and len(ids) > 3,
+    }
     for rows in (None, 9):
         for i, answer in enumerate(model.generate(prompts, 20, rows=rows, **how)):
             assert answer == expected[i][: len(answer)]
@@ -203,11 +207,11 @@ def test_sampling_is_seeded_and_an_answer_does_not_depend_on_the_rest_of_the_bat
         assert short == long[:cut]
     asked = []
 
-    def is_over(i, ids):
+    def is_done(i, ids):
         asked.append((i, len(ids)))
         return i == 1 and len(ids) > 3
 
-    answers = model.generate(prompts, 20, seed=3, is_over=is_over)
+    answers = model.generate(prompts, 20, seed=3, is_done=is_done)
     assert answers[0] == first[0] and answers[2] == first[2]
     assert answers[1] == first[1][: len(answers[1])] and 3 < len(answers[1]) < 12
     assert {i for i, _ in asked} == {0, 1, 2} and max(length for _, length in asked) < 20

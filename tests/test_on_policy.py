@@ -32,7 +32,7 @@ def grade(item, tokenizer, answer: list[int]) -> float:
 
 @pytest.fixture
 def argv(checkpoint, pairs_file, tmp_path, monkeypatch) -> list[str]:
-    monkeypatch.setattr(on_policy, "grade_drawn", grade)
+    monkeypatch.setattr(on_policy, "grade_answer", grade)
     data = write_rows(tmp_path / "questions.jsonl", QUESTIONS)
     files = {"init": checkpoint, "data": data, "eval_data": pairs_file, "out": tmp_path / "out"}
     flags = {"samples": 4, "batch_size": 6, "max_new_tokens": 5, "lr": 1e-3, "row_tokens": 20}
@@ -168,12 +168,12 @@ def test_samples_that_do_not_divide_the_answers_of_a_step_are_refused():
 def test_a_run_draws_and_says_how_many(argv, monkeypatch, capsys):
     counts = []
 
-    def draw(model, prompts, max_new_tokens, *, stop_ids, seed):
+    def sample_ids(model, prompts, max_new_tokens, *, stop_ids, seed):
         counts.append(len(prompts))
         assert max_new_tokens == 5 and stop_ids == {257}
         return [[i % 3, 257] for i in range(len(prompts))]
 
-    monkeypatch.setattr(on_policy, "draw", draw)
+    monkeypatch.setattr(on_policy, "sample_ids", sample_ids)
     train.main([*argv, "--loss", "rlhf", "--max_steps", "2"])
     assert counts == [12, 12]  # twice --batch_size 6
     assert "4 answers to each" in (text := capsys.readouterr().out) and "3 prompts each" in text
@@ -188,7 +188,7 @@ def test_a_run_draws_and_says_how_many(argv, monkeypatch, capsys):
 
 
 def test_a_step_without_pairs_changes_nothing(argv, monkeypatch):
-    monkeypatch.setattr(on_policy, "grade_drawn", lambda *_: 1.0)
+    monkeypatch.setattr(on_policy, "grade_answer", lambda *_: 1.0)
     out = train.main([*argv, "--on_policy", "--epochs", "2", "--save_every", "1"])
     rows = metrics(out)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[1]["reward"] == 1.0

@@ -17,7 +17,7 @@ import train
 from data import Pair, StepData, answer_states, autocast, make_batches
 from model import Llama
 from support.lora import LORA_TARGETS, LoraConfig, add_lora
-from support.plan import PRESETS, needs, needs_of_longest_pairs
+from support.plan import PRESETS, cost_of_longest_pairs, step_cost
 from train import Options
 
 TOTALS = {
@@ -53,7 +53,7 @@ def model_of(config, options) -> Llama:
 
 def planned(config, options, batches):
     lengths = batches[0].lengths.tolist()
-    return needs(config, options, batches[0].row_tokens, lengths, len(batches))
+    return step_cost(config, options, batches[0].row_tokens, lengths, len(batches))
 
 
 # --- Against a real step --------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_operations_are_those_of_pytorchs_counter(more):
 
 def test_bytes_by_hand():
     """16 tokens in rows of 10 and 6, with answers of 4 and 5, in float32 on a CPU."""
-    found = needs(tiny_config(), options_of(), [10, 6], [4, 5])
+    found = step_cost(tiny_config(), options_of(), [10, 6], [4, 5])
     # For each token a block saves 32 + 32 + 32 + 48 inputs of matrices, two norms twice, q, k, v
     # and the output of attention, its log-sum-exp for 4 heads, and three factors of the MLP.
     per_token = 4 * (144 + 2 * 2 * 32 + (32 + 16 + 16 + 32) + 4 + 3 * 48)
@@ -158,7 +158,7 @@ def test_bytes_by_hand():
     # factors of the MLP, of the residual stream and of the norm.
     assert found.peak == 128128 + 256256 + 128128 + 16 * 4 * (2 * 48 + 2 * 32)
     # With long answers it comes in the head: activations, the head's gradient, logits and states.
-    many = needs(tiny_config(), options_of(), [1000], [400, 500])
+    many = step_cost(tiny_config(), options_of(), [1000], [400, 500])
     assert many.head == 4 * 8256 + 4 * 900 * 258 + 8 * 32 * (900 + 900)
     assert many.peak == 128128 + 256256 + many.activations + many.head
 
@@ -167,7 +167,7 @@ def test_a_gpu_needs_what_its_kernels_need():
     """bfloat16 on one GPU: compiled attention has no mask and skips half of the products."""
     step = [10, 6], [4, 5]
     cpu, eager, compiled, recomputed = (
-        needs(tiny_config(), options_of(dtype="bfloat16", **changes), *step)
+        step_cost(tiny_config(), options_of(dtype="bfloat16", **changes), *step)
         for changes in (
             {},
             {"device": "cuda", "compile": "off"},
@@ -186,27 +186,27 @@ def test_a_gpu_needs_what_its_kernels_need():
 
 def test_gpus_share_what_stays_and_gather_what_is_at_work():
     step = tiny_config(), options_of(), [99], [40, 40]
-    one, two, four = (needs(*step, gpus=gpus) for gpus in (1, 2, 4))
+    one, two, four = (step_cost(*step, gpus=gpus) for gpus in (1, 2, 4))
     assert (two.gradients, two.moments) == (one.gradients / 2, one.moments / 2)
     # Embedding, head and last norm; two blocks; the gradient of a block twice.
     gathered = 4 * (2 * 8256 + 32) + 2 * 4 * 7744 + 2 * 4 * 7744
     assert (two.weights, four.weights) == (128128 / 2 + gathered, 128128 / 4 + gathered)
-    half = needs(tiny_config(), options_of(dtype="bfloat16"), [99], [40, 40], gpus=2)
+    half = step_cost(tiny_config(), options_of(dtype="bfloat16"), [99], [40, 40], gpus=2)
     assert half.weights == two.weights - 4 * 7744  # blocks travel in bfloat16
-    frozen = needs(tiny_config(), options_of(dtype="bfloat16", **LORA), [99], [40, 40], gpus=2)
+    frozen = step_cost(tiny_config(), options_of(dtype="bfloat16", **LORA), [99], [40, 40], gpus=2)
     assert frozen.activations < half.activations  # no rounded weights
 
 
 def test_gradients_of_earlier_passes_wait():
     """With a vocabulary of 50,000 the gradient of the head is larger than all activations."""
     config = tiny_config(vocab_size=50_000)
-    one, two, three = (needs(config, options_of(), [9], [4, 4], passes) for passes in (1, 2, 3))
+    one, two, three = (step_cost(config, options_of(), [9], [4, 4], passes) for passes in (1, 2, 3))
     stored, head = one.weights + one.moments, 4 * 50_000 * 32
     assert one.peak == stored + one.gradients + 9 * 640
     assert two.peak == three.peak == stored + one.gradients + one.activations + one.head
     # A tied matrix has one gradient from the head, one from the embedding, one of earlier passes.
     config = tiny_config(vocab_size=50_000, tie_word_embeddings=True)
-    one, two, three = (needs(config, options_of(), [9], [4, 4], passes) for passes in (1, 2, 3))
+    one, two, three = (step_cost(config, options_of(), [9], [4, 4], passes) for passes in (1, 2, 3))
     assert one.peak == one.weights + one.moments + one.gradients + head
     assert two.peak == three.peak == one.peak + head
 
@@ -216,14 +216,14 @@ def test_pairs_are_as_long_as_they_may_be_and_passes_are_padded():
     config = tiny_config(max_position_embeddings=4096)
     flags = {"max_length": 100, "batch_size": 10, "micro_tokens": 500}
     options = options_of(**flags, compile="off")
-    found = needs_of_longest_pairs(config, options, gpus=1)  # 3 pairs in a pass, 4 passes
-    assert found == needs(config, options, [148] * 3, [50] * 6, passes=4)
-    found = needs_of_longest_pairs(config, options, gpus=4)  # 3 pairs in a GPU, in one pass
-    assert found == needs(config, options, [148] * 3, [50] * 6, passes=1, gpus=4)
+    found = cost_of_longest_pairs(config, options, gpus=1)  # 3 pairs in a pass, 4 passes
+    assert found == step_cost(config, options, [148] * 3, [50] * 6, passes=4)
+    found = cost_of_longest_pairs(config, options, gpus=4)  # 3 pairs in a GPU, in one pass
+    assert found == step_cost(config, options, [148] * 3, [50] * 6, passes=1, gpus=4)
     options = options_of(**flags | {"max_length": 101})  # 50 + 2 * 50, and answers of 51
-    found = needs_of_longest_pairs(config, options, gpus=16)  # one pair in each of ten
-    assert found == needs(config, options, [150, 350], [51] * 2, passes=1, gpus=16)
-    recomputed = needs_of_longest_pairs(config, options, gpus=16, checkpointing="on")
+    found = cost_of_longest_pairs(config, options, gpus=16)  # one pair in each of ten
+    assert found == step_cost(config, options, [150, 350], [51] * 2, passes=1, gpus=16)
+    recomputed = cost_of_longest_pairs(config, options, gpus=16, checkpointing="on")
     assert recomputed.activations < found.activations
 
 
@@ -246,7 +246,7 @@ def table_of(lines: list[str]) -> list[list[str]]:
 def test_presets_have_their_makers_count_of_parameters():
     assert list(PRESETS) == list(TOTALS)
     for name, config in PRESETS.items():
-        found = needs_of_longest_pairs(config, options_of(batch_size=32, max_length=1024), gpus=1)
+        found = cost_of_longest_pairs(config, options_of(batch_size=32, max_length=1024), gpus=1)
         assert found.parameters == TOTALS[name]
 
 
@@ -268,7 +268,7 @@ def test_the_text_of_a_plan(capsys):
         changes = {"lora_rank": lora_rank, "dtype": dtype, "checkpointing": checkpointing}
         changes |= {"lora_targets": "all"}
         need = {
-            gpus: needs_of_longest_pairs(PRESETS["llama-3.1-8b"], options, gpus, **changes)
+            gpus: cost_of_longest_pairs(PRESETS["llama-3.1-8b"], options, gpus, **changes)
             for gpus in (1, 2, 4, 8, 16, 32)
         }
         assert row[2:8] == [f"{part / 1e9:.1f}" for part in need[1][1:7]]

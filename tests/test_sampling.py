@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from conftest import tiny_model
 
 from support import sampling
-from support.sampling import draw, sample_answers, stop_texts
+from support.sampling import sample_answers, sample_ids, stop_texts
 from support.tokenizers import byte_tokenizer
 
 
@@ -45,10 +45,10 @@ def test_as_many_rows_are_generated_at_a_time_as_the_cache_may_hold(monkeypatch)
     monkeypatch.setattr(sampling, "GENERATION_ROWS", 4)
     monkeypatch.setattr(sampling, "GENERATION_TOKENS", 30)
     model, prompts = tiny_model(), [[1] * n for n in (20, 5, 1, 60, 10, 2)]
-    draw(model, prompts, max_new_tokens=5)
+    sample_ids(model, prompts, max_new_tokens=5)
     assert sizes == [[1, 2], [5, 10], [20], [60]]  # at most 30 // 15 rows, then at least 1
     sizes.clear()
-    draw(model, prompts, max_new_tokens=5, rows=3)
+    sample_ids(model, prompts, max_new_tokens=5, rows=3)
     assert sizes == [[1, 2, 5], [10], [20, 60]]
 
 
@@ -56,17 +56,17 @@ def test_the_stop_texts_of_a_prompt_end_its_own_answer(monkeypatch):
     """Prompts keep their numbers when they are sorted by length and split into parts."""
     monkeypatch.setattr(sampling, "GENERATION_ROWS", 2)
     tokenizer, prompts = byte_tokenizer(), [[97] * n for n in (5, 2, 4, 1, 3)]
-    is_over = stop_texts(tokenizer, [(f"{len(prompt)}",) for prompt in prompts])
+    is_done = stop_texts(tokenizer, [(f"{len(prompt)}",) for prompt in prompts])
 
-    def generate(prompts, max_new_tokens, is_over, **_):
+    def generate(prompts, max_new_tokens, is_done, **_):
         """Counts from 0 until the answer is over."""
         answers = []
         for n in range(len(prompts)):
             counts = (list(b"0123456789"[:end]) for end in range(1, 11))
-            answers.append(next(ids for ids in counts if is_over(n, ids)))
+            answers.append(next(ids for ids in counts if is_done(n, ids)))
         return answers
 
-    answers = draw(SimpleNamespace(generate=generate), prompts, 10, is_over=is_over)
+    answers = sample_ids(SimpleNamespace(generate=generate), prompts, 10, is_done=is_done)
     assert [tokenizer.decode(answer)[-1] for answer in answers] == ["5", "2", "4", "1", "3"]
 
 
@@ -74,18 +74,18 @@ def test_real_answers_do_not_depend_on_rows_and_end_at_their_stop_texts(monkeypa
     monkeypatch.setattr(sampling, "GENERATION_ROWS", 5)
     model, tokenizer = tiny_model(), byte_tokenizer()
     prompts = [[256, *b"abcdefgh"[: 1 + 3 * i % 8]] for i in range(8)]
-    answers = draw(model, prompts, 24, seed=1, stop_ids=(257,), top_p=0.9)
+    answers = sample_ids(model, prompts, 24, seed=1, stop_ids=(257,), top_p=0.9)
     assert len({tuple(answer) for answer in answers}) == 8
-    assert draw(model, prompts, 24, seed=1, stop_ids=(257,), top_p=0.9, rows=3) == answers
+    assert sample_ids(model, prompts, 24, seed=1, stop_ids=(257,), top_p=0.9, rows=3) == answers
     # The tenth id of each answer, as a text, becomes the stop text of its prompt.
     stops = [(tokenizer.decode(answer[9:10]),) if len(answer) > 9 else () for answer in answers]
-    is_over = stop_texts(tokenizer, stops)
-    shorter = draw(model, prompts, 24, seed=1, stop_ids=(257,), top_p=0.9, is_over=is_over)
+    is_done = stop_texts(tokenizer, stops)
+    shorter = sample_ids(model, prompts, 24, seed=1, stop_ids=(257,), top_p=0.9, is_done=is_done)
     for answer, short, stop in zip(answers, shorter, stops):
         assert short == answer[: len(short)]  # generate may look at an answer every few tokens
         assert len(short) == len(answer) or any(text in tokenizer.decode(short) for text in stop)
     assert sum(map(len, shorter)) < sum(map(len, answers))
-    assert draw(model, [], 24) == []
+    assert sample_ids(model, [], 24) == []
 
 
 def test_a_long_draw_shows_a_progress_bar(capsys):
@@ -95,19 +95,19 @@ def test_a_long_draw_shows_a_progress_bar(capsys):
         return [[1, 2, 3]] * len(prompts)
 
     model = SimpleNamespace(generate=generate)
-    draw(model, [[1]] * 4, 48)
+    sample_ids(model, [[1]] * 4, 48)
     assert capsys.readouterr().err == ""
-    draw(model, [[1]] * 4, 49)
+    sample_ids(model, [[1]] * 4, 49)
     shown = capsys.readouterr().err
     assert "answers: 100%" in shown and "4/4" in shown
-    draw(model, [[1]] * 1001, 1)
+    sample_ids(model, [[1]] * 1001, 1)
     assert "1001/1001" in capsys.readouterr().err
 
 
 def test_a_stop_text_ends_an_answer_as_soon_as_the_text_contains_it():
     tokenizer = byte_tokenizer()
-    is_over = stop_texts(tokenizer, [("bb",), ("Q", "é\n"), ()])
+    is_done = stop_texts(tokenizer, [("bb",), ("Q", "é\n"), ()])
     answer = [*"é ab b\né\nbb".encode()]
-    ends = [[at for at in range(len(answer) + 1) if is_over(i, answer[:at])] for i in range(3)]
+    ends = [[at for at in range(len(answer) + 1) if is_done(i, answer[:at])] for i in range(3)]
     assert ends == [[13], [11, 12, 13], []]  # in bytes, which are the tokens here
     assert stop_texts(tokenizer, [(), ()]) is None

@@ -30,7 +30,7 @@ from support.files import read_json
 from support.job import TrainingError, mismatched_pairs
 from support.rows import Example
 from support.tokenizers import byte_tokenizer
-from train import Options, check_finite, check_start, learning_rate, make_optimizer, train_step
+from train import Options, check_finite, check_first_step, learning_rate, make_optimizer, train_step
 
 # --- The training step ----------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ def test_the_check_runs_on_the_losses_and_log_probs_before_the_update(step):
     def check(losses, logps):
         assert equal(weights(model), before)
         assert losses.shape == (4,) and logps.shape == (4, 2)
-        check_start(options, data, losses, logps)
+        check_first_step(options, data, losses, logps)
 
     train_step(model, optimizer, data, options, check=check)
     assert not equal(weights(model), before)
@@ -217,7 +217,11 @@ def test_a_wrong_reference_changes_no_weight(step):
     data = data._replace(ref_logps=data.ref_logps.flip(1))
     with pytest.raises(TrainingError, match="policy and reference differ by .* nats"):
         train_step(
-            model, optimizer, data, options, check=functools.partial(check_start, options, data)
+            model,
+            optimizer,
+            data,
+            options,
+            check=functools.partial(check_first_step, options, data),
         )
     assert equal(weights(model), before)
 
@@ -227,7 +231,9 @@ def start_of(name="dpo", loss=mio.LOG2, drift=0.0, beta=0.1, dtype="float32", **
     options = Options(loss=name, beta=beta, dtype=dtype, **changes.pop("options", {}))
     ref = torch.tensor([[-1.0, -2.0], [-99.0, -4.0], [-5.0, -6.0]])  # largest in size: 99
     data = StepData([], **{"ref_logps": ref, "index": [1, 2]} | changes)
-    check_start(options, data, torch.tensor([loss, loss]), ref[[1, 2]] + torch.tensor([0, drift]))
+    check_first_step(
+        options, data, torch.tensor([loss, loss]), ref[[1, 2]] + torch.tensor([0, drift])
+    )
 
 
 def test_the_first_step_must_have_rewards_of_zero_and_the_known_loss(capsys):
