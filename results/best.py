@@ -121,8 +121,8 @@ def main() -> None:
             differences.append(f"| {loss} | {100 * d.mean:+.1f} [{100 * d.low:+.1f}, "
                                f"{100 * d.high:+.1f}] |")  # fmt: skip
     text = TEXT.format(
-        verdict=f"By mean gain in accuracy, {order[0]} is number 1 of {len(order)} losses, mio is "
-        f"number {order.index('mio') + 1}, and dpo is number {order.index('dpo') + 1}.",
+        verdict=f"By mean gain in accuracy, {order[0]} is 1st of {len(order)} losses, dpo is "
+        f"{order.index('dpo') + 1}th and mio is {order.index('mio') + 1}th.",
         provenance=provenance(made), rates=" and ".join(f"{r:g}" for r in RATES),
         scales=" and ".join(f"{s:g}" for s in SCALES), tuned_on=TUNED_ON, pairs=PAIRS,
         epochs=EPOCHS, seeds=", ".join(map(str, TESTED_ON)), table="\n".join(rows),

@@ -20,7 +20,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str | Exception):
         if isinstance(message, OSError) and message.filename:
             message = f"{message.filename}: {message.strerror}; check the path and its permissions"
-        line = " ".join(str(message).split())[:1000]
+        hint = "; --help lists the flags" if isinstance(message, str) else ""  # from argparse
+        line = " ".join(f"{message}{hint}".split())[:1000]
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
         self.exit(2, f"{self.prog}: error: {line}\n")
 

@@ -12,7 +12,7 @@ from support.weights import read_weights, save_tensors
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DEFAULT_TARGETS, ALPHA_PER_RANK = "all", 2.0  # defaults of --lora_targets, alpha / rank
+DEFAULT_TARGETS = "all"
 LORA_TARGETS = {"all": LINEARS, "attention": LINEARS[:4]}
 # Keys of an adapter_config.json that PEFT uses only to create or train an adapter.
 INERT_KEYS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "qalora_group_size",
@@ -57,7 +57,7 @@ def config_of(options) -> LoraConfig:
         return LoraConfig.from_pretrained(options.init_adapter)
     targets = options.lora_targets or DEFAULT_TARGETS
     targets = LORA_TARGETS.get(targets, targets.split(","))
-    alpha = options.lora_alpha or ALPHA_PER_RANK * options.lora_rank
+    alpha = options.lora_alpha or 2.0 * options.lora_rank
     return LoraConfig(options.lora_rank, alpha, targets, options.lora_rslora)
 
 

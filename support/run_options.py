@@ -62,8 +62,8 @@ def resolve(options, world):
     defaults["lr"] *= 10 if options.lora_rank or options.init_adapter else 1
     defaults |= PLAN if options.plan else {}
     if options.lora_rank:
-        defaults["lora_alpha"] = lora.ALPHA_PER_RANK * options.lora_rank
-        defaults["lora_targets"] = lora.DEFAULT_TARGETS
+        alpha = lora.config_of(options).lora_alpha
+        defaults |= {"lora_alpha": alpha, "lora_targets": lora.DEFAULT_TARGETS}
     defaults = {name: x for name, x in defaults.items() if getattr(options, name) is None}
     options = dataclasses.replace(options, **defaults, device=cli.pick_device(options.device))
     on_policy.check_draws(options)

@@ -48,7 +48,7 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
         title = path if names.count(Path(path).name) > 1 else Path(path).name
         data[title] = path, load_pairs(path, **kwargs) if items is None else items
     if not (data or is_demonstration):
-        raise ValueError(f"{folder}: its training held out no pairs; name other data with --data")
+        raise ValueError(f"{folder}: has no held-out pairs; name files with --data")
     has_pairs = any(isinstance(rows, Pairs) for _, rows in data.values())
     if has_pairs and init and not Path(init).is_dir():
         raise ValueError(f"the reference {init} is missing; correct the path in {config}")

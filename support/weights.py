@@ -37,7 +37,7 @@ def read_weights(folder: Path, shapes: dict, dtype, device="cpu", files=None) ->
         for name, tensor in tensors.items():
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # older files store this constant; the configuration determines it
-            where, needed = f"{file}: {name}", missing.pop(name, "no such tensor")
+            where, needed = f"{file}: {name}", missing.pop(name, "no tensor of this name")
             if tensor.shape != needed:
                 problem = f"has shape {tuple(tensor.shape)}, but the configuration needs {needed}"
                 raise ValueError(f"{where} {problem}; copy both from the same checkpoint")
@@ -47,8 +47,7 @@ def read_weights(folder: Path, shapes: dict, dtype, device="cpu", files=None) ->
                 raise ValueError(f"{where} has values that are not finite; copy the file again")
             state[name] = tensor.to(device).to(dtype)
     if missing:
-        problem = f"{min(missing)} is missing ({len(missing)} in all)"
-        raise ValueError(f"{folder}: {problem}; copy the folder again")
+        raise ValueError(f"{folder}: {', '.join(missing):.80} is missing; copy the folder again")
     return state
 
 

@@ -104,8 +104,8 @@ def test_values_of_another_type_or_out_of_bounds_are_refused_by_flag():
 def test_an_error_is_one_line_with_exit_status_2(capsys):
     parser, missing = Parser("x.py", ""), FileNotFoundError(2, "No such file", "gone.json")
     for message, line in (
-        ("a\nb\r  c", "a b c"),
-        ("an escape \x1b[31m and a bell \a", r"an escape \x1b[31m and a bell \x07"),
+        ("a\nb\r  c", "a b c; --help lists the flags"),  # of argparse
+        (ValueError("an escape \x1b[31m, a bell \a"), r"an escape \x1b[31m, a bell \x07"),
         (missing, "gone.json: No such file; check the path and its permissions"),
         (OSError("without a file"), "without a file"),
         (ValueError("äöü 你好"), "äöü 你好"),

@@ -399,7 +399,7 @@ def test_input_that_cannot_be_evaluated_is_refused_in_one_line(
         ([], "arguments are required: RUN_OR_CHECKPOINT"),
         (["nowhere"], "nowhere"),
         ([str(checkpoint), "--data", "gone.jsonl"], "gone.jsonl: No such file"),
-        ([str(checkpoint)], "its training held out no pairs; name other data with --data"),
+        ([str(checkpoint)], "has no held-out pairs; name files with --data"),
         ([str(checkpoint), f"{checkpoint}/", *pairs], "is named twice"),
         ([str(checkpoint), "--data", file, "-k", "2"], "-k needs --shots"),
         ([str(checkpoint), "--data", file, "--shots", file, "-k", "4"], "-k 4 exceeds its 3 q"),

@@ -87,9 +87,9 @@ def test_a_run_without_data_or_reference_is_refused(make_run, checkpoint, pairs_
         ({}, {"data": str(pairs_file), "eval_fraction": 0.0}, {"data": str(questions)})
     ):
         folder = make_run(f"none{number}", **{"eval_fraction": 0.1} | data)
-        with pytest.raises(ValueError, match=f"none{number}: its training held out no pairs; name"):
+        with pytest.raises(ValueError, match=f"none{number}: has no held-out pairs; name"):
             read_run(folder, {})
-    with pytest.raises(ValueError, match="init: its training held out no pairs"):
+    with pytest.raises(ValueError, match="init: has no held-out pairs"):
         read_run(checkpoint, {})
     moved = make_run("moved", init="gone")
     with pytest.raises(ValueError, match="reference gone is missing; correct the path in .*moved"):

@@ -74,15 +74,17 @@ def test_a_tied_checkpoint_may_not_bring_a_head(tmp_path):
     tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file(load_file(file) | {"lm_head.weight": torch.zeros(258, 32)}, file)
-    with pytest.raises(ValueError, match="lm_head.weight has shape .* needs no such tensor"):
+    with pytest.raises(
+        ValueError, match="lm_head.weight has shape .* needs no tensor of this name"
+    ):
         Llama.from_pretrained(tmp_path)
 
 
 def test_tensors_that_are_not_those_of_the_model_are_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     for changes, message in [
-        ({"b": None}, f"{tmp_path}: b is missing (1 in all); copy the folder"),
-        ({"f": torch.zeros(2)}, f"{file}: f has shape (2,), but the configuration needs no such"),
+        ({"b": None}, f"{tmp_path}: b is missing; copy the folder"),
+        ({"f": torch.zeros(2)}, f"{file}: f has shape (2,), but the configuration needs no tensor"),
         ({"b": torch.zeros(4, 3)}, "b has shape (4, 3), but the configuration needs (3, 4)"),
         ({"b": torch.zeros(0)}, f"{file}: b has shape (0,)"),
         ({"b": torch.zeros(3, 4, dtype=torch.int32)}, f"{file}: b has type torch."),
@@ -118,11 +120,11 @@ def test_an_index_that_does_not_describe_the_folder_is_refused(tmp_path):
     for weight_map, message in [
         (None, "index.json: weight_map must name files of the folder; copy the index again"),
         ([], "weight_map must"),
-        ({}, "a is missing (5 in all)"),
+        ({}, "a, b, c, d, e is missing"),
         ({"a": 1}, "weight_map must"),
         (good | {"e": "3.safetensors"}, "3.safetensors: is damaged or missing"),
         (good | {"e": "../outside.safetensors"}, "must name files of the folder"),
-        ({"a": "1.safetensors"}, "d is missing (2 in all)"),
+        ({"a": "1.safetensors"}, "d, e is missing"),
     ]:
         content = json.dumps({"weight_map": weight_map})
         (folder / "model.safetensors.index.json").write_text(content)
@@ -132,5 +134,7 @@ def test_an_index_that_does_not_describe_the_folder_is_refused(tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": good}))
     assert read(folder).keys() == STATE.keys()
     save_file({name: STATE[name] for name in "cde"}, folder / "2.safetensors")
-    with pytest.raises(ValueError, match="2.safetensors: c has shape .* no such"):  # in both shards
+    with pytest.raises(
+        ValueError, match="2.safetensors: c has shape .* no tensor"
+    ):  # in both shards
         read(folder)
