@@ -18,9 +18,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, formatter_class=form, allow_abbrev=False)
 
     def error(self, message: str | Exception):
+        hint = "; --help lists the flags" if isinstance(message, str) else ""  # from argparse
         if isinstance(message, OSError) and message.filename:
             message = f"{message.filename}: {message.strerror}; check the path and its permissions"
-        hint = "; --help lists the flags" if isinstance(message, str) else ""  # from argparse
         line = " ".join(f"{message}{hint}".split())[:1000]
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
         self.exit(2, f"{self.prog}: error: {line}\n")
