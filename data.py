@@ -2,9 +2,9 @@
 
     row of the file -> Example (support/rows.py) -> Pair of token ids -> Batch -> hidden states
 
-Each rule has one function: where the end token goes (`encode_example`), how a pair that is too long
-is cut (`truncate`), which tokens attend to which (`attention_rule`), which hidden state predicts
-which token (`pack_batch`), and the order of an epoch (`epoch_order`).
+One function implements each of these rules: where the end token goes (`encode_example`), how a pair
+that is too long is cut (`truncate`), which tokens attend to which (`attention_rule`), which hidden
+state predicts which token (`pack_batch`), and the order of the pairs in an epoch (`epoch_order`).
 
     python data.py FILE.jsonl --tokenizer FOLDER    reports how training would use a file
 """
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 
 class Pairs(Sequence):
-    """A list of pairs in compact arrays, four bytes per token; pairs[i] builds a Pair of lists."""
+    """A list of pairs, stored in arrays that take four bytes per token. pairs[i] returns a Pair."""
 
     def __init__(self, pairs: Iterable[Pair] = ()):
         self.ids = array("i")  # prompt, chosen, rejected of each pair, end to end
@@ -68,13 +68,13 @@ class Pairs(Sequence):
         return taken
 
     def lengths(self) -> np.ndarray:
-        """Returns how many tokens each prompt, chosen and rejected answer has: (pairs, 3)."""
+        """Returns the number of tokens of each prompt, chosen and rejected answer: (pairs, 3)."""
         return np.diff(np.array(self.ends)).reshape(len(self), 3)
 
 
 def encode_example(example: Example, tokenizer: Tokenizer) -> Pair:
-    """Encodes prompt and answers separately, as generation does, and appends the end token to each
-    answer. In a conversation, the chat template decides how an answer ends."""
+    """Encodes the prompt without the answers, because generation sees the prompt alone. Appends the
+    end token to each answer; in a conversation, the chat template decides how an answer ends."""
     answers = example.chosen, example.rejected
     if isinstance(example.prompt, list):
         prompt, found = tokenizer.turns(example.prompt, [a for a in answers if a is not None])
@@ -100,7 +100,7 @@ def truncate(pair: Pair, max_length: int, bos_id: int | None) -> Pair:
 
 def read_pairs(path, tokenizer: Tokenizer, max_length: int) -> tuple[Pairs, Report]:
     """Returns the usable pairs of a JSONL file, plain or .gz, and a report on all of its rows.
-    Raises OSError, or ValueError that names file and line."""
+    Raises OSError, or a ValueError that names the file and the line."""
     pairs, report = Pairs(), Report()
     # A chat template may write the BOS token of a tokenizer that adds none itself.
     bos_id = tokenizer.added.get(tokenizer.names.get("bos_token"), tokenizer.bos_id)
@@ -126,9 +126,9 @@ def read_pairs(path, tokenizer: Tokenizer, max_length: int) -> tuple[Pairs, Repo
 
 
 def load_pairs(path, tokenizer: Tokenizer, max_length: int = 1024) -> Pairs:
-    """Reads a JSONL file, plain or .gz, of any row form (support/rows.py), and prints to standard
-    error which rows were dropped or truncated. Raises OSError, ValueError that names file and line
-    of a malformed row, and ValueError that says why no row can be used."""
+    """Reads a JSONL file, plain or .gz, whose rows support/rows.py can read, and prints to standard
+    error which rows were dropped or truncated. Raises OSError, or a ValueError that names the file
+    and says which line is malformed or why no row can be used."""
     pairs, report = read_pairs(path, tokenizer, max_length)
     if not pairs:
         why = "; ".join(report.lines()) or f"the file is empty; {ROW_FORMS}"
@@ -139,8 +139,8 @@ def load_pairs(path, tokenizer: Tokenizer, max_length: int = 1024) -> Pairs:
 
 
 def split_pairs(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
-    """Returns the training pairs and the held-out pairs, about `fraction` of all. No prompt is in
-    both. Raises ValueError if there are too few prompts."""
+    """Splits pairs into training pairs and held-out pairs; about `fraction` of the pairs are held
+    out. No prompt is in both parts. Raises ValueError if there are too few prompts."""
     by_prompt: dict[int, list[int]] = {}
     for index, pair in enumerate(pairs):
         by_prompt.setdefault(hash(tuple(pair.prompt)), []).append(index)
@@ -185,7 +185,7 @@ class Batch(NamedTuple):
 
 
 class StepData(NamedTuple):
-    """What an optimizer step trains on. Batch.index selects the rows of the (pairs, 2) tensors."""
+    """The data of a training step. Batch.index gives a batch's rows in the (pairs, 2) tensors."""
 
     batches: list[Batch]
     ref_logps: Tensor | None = None  # (pairs, 2) nats
@@ -227,8 +227,8 @@ def row_length(pair: Sequence) -> int:
 
 
 def pack(sizes: list[int], row_tokens: int) -> list[list[int]]:
-    """Packs items of these sizes into rows of up to `row_tokens` tokens by first-fit decreasing.
-    Returns the indices of each row's items. A longer item gets a row of its own."""
+    """Packs items of given sizes into rows of up to `row_tokens` tokens by first-fit decreasing.
+    Returns the indices of each row's items. An item with more tokens gets a row of its own."""
     rows, room = [], []
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         row = next((r for r, free in enumerate(room) if free >= sizes[item]), len(rows))
@@ -258,7 +258,7 @@ def make_batches(
 
 
 def pack_batch(pairs: Sequence, rows: list[list[int]], min_tokens: int = 0) -> Batch:
-    """Lays out rows of indices into `pairs` end to end, and pads the batch to `min_tokens`."""
+    """Builds a batch from rows of indices into `pairs`, padded to at least `min_tokens` tokens."""
     row_tokens = [sum(row_length(pairs[i]) for i in row) for row in rows]
     index = [i for row in rows for i in row]
     T = max(sum(row_tokens), min_tokens)
@@ -284,7 +284,7 @@ def pack_batch(pairs: Sequence, rows: list[list[int]], min_tokens: int = 0) -> B
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order of an epoch's pairs (count,), which depends on the arguments alone."""
+    """Returns the order of the pairs in an epoch (count,). It depends only on the arguments."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
@@ -304,7 +304,7 @@ def answer_states(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def needs_fixed_length(model: nn.Module) -> bool:
-    """Tells whether batches must be padded, because FlexAttention is compiled for one length."""
+    """Tells whether batches must be padded to one length, for which FlexAttention is compiled."""
     return model.compiled and model.head_weight.is_cuda
 
 
@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("file", metavar="FILE.jsonl", help="JSONL file, plain or .gz")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="folder or file to load")
     parser.add_argument("--max_length", type=int, default=1024, metavar="N",
-                        help="most tokens of a prompt plus its longer answer")  # fmt: skip
+                        help="maximum tokens in a prompt plus its longer answer")  # fmt: skip
     options = parser.parse_args(argv)
     if options.max_length < 2:
         parser.error(f"--max_length {options.max_length}: must be at least 2")

@@ -1,10 +1,10 @@
 """Evaluation: log-probs of answers, preference metrics, and the comparison of runs.
 
     python eval.py out/base out/mio out/dpo               the demonstration's runs, side by side
-    python eval.py out/mio BASE --data gsm8k-test.jsonl   questions, choices or preference pairs
+    python eval.py out/mio BASE --data gsm8k-test.jsonl   a file of questions, choices or pairs
 
-A table shows the mean of each column over the items of a file, with its standard error. The value
-of every item is kept, so that two runs are compared on the same items.
+A table shows the mean and the standard error of each column over the items of a file. The value of
+every item is kept, so that two runs are compared on the same items.
 """
 
 import dataclasses
@@ -42,8 +42,8 @@ def answer_logps(
     batches: Callable[..., list[Batch]] = make_batches,
 ) -> list[Tensor]:  # fmt: skip
     """Returns, for each row, the summed log-probs of its answers: (answers,) in nats, on the CPU.
-    A row holds the ids of a prompt and of any number of answers. Packing, head and precision are as
-    in training. `batches` may leave rows to other processes; their log-probs are 0 here."""
+    A row holds the ids of a prompt and of any number of answers. Rows are packed and scored as in
+    training. If `batches` leaves rows to other processes, the log-probs of these rows are 0."""
     device = model.head_weight.device
     logps = [torch.zeros(len(row) - 1) for row in rows]
     with tqdm(total=len(rows), desc="log-probs", unit="row", leave=False) as bar:
@@ -60,7 +60,7 @@ def answer_logps(
 
 @torch.no_grad()
 def batch_logps(model: Llama, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Returns summed log-probabilities of the answers of a batch: (S,) in nats."""
+    """Returns the summed log-prob of each answer in a batch: (S,) in nats."""
     with autocast(batch.tokens.device, dtype):
         hidden, head = answer_states(model, batch), model.head_weight  # (N, D), (V, D)
         return chunked_logps(hidden, head, batch.targets, batch.lengths, compiled=model.compiled)
@@ -77,7 +77,7 @@ def pair_logps(model: Llama, pairs: Pairs, *layout) -> Tensor:
 
 
 def preference_values(logps: Tensor, ref_logps: Tensor | None, beta: float) -> dict[str, Tensor]:
-    """Maps TRL's names to the values that are logged for each pair, (pairs,). logps, ref_logps:
+    """Returns the preference metrics of each pair, (pairs,), under TRL's names. logps, ref_logps:
     (pairs, 2), NaN for a missing answer. Without a reference there are no rewards."""
     values = {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
     if ref_logps is not None:
@@ -111,8 +111,7 @@ def information(rewards: Tensor) -> dict[str, Column]:
 
 
 def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float) -> dict[str, float]:
-    """Returns the mean of each of the preference_values over the pairs that have this value, and
-    the estimates of `information` as mi/dv, mi/js and mi/nwj."""
+    """Returns the means of preference_values, and mi/dv, mi/js and mi/nwj from `information`."""
     values = preference_values(logps, ref_logps, beta)
     means = {name: Column(value.double().numpy()).mean() for name, value in values.items()}
     estimates = information(beta * (logps - ref_logps))
@@ -122,8 +121,8 @@ def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float) -> dict[st
 def preference_columns(
     logps: Tensor, ref_logps: Tensor | None, pairs: Pairs, beta: float
 ) -> dict[str, Column]:
-    """Returns table columns from log-probs (pairs, 2): accuracies and margins of the rewards, the
-    rewards T, log-ratios Δ, log-ratios Δ/token, and log-probs. A missing answer has no value."""
+    """Returns table columns from log-probs (pairs, 2): the accuracy and margin of the rewards, the
+    rewards T, log-ratios Δ per answer and per token, and log-probs. Missing answers are NaN."""
     lengths, number, columns = torch.from_numpy(pairs.lengths()[:, 1:]), {}, {}
     prompts = np.array([number.setdefault(tuple(pair.prompt), len(number)) for pair in pairs])
     logps = torch.where(lengths > 0, logps, torch.nan)
@@ -139,18 +138,18 @@ def preference_columns(
 
 
 def preference_row(logps: Tensor, ref_logps: Tensor, pairs: Pairs) -> Row:
-    """Returns the mean changes of the chosen and the rejected answers' log-probs (pairs, 2), in
-    nats, and the share of pairs whose chosen answer gained more."""
+    """Returns a table row: the mean of logps - ref_logps, (pairs, 2) in nats, for chosen and for
+    rejected answers, and the share of pairs in which the chosen answer has the larger value."""
     columns = preference_columns(logps, ref_logps, pairs, beta=1.0)
     names = [name for name in ("Δ chosen", "Δ rejected", "reward") if name in columns]
     return {name: columns[name].estimate() for name in names}
 
 
 def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options, training) -> dict:
-    """Returns title -> columns of the two tables on a file of pairs: preferences and critic."""
+    """Returns a dict from table titles to columns: preferences, and mutual information and KL."""
     layout = *LAYOUT, getattr(torch, training["dtype"])
     if reference and reference.config.vocab_size != (size := model.config.vocab_size):
-        sizes = f"has {reference.config.vocab_size} ids, but the model to compare has {size}"
+        sizes = f"the reference has {reference.config.vocab_size} token ids, but the run has {size}"
         raise ValueError(f"{training['init']}: {sizes}; restore the model that the run began from")
     logps = pair_logps(model, pairs, *layout)
     ref_logps = pair_logps(reference, pairs, *layout) if reference else None
@@ -167,7 +166,7 @@ def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options
 
 
 def critic_columns(columns: dict[str, Column]) -> dict[str, Column]:
-    """Returns `information` for the rewards in `columns`, named with the largest possible value."""
+    """Returns `information` of the rewards in `columns`; each name ends with the upper bound."""
     rewards = np.stack([columns[f"T {side}"].values for side in ("chosen", "rejected")], axis=1)
     estimates = information(torch.from_numpy(rewards))  # from (pairs, 2)
     _, _, prompts, names = columns["margin"]
@@ -176,8 +175,8 @@ def critic_columns(columns: dict[str, Column]) -> dict[str, Column]:
 
 
 def kl_column(model, reference, tokenizer, pairs: Pairs, names, layout, options) -> Column:
-    """Returns log pi(y|x) / ref(y|x) of one sampled answer y to each of the first prompts x of the
-    pairs. The mean estimates the KL divergence of the policy from the reference, in nats."""
+    """Samples one answer y to each of the first --kl_samples prompts x, and returns log [pi(y|x) /
+    ref(y|x)], whose mean estimates the KL divergence of the policy from the reference in nats."""
     first: dict[tuple, int] = {}  # a prompt -> its first pair
     for i, pair in enumerate(pairs):
         first.setdefault(tuple(pair.prompt), i)
@@ -192,8 +191,8 @@ def kl_column(model, reference, tokenizer, pairs: Pairs, names, layout, options)
 
 
 def evaluate(run: Run, shots: dict[str, str], options: "Options") -> tuple[dict, dict]:
-    """Evaluates a run on all of its data. `shots` maps a file to the text before its prompts.
-    Returns title -> columns of a table, and title -> each item's answers or choice log-probs."""
+    """Evaluates a run on its data. `shots` maps each file to the text before its prompts. Returns
+    two dicts by table title: the columns, and each item's answers or choice log-probs."""
     by_title, answers, dtype = {}, {}, getattr(torch, options.dtype)
     load = functools.cache(lambda dtype: load_checkpoint(run.folder, options.device, dtype))
     reference = functools.cache(lambda: load_reference(run.training, options.device))
@@ -231,11 +230,11 @@ class Options:
     n: int = option(1, "answers to sample per question, for pass@k and maj@n", least=1, most=1024)
     temperature: float | None = option(None, "sampling temperature; 0 is greedy (default: 0, or 1 "
                                        "with --n > 1)", least=0)
-    top_p: float = option(1.0, "total probability of the tokens to sample from", least=1e-6, most=1)
-    max_new_tokens: int = option(256, "most tokens of an answer", least=1)
+    top_p: float = option(1.0, "probability mass kept by nucleus sampling", least=1e-6, most=1)
+    max_new_tokens: int = option(256, "maximum number of tokens in a generated answer", least=1)
     kl_samples: int = option(64, "answers to sample for the KL divergence; 0 for no KL", least=0)
-    batch_size: int | None = option(None, "answers to generate at a time (default: set by length)",
-                                    least=1)
+    batch_size: int | None = option(None, "answers to generate at a time (default: as many as "
+                                    "a cache of 65,536 tokens holds)", least=1)
     seed: int = option(0, "seed of the sampled answers", least=0)
     dtype: str | None = option(None, "model precision on questions (default: bfloat16 on a GPU)",
                                choices=("float32", "bfloat16"))
@@ -246,7 +245,7 @@ class Options:
 
 
 def parse_options(argv: list[str] | None) -> tuple[Parser, list[str], list[str], Options]:
-    """Returns the parser, the runs, the files of --data, and the options with all defaults."""
+    """Returns the parser, the runs, the --data files, and the options with defaults filled in."""
     parser = Parser("eval.py", __doc__)
     help = "run or checkpoint folders; all are compared with the first"
     parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=help)
@@ -264,7 +263,7 @@ def parse_options(argv: list[str] | None) -> tuple[Parser, list[str], list[str],
         if options.n > 1 and temperature == 0:
             raise ValueError(f"--n {options.n}: all greedy answers are equal; use --temperature 1")
         if options.k and not options.shots:
-            raise ValueError("-k needs --shots FILE.jsonl; add it or leave out -k")
+            raise ValueError("-k needs --shots FILE.jsonl; add --shots or leave out -k")
         folders = [Path(run).resolve() for run in runs]
         if len(set(folders)) < len(folders):
             raise ValueError(f"{max(folders, key=folders.count)}: is named twice; name it once")
@@ -272,7 +271,7 @@ def parse_options(argv: list[str] | None) -> tuple[Parser, list[str], list[str],
             if Path(file).is_dir() or not Path(file).parent.is_dir():
                 raise ValueError(f"{file}: must be the name of a file in a folder that exists")
         if options.out and Path(options.out).exists():
-            raise ValueError(f"--out {options.out}: exists; choose another name")
+            raise ValueError(f"--out {options.out}: the file exists; choose another name")
     except (OSError, ValueError) as error:
         parser.error(error)
     filled = {"temperature": temperature, "k": options.k or 5, "device": device}
@@ -281,8 +280,8 @@ def parse_options(argv: list[str] | None) -> tuple[Parser, list[str], list[str],
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Evaluates and compares runs, prints tables and writes the results. Returns run (as named in
-    argv) -> column -> mean; with several files the columns are called "FILE: column"."""
+    """Evaluates and compares runs, prints tables and writes results. Returns a dict from runs to
+    dicts from columns to means. With several files, the columns are called "FILE: column"."""
     parser, runs, data, options = parse_options(argv)
     names = {Path(run).name: run for run in runs}
     names = names if len(names) == len(runs) else {run: run for run in runs}
@@ -292,7 +291,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             p: examples(options.shots, options.k, items) for p, items in files.items() if items
         }
         if options.shots and not any(shots.values()):
-            raise ValueError(f"--shots {options.shots}: no --data file has its row form; change it")
+            raise ValueError(f"--shots {options.shots}: no --data file has questions of the same "
+                             "kind and grade; change --shots or --data")  # fmt: skip
         parsed = {name: read_run(Path(run), files) for name, run in names.items()}
         if options.plot:
             plot({name: Path(run) for name, run in names.items()}, Path(options.plot))

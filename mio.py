@@ -14,8 +14,8 @@ The symbols of the paper (MIO, arXiv 2506.22578) have these names in the code (l
   sp, sigma      log(1 + e^x) and its derivative, the logistic function
 
 The paper compares two lower bounds on the mutual information between a prompt and its preferred
-answer. The positives are the chosen answers, and the marginal is the half-and-half mixture of
-chosen and rejected answers. For one pair the bounds are
+answer. The positive samples are the chosen answers, and the marginal is the half-and-half mixture
+of chosen and rejected answers. For one pair the bounds are
 
   Donsker-Varadhan   T_w - log(e^T_w / 2 + e^T_l / 2)       =  log 2 - dpo
   Jensen-Shannon     -sp(-T_w) - sp(T_w) / 2 - sp(T_l) / 2  =  -mio
@@ -93,7 +93,7 @@ def nwj(chosen: Answers, rejected: Answers) -> Tensor:
 
 
 def log_mean_exp(chosen: Answers, rejected: Answers) -> Tensor:
-    """c = log mean e^T over the 2B answers of B pairs: a scalar (), the shared term of dv."""
+    """c = log mean e^T over the 2B answers of B pairs: a scalar (), `shared` in dv."""
     critics = torch.cat((chosen.rewards, rejected.rewards))  # (2B,)
     return critics.logsumexp(dim=0) - math.log(len(critics))
 
@@ -171,7 +171,7 @@ def apo_down(chosen: Answers, rejected: Answers) -> Tensor:
 
 
 def mean_reward(chosen: Answers, rejected: Answers) -> Tensor:
-    """K = max(0, mean T) over the answers that are present: a scalar (), the shared term of kto."""
+    """K = max(0, mean T) over the answers that are present: a scalar (), `shared` in kto."""
     rewards = torch.cat((chosen.rewards, rejected.rewards))  # (2B,)
     present = torch.cat((chosen.present, rejected.present))  # (2B,)
     return ((rewards * present).sum() / present.sum()).clamp(min=0)
@@ -238,7 +238,7 @@ def rlhf(chosen: Answers, rejected: Answers) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """What the trainer must know about a loss."""
+    """The properties of a loss that the trainer uses."""
 
     function: Callable[..., Tensor]  # takes chosen, rejected and options with defaults
     uses: str  # "sums" or "means" over the tokens of an answer, or "sums and means"
@@ -265,8 +265,8 @@ class Loss:
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def arguments(self, settings) -> dict[str, float]:
-        """Returns beta and the loss's own options as keyword arguments of `pair_loss`. They are
-        attributes of `settings`, where None stands for the default of an option."""
+        """Returns beta and the loss's own options as keyword arguments of `pair_loss`. The
+        values are attributes of `settings`, where None stands for the default of an option."""
         given = {name: getattr(settings, name) for name in self.options}
         given = {name: value for name, value in given.items() if value is not None}
         return {"beta": settings.beta} | self.options | given
@@ -312,7 +312,7 @@ OPTION_BOUNDS = {"label_smoothing": (0.0, 0.49), "epsilon": (1e-12, 0.49)}
 
 
 def options_of_losses() -> dict[str, list[str]]:
-    """Maps each option of individual losses, such as gamma, to the names of these losses."""
+    """Maps each option of a loss, such as gamma, to the names of the losses with this option."""
     names = [name for loss in LOSSES.values() for name in loss.options]
     return {name: [loss for loss in LOSSES if name in LOSSES[loss].options] for name in names}
 
@@ -338,10 +338,10 @@ def pair_loss(
 
     `name` is a key of LOSSES. Log-probs are sums over the tokens of an answer, (B,) in nats.
     Lengths (B,) are numbers of tokens; only losses that use means need lengths. Reference log-probs
-    may be None for losses without a reference. Only rlhf needs advantages, one tensor (B,) for each
-    side. `options` are passed to the loss function. For dv and kto, the option `shared` is the
-    scalar that couples the pairs. By default it is computed from the given pairs, whereas training
-    computes the scalar of kto from mismatched pairs.
+    may be None for losses without a reference. Only rlhf needs advantages: a tensor (B,) for chosen
+    and a tensor (B,) for rejected answers. `options` are passed to the loss function. For dv and
+    kto, the option `shared` is the scalar that couples the pairs. By default the given pairs
+    determine the scalar; in training, mismatched pairs (see Loss) determine the scalar of kto.
     Raises KeyError for an unknown name and TypeError for an option that the loss does not have.
     """
     loss = LOSSES[name]
@@ -373,7 +373,7 @@ def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: T
 
 @torch.no_grad()
 def chunked_logps(hidden, head_weight, targets, lengths, chunk_tokens=CHUNK_TOKENS, compiled=False):
-    """Computes naive_logps without gradient, from logits of `chunk_tokens` tokens at a time."""
+    """Computes the result of naive_logps without gradient, in chunks of `chunk_tokens` tokens."""
     head = _ChunkedHead(head_weight, hidden, min(chunk_tokens, len(hidden)), compiled)
     parts = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
     token_logps = torch.cat([head.residual(h, y)[1] for h, y in parts])  # (N,)
@@ -385,7 +385,7 @@ def fused_pair_loss(
     ref_logps: Tensor | None, name: str, *, beta: float, advantages: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS, compiled: bool = False, **options,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns the loss of each pair (B,) and the log-prob of each answer (2B,). Stores no logits.
+    """Computes, chunk by chunk, the loss of each pair (B,) and the log-prob of each answer (2B,).
 
     hidden (N, D), head_weight (V, D), targets (N,), lengths (2B,), ref_logps and advantages (2B,)
     or None. Reduce the losses by mean() or sum() before backward(): unless all losses have the same
@@ -471,7 +471,7 @@ class FusedHead(torch.autograd.Function):
 
 
 class _ChunkedHead:
-    """The head's weight in the precision of matrix products, and one buffer for logits."""
+    """Holds the head's weight in the precision of matrix products, and a buffer for logits."""
 
     def __init__(self, weight: Tensor, hidden: Tensor, max_tokens: int, compiled: bool):
         device = hidden.device.type
@@ -507,7 +507,7 @@ _compiled_to_residual = torch.compile(_to_residual, dynamic=True)
 
 def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, overwrite: bool) -> None:
     """Adds residual (t, V), transposed, times weighted (t, D) to total (V, D), or replaces total if
-    `overwrite`. To save memory, a product in lower precision is added in slices of V."""
+    `overwrite`. To save memory, a product of lower precision than total is added in slices of V."""
     weighted = weighted.to(residual.dtype)
     if total.dtype == residual.dtype:
         total.addmm_(residual.T, weighted, beta=0 if overwrite else 1)

@@ -1,7 +1,7 @@
 """A transformer of the Llama family with Hugging Face's parameter names.
 
 The file goes bottom up: configuration, rotary embedding, attention, block, model. Losses, adapters
-and distributed training are elsewhere. Shapes in comments use these letters: B rows, T tokens,
+and distributed training are in other files. Shapes in comments use these letters: B rows, T tokens,
 S tokens that can be attended to, D hidden size, H query heads, K key-value heads, E head size,
 V vocabulary size.
 """
@@ -23,7 +23,7 @@ from support.weights import read_weights, write_weights
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of a model, under Hugging Face's names where they exist."""
+    """A model's architecture. Except qkv_bias and qk_norm, fields have Hugging Face's names."""
 
     vocab_size: int
     hidden_size: int
@@ -49,7 +49,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: dict) -> "ModelConfig":
-        """Reads the content of a config.json. Raises ValueError that names a wrong value or a
+        """Reads the content of a config.json. Raises a ValueError that names a wrong value or a
         feature that is not implemented."""
         return cls(**read_config(hf, dataclasses.fields(cls)))
 
@@ -62,8 +62,8 @@ def rotary_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor
     """Returns cosine and sine of the angles by which positions rotate pairs of a head's features.
 
     positions (B, T) -> two float32 tensors (B, 1, T, E), which broadcast over heads. Sources:
-    RoFormer (arXiv 2104.09864) in Hugging Face's half-split layout; the llama3 scaling, which slows
-    down the low frequencies, is that of transformers' `modeling_rope_utils`."""
+    RoFormer (arXiv 2104.09864) in Hugging Face's half-split layout; the llama3 scaling, which
+    reduces the low frequencies, follows transformers' `modeling_rope_utils`."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     frequencies = 1.0 / config.rope_theta ** (exponents / config.head_dim)  # (E/2,)
     scaling = config.rope_scaling or {"rope_type": "default"}
@@ -130,7 +130,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary, mask: Mask, cache: Tensor | None, positions: Tensor):
         """x (B, T, D) -> (B, T, D). A cache (2, B, K, capacity, E) stores keys and values at
-        `positions` (B, T). If T = 1, a mask (B, 1, 1, S) selects among S entries of the cache."""
+        `positions` (B, T). If T = 1, a mask (B, 1, 1, S) applies to the cache's first S places."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
@@ -205,7 +205,7 @@ class Llama(nn.Module):
         return self.model["embed_tokens"].weight if tied else self.lm_head.weight
 
     def compile_blocks(self) -> None:
-        """Compiles each block; all share compiled code. Names in the state_dict stay the same."""
+        """Compiles all blocks, which share compiled code. Names in the state_dict do not change."""
         self.compiled = True
         for block in self.model["layers"]:
             block.compile()
@@ -240,8 +240,8 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Llama":
-        """Loads a checkpoint folder, which must hold exactly the model's tensors in their shapes.
-        Raises OSError or ValueError that names the file and what is wrong."""
+        """Loads a checkpoint folder. The tensors must have exactly the model's names and shapes.
+        Raises OSError, or a ValueError that names the file and what is wrong."""
         folder = Path(folder)
         hf = read_json(folder / "config.json")
         try:

@@ -46,29 +46,29 @@ from support.run_options import parse_options
 class RunOptions:
     """Each field is a flag. None means "not set", unless support/run_options.py has a default."""
 
-    loss: str = option("mio", "objective; --loss help lists all", choices=tuple(LOSSES))
+    loss: str = option("mio", "objective; --loss help lists all losses", choices=tuple(LOSSES))
     beta: float | None = option(None, "scale of the implicit reward", above=0, most=1e6)
     init: str | None = option(None, "checkpoint folder: the initial policy and the reference")
     data: str | None = option(None, "JSONL file of preference pairs to train on")
     eval_data: str | None = option(None, "JSONL file of held-out preference pairs")
     eval_fraction: float = option(0.1, "share of the pairs to hold out if --eval_data is not given",
                                   least=0, most=0.9)
-    out: str | None = option(None, "run folder")
-    epochs: int | None = option(None, "passes over the pairs or questions", least=1)
-    max_steps: int | None = option(None, "stop after this step of the schedule", least=0)
-    batch_size: int | None = option(None, "pairs in each optimizer step", least=1)
-    on_policy: bool = option(False, "draw pairs from the policy; --data then holds questions")
-    samples: int = option(8, "answers to draw for each prompt", least=2, most=1024)
-    max_new_tokens: int | None = option(None, "most tokens of a drawn answer", least=1)
-    max_length: int | None = option(None, "most tokens of a prompt plus its longer answer", least=2)
-    row_tokens: int = option(LAYOUT[0], "most tokens of a packed row of pairs", least=1)
-    micro_tokens: int = option(LAYOUT[1], "most tokens in a forward pass", least=1)
-    lora_rank: int | None = option(None, "train adapters of this rank on frozen weights", least=1)
-    lora_alpha: float | None = option(None, "numerator of the adapters' scale", above=0, most=1e6)
-    lora_targets: str | None = option(None, "all, attention, or names such as q_proj,v_proj")
+    out: str | None = option(None, "folder for the run's files")
+    epochs: int | None = option(None, "number of passes over the pairs or questions", least=1)
+    max_steps: int | None = option(None, "stop at this step; the schedule stays the same", least=0)
+    batch_size: int | None = option(None, "number of pairs in each optimizer step", least=1)
+    on_policy: bool = option(False, "sample pairs from the policy; --data then holds questions")
+    samples: int = option(8, "answers that the policy samples per prompt", least=2, most=1024)
+    max_new_tokens: int | None = option(None, "maximum tokens in a sampled answer", least=1)
+    max_length: int | None = option(None, "maximum tokens in prompt plus longer answer", least=2)
+    row_tokens: int = option(LAYOUT[0], "maximum number of tokens in a row of pairs", least=1)
+    micro_tokens: int = option(LAYOUT[1], "maximum number of tokens in a forward pass", least=1)
+    lora_rank: int | None = option(None, "train only LoRA adapters, with this rank", least=1)
+    lora_alpha: float | None = option(None, "alpha in the scale alpha / rank", above=0, most=1e6)
+    lora_targets: str | None = option(None, "modules to adapt: all, attention or q_proj,v_proj,...")
     lora_rslora: bool = option(False, "scale adapters by alpha / sqrt(rank), not alpha / rank")
-    init_adapter: str | None = option(None, "adapter folder of initial policy and reference")
-    lr: float | None = option(None, "peak learning rate; the default is 10x for adapters", above=0)
+    init_adapter: str | None = option(None, "adapter folder for the initial policy and reference")
+    lr: float | None = option(None, "peak learning rate; 10 times this default with LoRA", above=0)
     warmup: float = option(0.1, "share of the steps with a rising learning rate", least=0, most=1)
     schedule: str = option("cosine", "learning-rate schedule after the warmup",
                            choices=("cosine", "linear", "constant"))
@@ -76,9 +76,9 @@ class RunOptions:
     grad_clip: float = option(1.0, "clip the gradient to this norm; 0 for no limit", least=0)
     seed: int = option(0, "seed of the data order, held-out split and demonstration", least=0)
     dtype: str = option("float32", "precision of matrix products", choices=("float32", "bfloat16"))
-    compile: str = option("auto", "compile the blocks; auto does so on a GPU",
+    compile: str = option("auto", "compile the transformer blocks; auto compiles on a GPU",
                           choices=("auto", "on", "off"))
-    checkpointing: str = option("off", "recompute blocks to save memory", choices=("off", "on"))
+    checkpointing: str = option("off", "save memory by recomputing blocks", choices=("off", "on"))
     eval_every: int | None = option(None, "steps between evaluations", least=1)
     log_every: int = option(1, "steps between rows of metrics.jsonl", least=1)
     save_every: int | None = option(None, "steps between checkpoints", least=1)
@@ -97,7 +97,7 @@ class RunOptions:
 
 # The options of individual losses are also flags.
 Options = dataclasses.make_dataclass("Options", [
-    (name, float | None, option(None, f"option of {', '.join(losses)}",
+    (name, float | None, option(None, f"option of --loss {' or '.join(losses)}; see --loss help",
      **dict(zip(("least", "most"), OPTION_BOUNDS.get(name, ())))))
     for name, losses in options_of_losses().items()
 ], bases=(RunOptions,), frozen=True)
@@ -251,7 +251,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
 
 
 def step_data(job: Job, progress: Progress, step: int) -> StepData:
-    """Returns the data of a step. The seed selects rows; drawn answers depend on the weights."""
+    """Returns a step's data. Rows depend on seed and step, drawn answers also on the weights."""
     epoch, place = divmod(step - 1, job.per_epoch)
     size, layout = prompts_per_step(job.options), job.layout
     rows = epoch_order(len(job.questions or job.pairs), job.options.seed, epoch).tolist()
@@ -273,7 +273,7 @@ def step_data(job: Job, progress: Progress, step: int) -> StepData:
 
 def check_first_step(options: Options, data: StepData, losses: Tensor, logps: Tensor) -> None:
     """Raises TrainingError unless, before the first update, all rewards are 0 and the loss has its
-    known value. This catches reference log-probs of other weights, precision or packing."""
+    known value. This detects a reference with other weights, precision or packing."""
     if data.ref_logps is None or data.advantages is not None or not losses.isfinite().all():
         return  # check_finite reports losses that are not finite
     ref = data.ref_logps[data.index]
@@ -296,7 +296,7 @@ def check_first_step(options: Options, data: StepData, losses: Tensor, logps: Te
 
 
 def check_finite(job: Job, step: int, data: StepData, losses: Tensor, grad_norm: Tensor) -> None:
-    """Raises TrainingError that names lines of --data if a loss or the gradient of a step is not
+    """Raises a TrainingError that names lines of --data if a loss or the gradient of a step is not
     finite. Such a step has changed no weight."""
     finite = losses.isfinite().tolist()
     if not (all(finite) and grad_norm.isfinite()):
@@ -381,7 +381,7 @@ def finish(job: Job, start: Tensor, end: Tensor, last: dict, began: float) -> No
 
 
 def main(argv: list[str] | None = None) -> Path:
-    """Runs a command line and returns the run folder. Bad input exits with status 2."""
+    """Runs the command and returns the run folder. Bad input ends the process with status 2."""
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(join())
         parser, options = parse_options(argv, Options, __doc__, world)

@@ -1,8 +1,9 @@
 """Makes results/beyond.md and results/beyond.png: python results/beyond.py [--small]
 
-Measures pass@k up to k = 64 of the base and of trained models, and compares the cost of drawing
-answers from the policy at every step with the cost of training on pairs drawn once from the base.
-With --small, the script makes two runs of two steps, prints pass@k of one run and writes no page.
+Measures pass@k, for k from 1 to 64, of the base model and of trained models. Compares the cost of
+drawing answers from the policy at every step with the cost of training on pairs that were drawn
+once from the base. With --small, the script makes only two runs of two steps each and prints pass@k
+of one run, as a quick check.
 """
 
 import concurrent.futures
@@ -28,32 +29,38 @@ SEEDS, SAMPLES = (0, 1, 2), 64
 
 TEXT = """# Beyond the base?
 
-**Question.** Does the gain in pass@k at k = 1 last up to k = 64, or do the trained models only find
-more reliably the answers that the base also finds, as the paper's abstract says of RLHF? How much
-does training on answers drawn from the policy at every step gain and cost?
+**Question.** Does training raise pass@k at k = 64 as it does at k = 1, or do the trained models
+only find more often the right answers that the base also finds, as the paper's abstract says of
+RLHF? How much does training on answers drawn from the policy at every step gain, and how much time
+does it take?
 
 **Expected before the run.** All losses raise pass@1. The pass@k curves of the trained models meet
-or cross the curve of the base before k = 64. The on-policy runs gain more and cost several times as
-much as runs on fixed pairs.
+or cross the curve of the base before k = 64. The runs that draw answers from the policy (rlhf and
+"mio, on policy") gain more than the runs on fixed pairs and cost several times as much.
 
 `python results/beyond.py` made this page ({provenance}). On each of {seeds} seeds, each model draws
-{samples} answers at temperature 1 to each of 1,000 held-out problems. pass@k is computed with the
-unbiased estimator. Each cell is the mean over seeds (lowest, highest).
+{samples} answers at temperature 1 to each of 1,000 held-out problems. From these answers the
+unbiased estimator computes pass@k, the probability that at least one of k answers is right. Each
+cell is the mean over seeds (lowest, highest).
 
-![pass@k](beyond.png)
+![pass@k of the base and of the trained models, for k from 1 to 64](beyond.png)
 
 {table}
+
+The next table shows the mean duration of a run over seeds, and the tokens of the run with seed 0:
 
 | | seconds of a run | tokens trained on | tokens generated in training |
 |---|---|---|---|
 {costs}
 
-**What it shows.** Ranked by pass@{samples}, the order is: {order}. In pass@{samples}, {above} of
-{models} trained models are above the base on every seed, and {below} are below on every seed.
+**What it shows.** From the highest to the lowest pass@{samples}, the order is: {order}. Of the
+{models} trained models, {above} have a higher pass@{samples} than the base on every seed, and
+{below} have a lower pass@{samples} on every seed.
 
-**What it does not show.** The base solves {reach:.0f} % of this task at k = {samples}, so little is
-left to gain. Each loss has one setting, which was not tuned for that loss. The seconds are times of
-complete runs, of which two ran at a time; some runs include making the base model and the pairs.
+**What it does not show.** With {samples} answers the base solves {reach:.0f} % of the problems, so
+little is left to gain. Each model was trained with the default settings only. The seconds are times
+of complete runs, two of which ran at a time. The first run on each seed, here that of mio, also
+made the base model and the pairs.
 """
 
 
@@ -64,7 +71,7 @@ def folders(loss: str, seed: int) -> str:
 
 
 def solved(folder: str, samples: int) -> dict[int, float]:
-    """Returns a dict from k to pass@k (0 to 1), which eval.py estimates from `samples` answers."""
+    """Returns a dict from k to pass@k (0 to 1). eval.py draws `samples` answers to each problem."""
     file = ROOT / folder / f"pass-{samples}.json"
     if not file.exists():
         run(["eval.py", folder, "--n", str(samples), "--kl_samples", "0", "--out", str(file)])

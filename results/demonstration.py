@@ -1,7 +1,8 @@
 """Makes results/demonstration.md and results/demonstration.png: python results/demonstration.py
 
-Within a seed all losses share the base model, the pairs, the order of the pairs and the learning
-rate. The beta of mio is twice the beta of dpo. Finished runs are not repeated.
+Compares mio, dpo and sft on five seeds. On each seed all losses start from the same base model and
+train on the same pairs in the same order at the same learning rate. The beta of mio is twice the
+beta of dpo, so that both losses start with the same gradient. Finished runs are not repeated.
 """
 
 import statistics
@@ -16,37 +17,42 @@ SEEDS = (0, 1, 2, 3, 4)
 COLUMNS = {"greedy": "greedy, %", "pass@1": "pass@1, %", "pass@8": "pass@8, %",
            "Δ chosen": "Δ chosen, nats", "Δ rejected": "Δ rejected, nats"}  # fmt: skip
 
-TEXT = """# Three losses from the same base, on the same pairs
+TEXT = """# Three losses on the same base models and pairs
 
 **Question.** Does the chosen log-prob fall under DPO and not under MIO if both losses start with
-the same gradient, and which trained model solves more problems?
+the same gradient, and which trained model solves the most problems?
 
 **Expected before the run.** Chosen log-probs fall under DPO and rise under MIO. In accuracy sft is
-ahead of mio and dpo, and dpo is behind mio. A prototype of the task, with other base models, had
-shown these effects. The result that dpo is ahead of mio was known after three of the five seeds.
+ahead of mio, and mio is ahead of dpo. A prototype of the task, with other base models, had shown
+these effects. After three of the five seeds had run, it was known that dpo is in fact ahead of mio.
 
-`python results/demonstration.py` runs `python train.py --loss LOSS --seed SEED` on {seeds} seeds
-({provenance}). mio has beta {mio_beta:g} and dpo has beta {dpo_beta:g}; all three losses train at
-learning rate {lr:g} for {epochs} epochs. These hyperparameters were chosen among five settings of
-mio and three of dpo, on validation problems of an earlier base model; sft was not tuned.
+`python results/demonstration.py` runs `python train.py --loss LOSS --seed SEED` for three losses
+and {seeds} seeds ({provenance}). mio has beta {mio_beta:g} and dpo has beta {dpo_beta:g}; all three
+losses train at learning rate {lr:g} for {epochs} epochs. These hyperparameters were chosen among
+five settings of mio and three of dpo, by accuracy on validation problems with an earlier base
+model; sft was not tuned.
 
-![Curves](demonstration.png)
+![Log-probs, losses, rewards, margins and accuracies over steps](demonstration.png)
 
 The curves show metrics of held-out pairs: each curve is the mean of {seeds} seeds, with a band from
 the lowest seed to the highest. The curves are drawn by `{plot}`.
 
 {table}
 
-Cells are means ± standard errors, over {n} test problems or, for Δ, over the held-out pairs. Δ is
-the change of an answer's summed log-prob from the base.
+Cells are means ± standard errors, over {n:,} test problems or, for Δ, over the held-out pairs.
+"greedy" is the accuracy of greedy answers. Δ is the change of an answer's summed log-prob from the
+base.
 
-| gain over the base, greedy, points | mean of seeds | sd over seeds | by seed |
+| gain in greedy accuracy, points | mean over seeds | standard deviation | gain on each seed |
 |---|---|---|---|
 {gains}
 
 **What it shows.** {verdict}
 
 ## Comparison of runs on the same problems
+
+Each command prints a table of results on the test problems. A row such as "sft - base" shows
+differences in points.
 
 {compared}
 
@@ -70,9 +76,11 @@ def verdict(found: dict) -> str:
         moves = [found[loss, seed]["table"][loss]["Δ chosen"]["mean"] for seed in SEEDS]
         up = sum(move > 0 for move in moves)
         parts.append(f"Under {loss} the chosen log-prob rose on {up} of {len(SEEDS)} seeds "
-                     f"({', '.join(f'{move:+.2f}' for move in moves)}).")  # fmt: skip
+                     f"({', '.join(f'{move:+.2f}' for move in moves)} nats).")  # fmt: skip
     order = sorted(LOSSES, key=lambda loss: -statistics.mean(gains(found, loss)))
-    parts.append(f"Ranked by mean greedy accuracy, the order is {', '.join(order)}.")
+    parts.append(
+        f"From the highest to the lowest mean greedy accuracy, the order is {', '.join(order)}."
+    )
     return " ".join(parts)
 
 

@@ -1,8 +1,8 @@
 """Makes results/dynamics.md and results/dynamics.png: python results/dynamics.py
 
-Measures how far held-out chosen and rejected log-probs move over four epochs under mio and dpo, on
-a grid of learning rates and betas. The beta of dpo is half that of mio, so that both losses start
-with the same gradient.
+Measures how far the log-probs of held-out chosen and rejected answers move in four epochs under mio
+and dpo, on a grid of learning rates and betas. The beta of dpo is half the beta of mio, so that
+both losses start with the same gradient.
 """
 
 from pathlib import Path
@@ -18,30 +18,32 @@ SIDES = ("chosen", "rejected")
 TEXT = """# Where do chosen log-probs fall?
 
 **Question.** The paper says that the chosen log-prob falls late in training under DPO and not under
-MIO. At which learning rates and betas does the chosen log-prob fall on this task?
+MIO. At which learning rates and betas does the chosen log-prob fall on the built-in task?
 
 **Expected before the run.** Under DPO the chosen log-prob falls more at smaller betas and larger
-learning rates, and rises at large betas. Under MIO the chosen log-prob rises at the demonstration's
-beta and above, and falls a little at a quarter of that beta: MIO pulls a chosen log-prob up more
-strongly as the log-prob falls, but only once T_w, which is beta times the log-ratio, is below about
--1.
+learning rates, and rises at large betas. Under MIO the chosen log-prob rises at beta 1 (the default
+of the demonstration) and above, and falls a little at beta 0.25. The reason is that MIO pulls a
+chosen log-prob up more strongly the further it has fallen, but the pull is strong only once T_w,
+which is beta times the log-ratio, is below about -1.
 
-`python results/dynamics.py` made this page ({provenance}). Each run of seeds {seeds} trains on
-{pairs:,} pairs for {epochs} epochs, with 32 pairs a step. The table shows the change of an answer's
-summed log-prob, in nats, averaged over 200 held-out pairs. Each cell is the mean over seeds
-(lowest, highest).
+`python results/dynamics.py` made this page ({provenance}). Each run trains on {pairs:,} pairs for
+{epochs} epochs, with 32 pairs a step. A setting is a learning rate with a beta for mio and half
+this beta for dpo, so that both losses start with the same gradient. Each setting is run on seeds
+{seeds}. The table shows the change of an answer's summed log-prob from the start to the end of
+training, in nats, averaged over 200 held-out pairs. Each cell is the mean over seeds (lowest,
+highest).
 
-![Curves](dynamics.png)
+![Change of chosen and rejected log-probs over steps, a panel for each setting](dynamics.png)
 
-| lr | beta: mio, dpo | mio: chosen | dpo: chosen | mio: rejected | dpo: rejected |
+| learning rate | beta of mio and dpo | mio, chosen | dpo, chosen | mio, rejected | dpo, rejected |
 |---|---|---|---|---|---|
 {table}
 
 **What it shows.** Averaged over seeds, the chosen log-prob ends below its start in {fell_dpo} of
-{cells} settings under dpo and in {fell_mio} of {cells} under mio. At equal initial gradients the
-chosen log-prob ends lower under dpo than under mio in {lower} of {cells} settings and in
-{lower_runs} of {runs} pairs of runs. In {late_dpo} of the {fell_dpo} settings in which dpo lowers
-the chosen log-prob, the mean over seeds is lowest in the last quarter of training. The rejected
+{cells} settings under dpo and in {fell_mio} of {cells} under mio. The chosen log-prob ends lower
+under dpo than under mio in {lower} of {cells} settings, and in {lower_runs} of {runs} pairs of runs
+with the same setting and seed. In {late_dpo} of the {fell_dpo} settings in which dpo lowers the
+chosen log-prob, the mean over seeds is lowest in the last quarter of training. The rejected
 log-prob falls further under dpo than under mio in {further} of {cells} settings.
 
 **What it does not show.** The experiment covers one small task and one small model. The page says

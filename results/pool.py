@@ -1,8 +1,8 @@
-"""Functions that the scripts in this folder share. The functions run train.py, two runs at a time
-with one thread each, and read the results.
+"""Functions with which the scripts in this folder run train.py and read the results.
 
-Finished runs are not repeated. `python results/pool.py FOLDER` grades a checkpoint's greedy
-answers to 1,000 validation and 1,000 test problems and writes graded.json into the folder.
+Two runs, of one thread each, run at the same time. Finished runs are not repeated. The command
+`python results/pool.py FOLDER` grades the greedy answers of the checkpoint in FOLDER to 1,000
+validation problems and 1,000 test problems, and writes graded.json into FOLDER.
 """
 
 import concurrent.futures
@@ -33,9 +33,9 @@ def run(command: list[str]) -> str:
 
 
 def train_all(jobs: dict[str, list[str]], script: str = "train.py", grade: bool = False) -> dict:
-    """Makes the missing runs of `jobs`, which maps run folders to flags of `script` (train.py or a
-    script that extends train.py). Returns a dict from each run folder to {"summary": ...,
-    "train_config": ...}, the contents of these two JSON files."""
+    """Makes the runs that do not exist yet. `jobs` maps run folders to flags of `script`, which is
+    train.py or extends train.py. With `grade`, each run is also graded. Returns a dict from each
+    run folder to {"summary": ..., "train_config": ...}, the contents of these two JSON files."""
 
     def make(out: str) -> None:
         if not (ROOT / out / "summary.json").exists():
@@ -60,15 +60,16 @@ def train_all(jobs: dict[str, list[str]], script: str = "train.py", grade: bool 
 
 
 def bases() -> dict[int, str]:
-    """Maps each seed to the folder of the demonstration's base model and pairs. Missing folders are
-    made first."""
+    """Returns a dict from each seed to the folder with the demonstration's base model and pairs for
+    this seed. If a folder is missing, a run with mio makes it."""
     train_all({f"out/demonstration/seed{s}/mio": ["--loss", "mio", "--seed", str(s)]
                for s in SEEDS})  # fmt: skip
     return {s: f"out/demonstration/seed{s}/base" + (f"-seed{s}" if s else "") for s in SEEDS}
 
 
 def first(file: str, count: int) -> str:
-    """Copies the first `count` lines of a file to a new file beside it, and returns its path."""
+    """Copies the first `count` lines of `file` to a new file in the same folder, unless the copy
+    exists. Returns the path of the copy."""
     path = ROOT / file
     few = path.with_name(f"{path.stem}-{count}.jsonl")
     if not few.exists():
@@ -78,9 +79,9 @@ def first(file: str, count: int) -> str:
 
 
 def on_pairs(base: str, count: int, seed: int, **flags) -> list[str]:
-    """Returns the flags of a run that trains on the first `count` pairs of a base. The run starts
-    from a copy of the base in start/. The copy lacks base.json, because train.py would otherwise
-    evaluate the run on all problems of the demonstration."""
+    """Returns the flags of a run that trains on the first `count` pairs in the folder `base`. The
+    run starts from a copy of the base model in base/start. The copy lacks base.json, because
+    train.py would otherwise spend time on the demonstration's evaluation after each run."""
     start = ROOT / base / "start"
     if not start.exists():
         start.mkdir()
@@ -93,8 +94,8 @@ def on_pairs(base: str, count: int, seed: int, **flags) -> list[str]:
 
 
 def graded(folder: str) -> dict[str, np.ndarray]:
-    """Returns, for each of the splits `validation` and `test`, an array (1000,) with 1 where the
-    checkpoint's greedy answer is right and 0 elsewhere. Makes graded.json first if missing."""
+    """Returns a dict from "validation" and "test" to arrays (1000,), which are 1 where the
+    checkpoint's greedy answer is right and 0 elsewhere. Makes graded.json if it is missing."""
     file = ROOT / folder / "graded.json"
     if not file.exists():
         run(["results/pool.py", folder])
@@ -102,32 +103,34 @@ def graded(folder: str) -> dict[str, np.ndarray]:
 
 
 def metric(folder: str, name: str) -> tuple[list[int], list[float]]:
-    """Returns the steps at which metrics.jsonl has the metric `name`, and the metric's values."""
+    """Returns the steps at which metrics.jsonl has a value of the metric `name`, and the values."""
     rows = [json.loads(line) for line in (ROOT / folder / "metrics.jsonl").read_text().splitlines()]
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def moved(folder: str, side: str) -> tuple[list[int], list[float]]:
-    """Returns steps, and the change since step 0 of a side's mean held-out log-prob, in nats."""
+    """Returns the steps of the evaluations and, at each of these steps, how far the mean log-prob
+    of the held-out chosen or rejected answers (`side`) has moved since step 0, in nats."""
     steps, values = metric(folder, f"eval_logps/{side}")
     return steps, [value - values[0] for value in values]
 
 
 def spread(values: list[float], digits: int = 2, sign: str = "+") -> str:
-    """Returns the text "mean (lowest, highest)" of `values`, which has one value for each seed."""
+    """Formats `values`, which holds one value for each seed, as "mean (lowest, highest)"."""
     one = f"{{:{sign}.{digits}f}}".format
     return f"{one(np.mean(values))} ({one(min(values))}, {one(max(values))})"
 
 
 def provenance(found: dict[str, dict]) -> str:
-    """Returns the commits, the torch version, the machine and the minutes of all runs as text."""
+    """Returns a text with the commits, torch version, machine and total time of the runs."""
     configs = [one["train_config"] for one in found.values()]
     commits = sorted({(config["commit"] or "unknown")[:12] for config in configs})
     seconds = sum(one["summary"]["seconds"] for one in found.values())
-    return (f"commit {', '.join(commits)}, torch {configs[0]['versions']['torch']}, "
-            f"{configs[0]['machine']} a run,\n{WORKERS} runs at a time, {seconds / 60:.0f} minutes "
-            "of runs in all")  # fmt: skip
+    return (f"commit{'s' if len(commits) > 1 else ''} {' and '.join(commits)}, "
+            f"torch {configs[0]['versions']['torch']}, {configs[0]['machine'].split(',')[0]}, "
+            f"1 thread a run,\n{WORKERS} runs at a time; the times of all runs add up to "
+            f"{seconds / 60:.0f} minutes")  # fmt: skip
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Makes results/real_text.md and .png: python results/real_text.py CHECKPOINT PAIRS.jsonl
 
-Compares dpo with mio on real text. Each of three seeds has its own held-out split and pair order.
+Compares dpo with mio on real text. CHECKPOINT is the folder of the model to train, and PAIRS.jsonl
+holds preference pairs. Each of three seeds has its own held-out split and order of the pairs.
 """
 
 import hashlib
@@ -16,39 +17,43 @@ BETAS = {"dpo": 0.1, "mio": 0.2}
 
 TEXT = """# dpo and mio on real text
 
-**Question.** The demonstration shows how dpo and mio change chosen and rejected log-probs. Do the
-log-probs of a Llama checkpoint of {parameters} parameters change in the same way on {rows} pairs of
-real text, and under which loss is the reward accuracy on held-out pairs higher?
+**Question.** [The demonstration](demonstration.md) shows how dpo and mio change chosen and rejected
+log-probs. Do the log-probs of a Llama checkpoint of {parameters} parameters change in the same way
+on {rows} pairs of real text, and under which loss is the reward accuracy on held-out pairs higher?
 
 **Data.** The pairs come from GSM8K's example model solutions (`example_model_solutions.jsonl` of
-openai/grade-school-math) and hold a right and a wrong solution to each of {rows} test problems.
-Models of GPT-3's size wrote the solutions, so the pairs are off-policy. The checkpoint was trained
-on GSM8K's training text.
+openai/grade-school-math). Each of the {rows} pairs holds a right and a wrong solution to one test
+problem. Models of GPT-3's size wrote the solutions, so the pairs are off-policy. The checkpoint was
+trained on GSM8K's training text.
 
 **Expected before the run.** At betas as small as 0.1 for dpo and 0.2 for mio, both losses may lower
 the chosen log-prob, dpo more than mio. The reward accuracies of both losses agree within the
 standard error, which is about {error:.0f} points at {held_out} held-out pairs.
 
-`python results/real_text.py CHECKPOINT PAIRS.jsonl` made this page from two files (sha256 {hashes};
-{provenance}). Each run trains for {epochs} epoch with {batch} pairs a step, learning rate {rate:g},
-and beta 0.1 for dpo and 0.2 for mio. Each of the seeds {seeds} holds out a different tenth of the
-pairs, split by prompts. Each cell is the mean over seeds (lowest, highest).
+`python results/real_text.py CHECKPOINT PAIRS.jsonl` made this page from the weights of a checkpoint
+and a file of pairs (sha256 {hashes}; {provenance}). Each run trains for {epochs} epoch with {batch}
+pairs a step, learning rate {rate:g}, and beta 0.1 for dpo and 0.2 for mio. Each of the seeds
+{seeds} holds out a different tenth of the pairs, split by prompts. Δ is the change of an answer's
+summed log-prob on held-out pairs during training, and the margin is Δ chosen minus Δ rejected. Each
+cell is the mean over seeds (lowest, highest).
 
-![Curves](real_text.png)
+![Δ chosen, Δ rejected and reward accuracy over steps](real_text.png)
 
-| | reward accuracy, % | Δ chosen, nats | Δ rejected, nats | margin of log-ratios, nats |
+| loss | reward accuracy, % | Δ chosen, nats | Δ rejected, nats | margin, nats |
 |---|---|---|---|---|
 {table}
 
-For seeds {seeds}, the reward accuracies of dpo and mio on the same held-out pairs are {by_seed}.
+For seeds {seeds} in turn, the reward accuracies of dpo and mio on the same held-out pairs are
+{by_seed}.
 
 **What it shows.** The chosen log-prob ends below its start on {fell_dpo} of {count} seeds under dpo
-and on {fell_mio} of {count} under mio; it ends lower under dpo than under mio on {lower} of {count}
-seeds. The mean (lowest, highest) difference in reward accuracy, mio minus dpo, is {difference}
-points.
+and on {fell_mio} of {count} under mio. The chosen log-prob ends lower under dpo than under mio on
+{lower} of {count} seeds. The mean (lowest, highest) difference in reward accuracy, mio minus dpo,
+is {difference} points.
 
-**What it does not show.** Answers to questions were not graded. The experiment has one small
-checkpoint, one learning rate, one pair of betas, and {held_out} held-out pairs a seed.
+**What it does not show.** The trained models' own answers to the questions were not graded. The
+experiment has one small checkpoint, one learning rate, one beta for each loss, and {held_out}
+held-out pairs a seed.
 """
 
 

@@ -1,9 +1,11 @@
 """Makes results/why.md and results/why.png: python results/why.py
 
-Measures the effect of each part of mio by training without the term ½ sp(T_w), with the rejected
-answers alone as the marginal, and with means over tokens instead of sums. The script also measures
-how the log-probs of rare and of likely chosen answers change. `python results/why.py --loss
-mio_free ...` runs train.py with the losses that this file adds.
+Measures the effect of each part of mio with three variants of the loss: without the term ½ sp(T_w),
+with the rejected answers alone as the marginal, and with means over tokens instead of sums. The
+script also measures how the log-probs of rare and of likely chosen answers change.
+
+With flags, such as --loss mio_free, the script runs train.py, and --loss also takes mio_free and
+mio_means, the losses that are defined here.
 """
 
 import dataclasses
@@ -39,7 +41,7 @@ def mio_free(chosen: Answers, rejected: Answers) -> Tensor:
 
 
 def mio_means(chosen: Answers, rejected: Answers) -> Tensor:
-    """The mio loss with mean instead of summed log-ratios: T = beta z / n"""
+    """mio with log-ratios that are means over tokens instead of sums: T = beta z / n"""
 
     def means(side: Answers) -> Answers:
         ref = side.mean_logps - side.mean_logratios
@@ -68,51 +70,56 @@ HALVES = ("rare", "likely")
 
 TEXT = """# Which part of mio does what?
 
-**Question.** (1) What is the effect of three parts of mio: the term ½ sp(T_w), the mixture
-marginal, and sums over tokens instead of means? (2) Which loss fails to raise chosen answers that
-the base model finds unlikely: DPO, whose weight vanishes as the margin grows, or MIO, whose pull
-ends at T_w = log 2?
+**Question.** The loss mio is sp(-T_w) + ½ sp(T_w) + ½ sp(T_l), with the symbols of
+[mio.py](../mio.py). (1) What is the effect of three parts of mio: the term ½ sp(T_w), the mixture
+of chosen and rejected answers as the marginal, and sums over tokens instead of means? (2) Which
+loss fails to raise the log-probs of chosen answers that the base model finds unlikely: DPO, whose
+gradient vanishes as the margin T_w - T_l grows, or MIO, whose upward pull on T_w ends at T_w = log
+2?
 
 **Expected before the run.** (1) Without ½ sp(T_w) the chosen log-prob rises further, because no
-term limits the rise, and accuracy rises, too. The rejected-only marginal pushes the rejected answer
-twice as hard, so the rejected log-prob falls further and drags the chosen log-prob down. Means over
-tokens, at a beta that gives the same reward on average, change little if answers have similar
-lengths. (2) MIO raises rare chosen answers more than likely chosen answers, which have little to
-gain. Under DPO rare chosen answers fall furthest. However, if the probability of each answer is a
-free parameter, MIO raises rare answers less than DPO does.
+term limits the rise, and accuracy rises, too. With the rejected answers alone as the marginal, mio
+pushes the rejected answer down twice as hard, so the rejected log-prob falls further and drags the
+chosen log-prob down. Means over tokens, at a beta that gives the same reward on average, change
+little if answers have similar lengths. (2) MIO raises rare (unlikely) chosen answers more than
+likely chosen answers, which have little to gain. Under DPO rare chosen answers fall furthest.
+However, in a model in which the probability of each answer is a free parameter, MIO raises rare
+answers less than DPO does.
 
 `python results/why.py` made this page ({provenance}). Each run trains on {pairs:,} pairs for
 {epochs} epochs at learning rate {rate:g}. Beta is {half:g} for dpo, {means:.0f} for token means
-(the mean length of an answer in tokens) and 1 otherwise. Each cell is the mean over seeds {seeds}
-(lowest, highest). The gain is the increase in greedy accuracy over the base on 1,000 test problems,
-in points. Δ is the change of held-out summed log-probs, in nats.
+(the mean length of an answer in tokens) and 1 otherwise. The variant with the rejected-only
+marginal is the loss bce. Each cell is the mean over seeds {seeds} (lowest, highest). The gain is
+the increase in greedy accuracy over the base on 1,000 test problems. Δ is the change of an answer's
+summed log-prob on held-out pairs during training, in nats.
 
-| | gain | Δ chosen | Δ rejected |
+| loss | gain, points | Δ chosen, nats | Δ rejected, nats |
 |---|---|---|---|
 {variants}
 
-"Rare" pairs are the half whose chosen answer has a log-prob per token below the median under the
-base; "likely" pairs are the other half. Training pairs and held-out pairs are both split in this
-way. The median summed log-prob of chosen answers is {rare:.1f} nats in the rare half of the
-training pairs and {likely:.1f} nats in the likely half.
+A pair is "rare" if its chosen answer has a log-prob per token below the median under the base, and
+"likely" otherwise. Training pairs and held-out pairs are both split in this way. The median summed
+log-prob of chosen answers is {rare:.1f} nats in the rare half of the training pairs and
+{likely:.1f} nats in the likely half.
 
-![Rare and likely chosen answers](why.png)
+![Change of log-probs of rare and of likely chosen answers under dpo and mio](why.png)
 
-| loss | trained on | gain | Δ chosen, rare held out | Δ chosen, likely held out |
+| loss | training pairs | gain, points | Δ chosen, rare pairs | Δ chosen, likely pairs |
 |---|---|---|---|---|
 {sides}
 
 **What it shows.** {shows}
 
-**What it does not show.** All chosen answers are right answers that the base drew. The base gives
-even the rarest of these answers, so the page says nothing about chosen answers that the base would
-never give. Betas and learning rate are matched, not tuned for each variant. The rare and the likely
-half differ in more than likelihood: rare answers belong to harder problems.
+**What it does not show.** All chosen answers are right answers that were sampled from the base, so
+the page says nothing about chosen answers that the base would never give. The learning rate and the
+betas were not tuned for each variant. The rare and the likely half differ in more than likelihood:
+rare answers belong to harder problems.
 """
 
 
 def likelihood(base: str, file: str) -> tuple[Tensor, Tensor, list]:
-    """Returns summed and per-token log-probs (pairs,) of a file's chosen answers, and the pairs."""
+    """Loads the pairs in `file`. Returns the log-probs of their chosen answers under the model in
+    `base`, summed (pairs,) and per token (pairs,), and the pairs."""
     model, tokenizer = load_checkpoint(ROOT / base, "cpu", torch.float32)
     pairs = load_pairs(ROOT / file, tokenizer, 96)
     sums = pair_logps(model, pairs, *LAYOUT, torch.float32)[:, 0]
@@ -120,8 +127,9 @@ def likelihood(base: str, file: str) -> tuple[Tensor, Tensor, list]:
 
 
 def halves(base: str) -> dict[str, float]:
-    """Writes the rare and the likely half of a base's pairs. Returns the median summed
-    log-prob of the chosen answers in each half, in nats."""
+    """Splits the first PAIRS training pairs of a base by the log-prob per token of the chosen
+    answer, and writes rare-PAIRS.jsonl and likely-PAIRS.jsonl. Returns the median summed log-prob
+    of the chosen answers in each half, in nats."""
     few = first(f"{base}/pairs.jsonl", PAIRS)
     sums, means, pairs = likelihood(base, few)
     lines = (ROOT / few).read_text(encoding="utf-8").splitlines(True)
@@ -135,7 +143,8 @@ def halves(base: str) -> dict[str, float]:
 
 
 def by_half(base: str, folder: str) -> dict[str, float]:
-    """Returns the mean change of chosen log-probs in each half of the held-out pairs, in nats."""
+    """Returns, for the rare and for the likely held-out pairs, the mean change of the chosen
+    answers' summed log-probs from the base to the run in `folder`, in nats."""
     file = ROOT / folder / "halves.json"
     if not file.exists():
         held_out = f"{base}/heldout_pairs.jsonl"

@@ -1,4 +1,4 @@
-"""Makes the built-in task: sums, a base model, preference pairs. Imports data.py and model.py."""
+"""Makes the built-in task: math problems, base model and pairs. Imports data.py and model.py."""
 
 import copy
 import dataclasses
@@ -35,12 +35,12 @@ PAIRS = {"prompts": 6000, "held_out": 500, "samples": 8, "per_prompt": 2}
 
 
 def split_of(problem: str) -> str:
-    """Returns the split of a problem. It depends on a hash of the text, so splits never overlap."""
+    """Returns a problem's split, chosen by a hash of the text, so that splits never overlap."""
     return {0: "test", 1: "validation"}.get(zlib.crc32(problem.encode()) % 16, "train")
 
 
 def problems(split: str, count: int, seed) -> list[str]:
-    """Returns `count` different problems, such as "7+9-3+5\\n", of a split (see split_of)."""
+    """Returns `count` different problems of a split (see split_of), such as "7+9-3+5\\n"."""
     random, found = np.random.default_rng(seed), {}  # a set that keeps its order
     while len(found) < count:
         first, *rest = random.integers(0, 10, size=OPERATIONS + 1)
@@ -67,13 +67,13 @@ def is_correct(problem: str, answer: str) -> bool:
 
 
 def base_folder(options) -> Path:
-    """Returns the base model's folder, which lies beside the run folder and depends on the seed."""
+    """Returns the base model's folder beside the run folder: base, or base-seedN if N is not 0."""
     return Path(options.out).parent / (f"base-seed{options.seed}" if options.seed else "base")
 
 
 def prepare(options, drawn: bool, make_optimizer, train_step):
-    """Makes the base model and its pairs unless they exist. Returns options with their paths:
-    `data` is pairs.jsonl or, if the policy draws the answers (`drawn`), problems.jsonl."""
+    """Makes the base model and preference pairs unless they exist. Returns the options with their
+    paths: `data` is problems.jsonl if the policy draws the answers (`drawn`), else pairs.jsonl."""
     folder = base_folder(options)
     sft = type(options)(loss="sft", lr=BASE["lr"], seed=options.seed, device=options.device)
     with locked(folder, "waiting for the run that makes this base model"):
@@ -85,15 +85,15 @@ def prepare(options, drawn: bool, make_optimizer, train_step):
 
 
 def make_base(folder: Path, options, make_optimizer, train_step) -> None:
-    """Trains the base model with `options` and saves it in the folder, unless the hash in base.json
-    is that of the recipe and the model in the folder. Raises ValueError if the folder holds other
-    files or if the model misses its target accuracy."""
+    """Trains the base model and saves it in `folder`, unless the folder already holds this model:
+    base.json stores a hash of the model and of its training settings. Raises ValueError if the
+    folder holds files but no base.json, or if the model misses its target accuracy."""
     record, recipe = folder / "base.json", (dataclasses.asdict(BASE_MODEL), BASE, options.seed)
     if _up_to_date(record, _hash(folder, *recipe)):
         print(f"base model: found in {folder}")
         return
     if any(folder.iterdir()) and not record.exists():
-        raise ValueError(f"{folder}: has files but no base model; choose another --out")
+        raise ValueError(f"{folder}: has files but no base model; choose --out in another folder")
     with stage(f"base model: supervised training to {BASE['target']:.0%} accuracy") as notes:
         torch.manual_seed(options.seed)
         model, tokenizer = Llama(BASE_MODEL).to(options.device), byte_tokenizer()
@@ -107,7 +107,7 @@ def make_base(folder: Path, options, make_optimizer, train_step) -> None:
 
 
 def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[int, float]:
-    """Trains to an accuracy from "target" to "upper_limit" of BASE. Returns steps and accuracy."""
+    """Trains to the target accuracy, a range in BASE. Returns the steps and the accuracy."""
     optimizer, lr, seed = make_optimizer(model, options), BASE["lr"], options.seed
     prompts = problems("validation", BASE["problems"], seed=0)
     last_weights = copy.deepcopy(model.state_dict())
@@ -136,7 +136,7 @@ def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[
 
 
 def make_pairs(folder: Path, seed: int, device: str) -> None:
-    """Writes pairs of the base model's right and wrong answers, unless they exist for its weights:
+    """Writes pairs of a right and a wrong base model answer, unless this model's pairs exist:
     pairs.jsonl for the problems in problems.jsonl, and heldout_pairs.jsonl for test problems."""
     key = _hash(folder, PAIRS, seed)
     files = [folder / name for name in ("pairs.jsonl", "heldout_pairs.jsonl", "problems.jsonl")]
@@ -164,8 +164,8 @@ def make_pairs(folder: Path, seed: int, device: str) -> None:
 
 
 def task_values(model, tokenizer, count: int = TEST_PROBLEMS, samples: int = SAMPLES) -> dict:
-    """Returns the greedy accuracy and pass@k as lists with one number for each test problem. The
-    values of k are 1 and SAMPLES with SAMPLES samples, otherwise `powers_of_two(samples)`."""
+    """Returns the lists "greedy" (accuracy) and "pass@k", with a number for each test problem. k is
+    1 or SAMPLES if `samples` equals SAMPLES; otherwise, k is one of powers_of_two(samples)."""
     questions = problems("test", count, seed=0)
     greedy = sample_answers(model, tokenizer, questions, temperature=0)
     sampled = sample_answers(model, tokenizer, questions, samples=samples)
@@ -177,7 +177,7 @@ def task_values(model, tokenizer, count: int = TEST_PROBLEMS, samples: int = SAM
 
 
 def base_values(folder: Path, device: str) -> dict:
-    """Returns `task_values` of the base model, read from eval.json if its weights are the same."""
+    """Returns `task_values` of the base model, which eval.json stores until the model changes."""
     record, key = folder / "eval.json", _hash(folder, TEST_PROBLEMS, SAMPLES)
     if not _up_to_date(record, key):
         with stage("evaluation: the base model on the held-out problems") as notes:
@@ -188,7 +188,7 @@ def base_values(folder: Path, device: str) -> dict:
 
 
 def _hash(folder: Path, *recipe) -> str:
-    """Hashes a recipe and the model in a folder: its weights, config.json and tokenizer."""
+    """Returns a hash of `recipe` and of the folder's model (weights, config.json, tokenizer)."""
     names = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
     return digest(*recipe, *(folder / name for name in names if (folder / name).is_file()))
 

@@ -1,4 +1,4 @@
-"""The command line: options with bounds declared once, one-line errors, timed stages."""
+"""The command line: options and their bounds, one-line errors, and stages with their duration."""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ import torch
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses abbreviated flags. Bad input prints one line to standard error and exits with 2."""
+    """Refuses abbreviated flags. On bad input, prints a line to stderr and exits with status 2."""
 
     def __init__(self, prog: str, description: str):
         form = argparse.RawDescriptionHelpFormatter
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 def option(default, help: str, **checks):
     """Returns a dataclass field for a flag. checks: choices=(...) are the allowed values; above=x
-    (exclusive), least=x and most=x are bounds; const=x is the value of a flag without argument."""
+    (exclusive), least=x and most=x are bounds; const=x is the value of a flag with no argument."""
     return dataclasses.field(default=default, metadata={"help": help, **checks})
 
 
@@ -54,7 +54,7 @@ def kind_of(field: dataclasses.Field) -> type:
 
 
 def check_value(field: dataclasses.Field, value):
-    """Converts a text or JSON value to its field's type. Raises ValueError that names the flag."""
+    """Converts a text or JSON value to the field's type and checks it; errors name the flag."""
     kind, checks, flag = kind_of(field), field.metadata, f"--{field.name} {value}"
     if value is None and field.default is None:
         return None
@@ -63,7 +63,7 @@ def check_value(field: dataclasses.Field, value):
         if isinstance(value, bool) != (kind is bool) or (kind is int and converted != float(value)):
             raise ValueError
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"{flag}: expected {kind.__name__}") from None
+        raise ValueError(f"{flag}: must be of type {kind.__name__}") from None
     if "choices" in checks and converted not in checks["choices"]:
         raise ValueError(f"{flag}: choose from {', '.join(checks['choices'])}")
     if kind in (int, float):
@@ -78,7 +78,7 @@ def check_value(field: dataclasses.Field, value):
 
 @contextlib.contextmanager
 def stage(title: str):
-    """Prints the title, and when the stage ends, its seconds and the notes in the yielded list."""
+    """Prints the title and, after the stage, its duration and the notes in the yielded list."""
     print(f"{title} ...", flush=True)
     start, notes = time.perf_counter(), []
     yield notes

@@ -1,4 +1,4 @@
-"""Curves of training runs: reads the metrics.jsonl of run folders and plots them together."""
+"""Reads the metrics.jsonl of run folders and plots the training curves of the runs together."""
 
 import json
 import re
@@ -26,9 +26,9 @@ IGNORED = {*MAY_CHANGE, *PROVENANCE, "config", "resume", "overwrite"} - {"epochs
 
 
 def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray]]]:
-    """Returns label -> list of runs that differ only in their seed. A run is metric -> array
-    (2, points) of steps and values on held-out pairs, or on training pairs if none are held out.
-    Skips folders without a run. Raises ValueError if a step or value is not a number."""
+    """Returns a dict from labels to lists of runs that differ only in their seed. A run is a dict
+    from metrics to arrays (2, points) of steps and values, on held-out pairs or else on training
+    pairs. Skips folders without a run. Raises ValueError if a step or value is not a number."""
     groups: dict[str, tuple[str, list]] = {}
     for name, folder in folders.items():
         file, config_file = folder / "metrics.jsonl", folder / "train_config.json"
@@ -53,14 +53,14 @@ def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray
 
 
 def plot(folders: dict[str, Path], file: Path):
-    """Plots the curves of runs, saves the figure to `file` and returns it. Several seeds appear as
-    mean and range, until the shortest run ends. Raises ValueError without curves or matplotlib."""
+    """Plots runs to `file` and returns the figure. Runs that differ only in their seed appear as
+    mean and range over their common steps. Raises ValueError without curves or matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install -r requirements-dev.txt") from None
+        raise ValueError("--plot needs matplotlib; pip install -r requirements-dev.txt") from None
     if not (curves_of := read_curves(folders)):
-        raise ValueError(f"--plot {file}: no run has values in metrics.jsonl; leave out --plot")
+        raise ValueError(f"--plot {file}: no run has metrics in metrics.jsonl; leave out --plot")
     figure, lines = Figure(figsize=(11, 6), layout="constrained"), {}  # label -> one of its lines
     for axis, (title, metrics) in zip(figure.subplots(2, 3).flat, PANELS.items()):
         for (label, runs), color, style in zip(curves_of.items(), cycle(COLORS), cycle(STYLES)):

@@ -1,4 +1,4 @@
-"""Handles one process, or several under torchrun whose model FSDP2 shards. Imports the core."""
+"""Supports one process, or several under torchrun with FSDP2. Imports data.py and model.py."""
 
 import contextlib
 import datetime
@@ -16,7 +16,7 @@ from support.lora import add_lora, lora_of
 
 
 class World:
-    """A single process. Gathering returns its argument; checking and sharding do nothing."""
+    """A single process: there is nothing to gather from other processes, to shard or to check."""
 
     rank, count, first = 0, 1, True
     gather = staticmethod(torch.cat)  # joins the rows of all parts, and of all processes
@@ -28,7 +28,7 @@ class World:
 
 
 class Processes(World):
-    """The processes that torchrun started. All of them must call each method that communicates."""
+    """One of torchrun's processes. All processes must call each method that communicates."""
 
     def __init__(self):
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
@@ -47,8 +47,8 @@ class Processes(World):
         return tensor
 
     def gather(self, parts: list[Tensor]) -> Tensor:
-        """Concatenates the rows of this process's parts (n, ...) with those of all other processes,
-        in the order of the processes. Every process receives all rows; n may differ."""
+        """Concatenates the rows of the parts (n, ...) of all processes, in the order of the
+        processes. Every process receives all rows; the parts may have different n."""
         rows, counts = torch.cat(parts), torch.zeros(self.count, dtype=torch.long)
         counts[self.rank] = len(rows)
         counts = self.sum(counts).tolist()
@@ -57,7 +57,7 @@ class Processes(World):
         return self.sum(gathered)
 
     def batches(self, pairs: Pairs, index: list[int], *layout) -> list[Batch]:
-        """Packs this process's share of pairs[i] for i in index as `make_batches` does."""
+        """Packs this process's share of `index` by make_batches; adds empty batches if needed."""
         index = sorted(index, key=lambda i: row_length(pairs[i]))  # balances the lengths
         batches = make_batches(pairs, index[self.rank :: self.count], *layout)
         # Every pass involves all processes, so processes with fewer batches run empty batches.

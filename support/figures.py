@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The statistic of a run minus another run's over n common items, and its 95 % interval."""
+    """The difference of a statistic between two runs on n common items, and its 95 % interval."""
 
     mean: float
     low: float
@@ -49,8 +49,8 @@ Row = dict[str, Estimate | Difference]  # name of a column -> its cell in one ro
 
 
 class Column(NamedTuple):
-    """The values of all items in a run, and the statistic that summarizes them. Items of one prompt
-    are not independent, so standard errors and intervals are over prompts."""
+    """The values of a run's items (pairs or questions), and the statistic that summarizes them.
+    Items of one prompt are not independent, so errors and intervals are computed over prompts."""
 
     values: np.ndarray  # (items,) or (items, parts); NaN marks an item without a value
     statistic: Callable[[np.ndarray], float] = np.mean  # maps the values to a number
@@ -58,20 +58,20 @@ class Column(NamedTuple):
     names: np.ndarray | None = None  # (items,) identify items in all runs; None: their positions do
 
     def known(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the values that are not NaN, and the numbers 0, 1, ... of their prompts."""
+        """Returns the values that are not NaN, and for each the number of its prompt, from 0 on."""
         present = ~np.isnan(self.values).any(axis=tuple(range(1, self.values.ndim)))
         prompts = np.arange(len(present)) if self.prompts is None else self.prompts
         return self.values[present], np.unique(prompts[present], return_inverse=True)[1]
 
     @np.errstate(invalid="ignore")  # log-probs may be infinite, and inf - inf is NaN
     def mean(self) -> float:
-        """Returns the statistic of the known values, NaN if there are none."""
+        """Returns the statistic of the known values, or NaN if there are none."""
         values, _ = self.known()
         return float(self.statistic(values)) if len(values) else math.nan
 
     @np.errstate(invalid="ignore")
     def estimate(self) -> Estimate:
-        """Returns the statistic and its error, clustered by prompt as in arXiv 2411.00640."""
+        """Returns the statistic and its standard error, clustered by prompt (arXiv 2411.00640)."""
         values, prompts = self.known()
         n, G, mean, error = len(values), len(set(prompts)), self.mean(), None
         if G > 1 and self.statistic is np.mean:
@@ -84,7 +84,7 @@ class Column(NamedTuple):
 
     @np.errstate(invalid="ignore")
     def difference(self, first: "Column") -> Difference | None:
-        """Returns this column minus `first` on items known in both; None for under 2 prompts."""
+        """Returns the difference from `first` on common items, or None for under 2 prompts."""
         names = [range(len(c.values)) if c.names is None else c.names for c in (self, first)]
         place = {name: i for i, name in enumerate(names[1])}
         mine = [i for i, name in enumerate(names[0]) if name in place]
@@ -106,15 +106,15 @@ def task_row(values: dict[str, list[float]]) -> Row:
 
 
 def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np.ndarray:
-    """Returns (RESAMPLES,) bootstrap values of the statistic. A resample draws G of the G prompts
-    with replacement and takes all items of each. prompts: (items,) numbers from 0 to G - 1."""
+    """Returns RESAMPLES bootstrap values of the statistic. Each resample draws G of the G prompts
+    with replacement and takes all their items. prompts: (items,) prompt numbers, 0 to G - 1."""
     random, G = np.random.default_rng(0), prompts.max() + 1
     draws = (np.bincount(random.integers(0, G, G), minlength=G) for _ in range(RESAMPLES))  # (G,)
     return np.array([statistic(np.repeat(values, drawn[prompts], axis=0)) for drawn in draws])
 
 
 def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
-    """Returns a table's rows: the statistics of all runs, then differences from the first run."""
+    """Returns a table's rows: statistics of all runs, then their differences from the first run."""
     rows: dict[str, Row] = {n: {c: x.estimate() for c, x in run.items()} for n, run in runs.items()}
     (first, base), *others = runs.items()
     for name, run in others:
@@ -128,7 +128,7 @@ def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
 
 def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
     """Returns a table as text: a line for each row, a line with the numbers of items, and a legend.
-    Without `markdown`, columns that exceed `width` characters go into another table below."""
+    Without `markdown`, columns that do not fit `width` characters continue in a table below."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     grid = [["", *(f"{column} %" if column.startswith(RATES) else column for column in columns)]]
     for name, row in rows.items():

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 
 def parse_json(content: bytes | str, where) -> dict:
-    """Parses a JSON object; refuses NaN and repeated keys. Raises ValueError that names `where`."""
+    """Parses a JSON object; refuses NaN and repeated keys. A ValueError begins with `where`."""
 
     def refuse(what):
         raise ValueError(f"{what} is not allowed")
@@ -43,8 +43,8 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def read_rows(path):
-    """Yields (line number, row as a dict) of a JSONL file, gzipped or not, and skips blank lines.
-    Raises OSError, or ValueError that begins with "path:line:"."""
+    """Yields the line number and the dict of each row of a JSONL file, gzipped or not, except blank
+    lines. Raises OSError, or a ValueError that names the path and, for a bad row, the line."""
     bar = {"desc": f"reading {path}", "unit": "B", "unit_scale": True, "leave": False, "delay": 1}
     with open(path, "rb") as raw, tqdm(total=os.path.getsize(path), **bar) as progress:
         lines = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
@@ -100,7 +100,7 @@ def digest_file(path) -> str:
 
 @contextlib.contextmanager
 def locked(folder, wait: str = ""):
-    """Locks a folder, created if necessary, until the context or the process ends. If another
+    """Creates a folder if necessary and locks it until the context or the process ends. If another
     process has the lock, prints `wait` and waits for it, or raises ValueError if `wait` is ""."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Graders read the result in an answer, compare it with the key, and compute pass@k and maj@n."""
+"""Reads results in answers, compares them with the right result, and computes pass@k and maj@n."""
 
 import math
 import re
@@ -19,7 +19,7 @@ LETTERS = (  # they match: answer is (C), correct option: C; option C, **C**; C 
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Returns the exact value of "-$1,234.50" or "3/4", or None for other texts."""
+    """Returns the exact value of a text like "-$1,234.50" or "3/4", or None if it is no number."""
     found = re.fullmatch(rf"({DECIMAL})(?:/({DECIMAL}))?", re.sub(r"[$,\s]", "", text))
     try:
         return Fraction(found[1]) / Fraction(found[2] or 1) if found else None
@@ -32,13 +32,13 @@ def read_gsm8k_key(key: str) -> Fraction | None:
 
 
 def read_strict(text: str) -> Fraction | None:
-    """Returns the first number after ####, as the authors of GSM8K grade."""
+    """Returns the first number after ####, as the grader by GSM8K's authors does, or None."""
     found = re.search(r"####\s*(-?\$?\s?-?[\d.,]+)", text)
     return parse_number(found[1].rstrip(".,")) if found else None
 
 
 def read_flexible(text: str) -> Fraction | None:
-    """Returns the last number. A minus sign after a letter, a digit or ")" is a subtraction."""
+    """Returns the last number. After a letter, a digit or ")", a minus sign means subtraction."""
     found = re.findall(r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", text)
     return parse_number(found[-1]) if found else None
 
@@ -79,7 +79,7 @@ def read_math(text: str) -> Fraction | str | None:
 
 
 def read_letter(text: str) -> str | None:
-    """Returns the last letter that the first matching form in LETTERS finds, or None."""
+    """Returns the last letter found by the first pattern in LETTERS that matches, or None."""
     return next((found[-1] for form in LETTERS if (found := re.findall(form, text))), None)
 
 
@@ -93,19 +93,19 @@ GRADERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
 
 
 def pass_at_k(correct: int, n: int, k: int) -> float:
-    """Estimates pass@k without bias from `correct` right answers of n >= k (arXiv 2107.03374)."""
+    """Estimates pass@k without bias if `correct` of n answers are right (arXiv 2107.03374)."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def powers_of_two(n: int) -> list[int]:
-    """Returns 1, 2, 4, ... up to n, and n itself."""
+    """Returns the powers of two up to n, and n itself, in ascending order."""
     return sorted({2**i for i in range(n.bit_length())} | {n})
 
 
 def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
-    """Returns the values of the answers to a question by each reader of the grade. A single answer
-    has the value 1 if it is right, else 0. Several answers have pass@k for k = 1, 2, 4, ..., n, and
-    maj@n, which is 1 if the most frequent result (the first if tied) is right, else 0."""
+    """Grades the answers to a question with each function that GRADERS names for the grade. The
+    value of a single answer is 1 if right, else 0. The values of n answers are pass@k for each k in
+    powers_of_two(n), and maj@n: 1 if the most frequent result (the first if tied) is right."""
     read_key, readings = GRADERS[grade]
     gold, n, values = read_key(key), len(texts), {}
     for name, read in readings.items():
@@ -120,7 +120,7 @@ def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
 
 
 def grade_answer(item, tokenizer, answer: list[int]) -> float:
-    """Returns the reward of an answer (ids) to a `questions.Item`: 1 if the first reader of the
-    grade finds the right result and the answer ends with a stop id, otherwise 0."""
+    """Returns the reward of an answer (ids) to a `questions.Item`: 1 if the grade's first function
+    in GRADERS finds the right result and the answer ends with a stop id, otherwise 0."""
     right, *_ = grade_values(item.grade, item.key, [tokenizer.decode(answer[:-1])]).values()
     return right if answer[-1] in tokenizer.stop_ids else 0.0

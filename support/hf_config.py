@@ -26,8 +26,8 @@ ROPE_SCALINGS = {"default": (), "linear": ("factor",), "llama3": LLAMA3_ROPE}
 
 
 def read_config(hf: dict, fields: tuple[dataclasses.Field, ...]) -> dict:
-    """Converts the content of a config.json of transformers 4 or 5 to arguments of ModelConfig,
-    whose fields are `fields`. Raises ValueError that names the key and its wrong value."""
+    """Converts a config.json of transformers 4 or 5 to arguments of ModelConfig, whose fields are
+    `fields`. Raises a ValueError that names the key and its wrong value."""
     kind, names = hf.get("model_type"), {field.name for field in fields}
     _check(kind in [*FAMILIES], f"model_type {kind!r:.60} is not one of {', '.join(FAMILIES)}")
     _, fixed, absent = FAMILIES[kind]
@@ -62,7 +62,7 @@ def read_config(hf: dict, fields: tuple[dataclasses.Field, ...]) -> dict:
 
 
 def write_config(values: dict) -> dict:
-    """Converts a ModelConfig's fields to a config.json that both transformers 4 and 5 can read."""
+    """Converts the fields of a ModelConfig to a config.json for transformers 4 and 5."""
     hf = {key: value for key, value in values.items() if key not in ("qkv_bias", "qk_norm")}
     rope = {"rope_theta": values["rope_theta"], "rope_type": "default"}
     rope |= values["rope_scaling"] or {}
@@ -71,7 +71,7 @@ def write_config(values: dict) -> dict:
 
 
 def _rope(hf: dict) -> dict:
-    """Returns rope_theta and rope_scaling from transformers 4's keys or 5's rope_parameters."""
+    """Reads rope_theta and rope_scaling, which transformers 5 puts into rope_parameters."""
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     _check(isinstance(rope, dict), f"rope_scaling must be an object, not {rope!r:.60}")
     kind = rope.get("rope_type", rope.get("type", "default"))

@@ -66,7 +66,7 @@ class Job(NamedTuple):
 
 
 def load_job(options, world) -> Job:
-    """Loads and checks a job. Raises OSError or ValueError with the file or flag and a remedy."""
+    """Loads and checks a job. OSError and ValueError name the file or flag, and a remedy."""
     checkpoint = run_folder.newest_checkpoint(Path(options.out)) if options.resume else None
     record = read_json(checkpoint / "training.json") if checkpoint else {}
     model, tokenizer, reference = load_models(options, checkpoint, world)
@@ -85,7 +85,7 @@ def load_job(options, world) -> Job:
     lengths = np.concatenate([pairs.lengths(), held_out.lengths()])  # (all pairs, 3)
     longest = int(max(lengths[:, 0] + lengths[:, 1:].max(axis=1), default=0))
     if longest > (context := model.config.max_position_embeddings):
-        raise ValueError(f"--max_length: a pair has {longest} tokens; lower it to {context}")
+        raise ValueError(f"--max_length: a pair exceeds the model's context; lower it to {context}")
     if loss.shared_of_mismatched:
         mismatched = mismatched_pairs(pairs, longest, tokenizer.bos_id)
     init, adapter = Path(options.init), options.init_adapter
@@ -136,7 +136,7 @@ def load_models(options, checkpoint: Path | None, world):
 
 
 def mismatched_pairs(pairs: Pairs, max_length: int, bos_id: int | None) -> Pairs:
-    """Combines each prompt with the answers to the next different prompt, for the K of kto."""
+    """Combines each prompt with the answers to the next different prompt, for K in kto (mio.py)."""
     mismatched = Pairs()
     for i, pair in enumerate(pairs):
         others = (pairs[(i + k) % len(pairs)] for k in range(1, len(pairs)))
@@ -211,7 +211,7 @@ def reference_logps(job: Job, pairs: Pairs) -> Tensor:
     with stage("reference log-probs: the initial weights on the training pairs") as notes:
         logps = logps_of(job, pairs)
         if not logps.isfinite().all():
-            raise TrainingError(f"{options.init}: its log-probs are not finite; check its weights")
+            raise TrainingError(f"{options.init}: log-probs are not finite; check the weights")
         if job.world.first:
             file.parent.mkdir(parents=True, exist_ok=True)
             weights.save_tensors(file, {"logps": logps}, key=digest(key, logps.numpy().tobytes()))

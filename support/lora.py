@@ -24,7 +24,7 @@ IMPLEMENTED = {"peft_type": ("LORA",), "bias": ("none",), "use_rslora": (True,),
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """The rank, scale and target modules of a model's adapters, under PEFT's names."""
+    """The rank, scale and target modules of a model's adapters; the fields have PEFT's names."""
 
     r: int
     lora_alpha: float
@@ -33,7 +33,7 @@ class LoraConfig:
 
     @classmethod
     def from_pretrained(cls, folder) -> "LoraConfig":
-        """Reads an adapter_config.json. Raises OSError, or ValueError that names file and key."""
+        """Reads an adapter_config.json. Raises OSError, or a ValueError that names file and key."""
         file = Path(folder) / ADAPTER_FILES[0]
         hf = {"peft_type": None} | read_json(file)
         r, alpha, targets = (hf.pop(key, None) for key in ("r", "lora_alpha", "target_modules"))
@@ -62,7 +62,7 @@ def config_of(options) -> LoraConfig:
 
 
 class LoraLinear(nn.Linear):
-    """A linear module with an adapter, whose A starts random (uniform) and B at 0, as in PEFT."""
+    """A linear module with an adapter. As in PEFT, A is random (uniform) at first, and B is 0."""
 
     def __init__(self, base: nn.Linear, lora: LoraConfig):
         super().__init__(base.in_features, base.out_features, device="meta")
@@ -79,7 +79,7 @@ class LoraLinear(nn.Linear):
 def add_lora(model: nn.Module, lora: LoraConfig, dtype: torch.dtype = torch.float32) -> None:
     """Freezes a model and adds float32 adapters to its target modules. The frozen weights of linear
     modules are stored in `dtype`, because autocast would round float32 weights at every use. Raises
-    ValueError for a target that matches no module, and for a rank above a target's dimensions."""
+    ValueError for a target that matches no module, and if the rank exceeds a target's dimension."""
     linears = {n: m.to(dtype) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     linears.pop("lm_head", None)
     found = {}
@@ -90,7 +90,7 @@ def add_lora(model: nn.Module, lora: LoraConfig, dtype: torch.dtype = torch.floa
         found |= matches
     limit = min(min(linear.weight.shape) for linear in found.values())
     if not 0 < lora.r <= limit:
-        raise ValueError(f"LoRA rank {lora.r}: must be from 1 to {limit}, a target's dimension")
+        raise ValueError(f"LoRA rank {lora.r}: choose 1 to {limit} (a target's smallest dimension)")
     model.requires_grad_(False)
     model.lora = lora
     for name, linear in found.items():
@@ -98,7 +98,7 @@ def add_lora(model: nn.Module, lora: LoraConfig, dtype: torch.dtype = torch.floa
 
 
 def lora_of(model: nn.Module) -> LoraConfig | None:
-    """Returns the configuration of the model's adapters, or None if it has none."""
+    """Returns the configuration of the model's adapters, or None for a model without adapters."""
     return getattr(model, "lora", None)
 
 
@@ -117,7 +117,7 @@ def merge_lora(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def load_adapter(model: nn.Module, folder) -> None:
-    """Copies adapter_model.safetensors to the adapters. Raises ValueError like read_weights."""
+    """Loads adapter_model.safetensors into the adapters. Raises ValueError as read_weights does."""
     adapters, files = _adapters(model), [Path(folder) / ADAPTER_FILES[1]]
     shapes = {name: tuple(p.shape) for name, p in adapters.items()}
     for name, tensor in read_weights(folder, shapes, torch.float32, files=files).items():
@@ -125,7 +125,7 @@ def load_adapter(model: nn.Module, folder) -> None:
 
 
 def save_adapter(model: nn.Module, folder, base: str) -> None:
-    """Writes the adapters in PEFT's format to `folder`. base: name or path of the base model."""
+    """Writes the adapters to `folder` in PEFT's format. `base` is the base model's name or path."""
     Path(folder).mkdir(exist_ok=True)
     save_tensors(Path(folder) / ADAPTER_FILES[1], _adapters(model), format="pt")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
@@ -133,6 +133,6 @@ def save_adapter(model: nn.Module, folder, base: str) -> None:
 
 
 def _adapters(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the adapters' weights by PEFT's names; they share memory with the model."""
+    """Returns a dict from PEFT's names to the adapters' weights, which share the model's memory."""
     named = model.named_parameters()
     return {f"base_model.model.{name}": p.detach() for name, p in named if ".lora_" in name}

@@ -1,4 +1,4 @@
-"""Draws answers from the policy at each step. Imports mio.py, data.py and eval.py."""
+"""Samples answers from the policy at each step. Imports mio.py, data.py and eval.py."""
 
 import copy
 
@@ -19,17 +19,17 @@ def is_rlhf(options) -> bool:
 
 
 def is_on_policy(options) -> bool:
-    """Tells whether the policy draws the answers, so that --data holds questions."""
+    """Tells whether the policy generates the answers, so that --data holds questions, not pairs."""
     return options.on_policy or is_rlhf(options)
 
 
 def prompts_per_step(options) -> int:
-    """Returns how many rows of --data a step uses. A step of rlhf draws 2 * batch_size answers."""
+    """Returns how many rows of --data a step uses. For rlhf, a step has 2 * batch_size answers."""
     return 2 * options.batch_size // options.samples if is_rlhf(options) else options.batch_size
 
 
 def check_draws(options) -> None:
-    """Raises ValueError if the options of drawing answers do not fit the loss or one another."""
+    """Raises ValueError if --on_policy or --samples does not fit --loss or --batch_size."""
     if options.on_policy and (LOSSES[options.loss].shared_of_mismatched or is_rlhf(options)):
         raise ValueError(f"--on_policy: not supported by --loss {options.loss}; leave the flag out")
     k, answers = options.samples, 2 * options.batch_size
@@ -38,7 +38,7 @@ def check_draws(options) -> None:
 
 
 def load_questions(options, model, tokenizer) -> list[Item]:
-    """Returns the questions of --data. Raises ValueError for other rows and overlong prompts."""
+    """Returns the questions in --data. Raises ValueError for other rows and overlong prompts."""
     items = read_items(options.data)
     if items is None or items[0].choices:
         raise ValueError(f"{options.data}: rows must be questions with prompt, answer and grade")
@@ -47,13 +47,13 @@ def load_questions(options, model, tokenizer) -> list[Item]:
 
 
 def draw_pairs(job, step: int, rows: list[int]) -> StepData:
-    """Draws --samples answers to job.questions[i] for each i in `rows`, and grades the answers. The
+    """Samples and grades --samples answers to each question job.questions[i], i in `rows`. The
     result depends only on the weights, the seed, the step and the rows.
 
-    For rlhf, the pairs contain all answers. With --on_policy, the first right and the first wrong
-    answer to a prompt form a pair. The metrics are the mean grade, the number of tokens drawn, and
-    for rlhf the KL in nats. An answer's return is grade - beta log(pi / ref), and its advantage is
-    its return minus the mean return of the prompt's other answers (RLOO, arXiv 2402.14740)."""
+    For rlhf, all answers form pairs. With --on_policy, the first right and the first wrong answer
+    to a prompt form a pair. The metrics are the mean grade, the number of sampled tokens and, for
+    rlhf, the KL in nats. An answer's return is grade - beta log(pi / ref); the advantage is the
+    return minus the mean return of the prompt's other answers (RLOO, arXiv 2402.14740)."""
     options, model, tokenizer, k = job.options, job.model, job.tokenizer, job.options.samples
     dtype, pairs = getattr(torch, options.dtype), Pairs()
     items = [job.questions[i] for i in rows for _ in range(k)]  # one for each answer

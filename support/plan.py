@@ -26,7 +26,7 @@ GPUS = {"h100": (80, 989, 67), "a100": (80, 312, 19.5), "h200": (141, 989, 67),
 
 
 class StepCost(NamedTuple):
-    """The memory of a step on each GPU in bytes, by kind and at the peak, and each GPU's FLOPs."""
+    """What a step needs on each GPU: bytes of memory, by kind and at the peak, and FLOPs."""
 
     parameters: int  # number of parameters of the whole model, adapters included
     weights: float  # with several GPUs: the shard, gathered weights and gradients of two blocks
@@ -40,7 +40,7 @@ class StepCost(NamedTuple):
 
 def step_cost(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1) -> StepCost:
     """Returns what each GPU needs in a step of `passes` forward passes, without the overhead of the
-    allocator and CUDA. rows, lengths: the numbers of tokens of the rows and answers in a pass."""
+    allocator and CUDA. rows, lengths: number of tokens of each row and each answer in a pass."""
     with torch.device("meta"):  # all blocks are alike, so the model has a single block
         model = Llama(dataclasses.replace(config, num_hidden_layers=1))
         if options.lora_rank:
@@ -87,7 +87,7 @@ def step_cost(config, options, rows: list[int], lengths: list[int], passes=1, gp
 
 
 def _saved_by_token(config, linears: dict, trains_norms: bool, s: int) -> int:
-    """Returns the bytes that autograd saves in a block for each token."""
+    """Returns how many bytes autograd saves for each token in a transformer block."""
     H, K, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     inputs = {}  # the inputs of trained matrices
     for name, weight in linears.items():
@@ -102,7 +102,7 @@ def _saved_by_token(config, linears: dict, trains_norms: bool, s: int) -> int:
 
 
 def _operations(config, options, linears, head, T, N, squares, compiled) -> float:
-    """Returns the FLOPs of a pass with T tokens, N targets and `squares` pairs of query and key."""
+    """Returns the FLOPs of a pass with T tokens, N targets and `squares` query-key products."""
     L, project = config.num_hidden_layers, 2 * N * head.numel()
     products = 2 * T * L * sum(w.numel() for w in linears.values())
     attention = 4 * L * config.num_attention_heads * config.head_dim * squares
@@ -119,7 +119,7 @@ def _operations(config, options, linears, head, T, N, squares, compiled) -> floa
 
 
 def cost_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) -> StepCost:
-    """Returns `step_cost` with `changes` to the options, if prompts fill half of --max_length."""
+    """Returns the `step_cost` of pairs of --max_length tokens; `changes` override the options."""
     options = dataclasses.replace(options, **changes)
     prompt, answer = options.max_length // 2, options.max_length - options.max_length // 2
     pair = prompt + 2 * (answer - 1)
@@ -131,8 +131,8 @@ def cost_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) ->
 
 
 def plan(options) -> str:
-    """Returns a table of the memory and time of a step on one --gpu, and of the fewest GPUs that
-    hold the step, for all combinations of --lora_rank, --dtype and --checkpointing."""
+    """Returns a table with a row for each combination of --lora_rank, --dtype and --checkpointing:
+    memory and time of a step on one --gpu, and the fewest GPUs that can hold the step."""
     init, options = Path(options.init or options.plan), dataclasses.replace(options, device="cuda")
     config = PRESETS.get(options.plan) or ModelConfig.from_hf(read_json(init / "config.json"))
     memory, *peak_speeds = GPUS[options.gpu]

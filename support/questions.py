@@ -1,4 +1,4 @@
-"""Benchmarks grade the answers to questions, or score a question's choices by log-prob."""
+"""Benchmarks: reads questions, grades answers to them, or compares the log-probs of choices."""
 
 from itertools import islice
 from typing import NamedTuple
@@ -15,7 +15,7 @@ FORMS = "write {question, answer}, {prompt, answer, grade}, {prompt, choices, go
 
 
 class Item(NamedTuple):
-    """A question to answer and grade, or a question with choices."""
+    """A question whose answer is graded, or a multiple-choice question."""
 
     line: int  # the line number in its file
     prompt: str | list[dict]  # text or messages
@@ -26,25 +26,25 @@ class Item(NamedTuple):
     gold: int = 0  # the index of the right choice
 
     def ids(self, tokenizer, before: str) -> list[int]:
-        """Returns the ids of the prompt, after those of `before` if the prompt is a text."""
+        """Returns the prompt's ids, with `before` in front unless the prompt is a conversation."""
         if isinstance(self.prompt, list):
             return tokenizer.render(self.prompt, add_generation_prompt=True)
         return tokenizer.prompt_ids(before + self.prompt)
 
     def joined(self, text: str) -> str:
-        """Returns the answer `text`, after a space if prompt and answer would otherwise touch."""
+        """Returns an answer's text, with a space in front if it would touch the prompt."""
         bare = isinstance(self.prompt, list) or self.prompt[-1:].isspace() or text[:1].isspace()
         return text if bare else " " + text
 
 
 def read_item(line: int, row: dict) -> Item:
-    """Returns the item of a row in any form of question. Raises ValueError for a malformed row."""
+    """Converts a row that holds a question to an item. Raises ValueError for other rows."""
     if row.keys() >= {"question", "answer"}:
         prompt = f"Question: {text_of(row, 'question')}\nAnswer:"
         row = {"prompt": prompt, "answer": row["answer"], "grade": "gsm8k", "stop": ["Question:"]}
     has_choices = row.keys() >= {"prompt", "choices", "gold"}
     if not has_choices and not row.keys() >= {"prompt", "answer", "grade"}:
-        raise ValueError(f"its columns are {', '.join(row) or 'none':.200}; {FORMS}")
+        raise ValueError(f"the row's columns are {', '.join(row) or 'none':.200}; {FORMS}")
     read = messages_of if isinstance(row["prompt"], list) else text_of
     prompt = read(row, "prompt")
     if has_choices:
@@ -56,9 +56,9 @@ def read_item(line: int, row: dict) -> Item:
         return Item(line, prompt, choices[gold], None, (), choices, gold)
     key, grade = text_of(row, "answer"), row["grade"]
     if not isinstance(grade, str) or grade not in GRADERS:
-        raise ValueError(f"there is no grade {grade!r:.40}; choose from {', '.join(GRADERS)}")
+        raise ValueError(f"the grade {grade!r:.40} is unknown; choose from {', '.join(GRADERS)}")
     if not key.strip() or GRADERS[grade][0](key) is None:
-        raise ValueError(f"grade {grade} finds no result in {key!r:.40}; correct answer or grade")
+        raise ValueError(f"grade {grade} finds no result in {key!r:.40}; change answer or grade")
     return Item(line, prompt, key, grade, _texts_of(row, "stop"))
 
 
@@ -71,7 +71,7 @@ def _texts_of(row: dict, column: str) -> tuple[str, ...]:
 
 
 def read_items(path) -> list[Item] | None:
-    """Returns a JSONL file's items, or None for pairs. Raises ValueError with file and line."""
+    """Returns the questions in a JSONL file, or None for pairs. Raises ValueError for bad rows."""
     items = []
     for line, row in read_rows(path):
         if not items and row.keys() & (COLUMNS - {"prompt"}):
@@ -89,25 +89,25 @@ def read_items(path) -> list[Item] | None:
 
 def examples(path: str | None, k: int, items: list[Item]) -> str:
     """Returns the first k questions of a file with their answers, as text to put before each prompt
-    of `items`; "" without a file or if grades differ. Raises ValueError for unsuitable rows."""
+    of `items`, or "" without a file or if grades differ. Raises ValueError for unsuitable shots."""
     if path is None:
         return ""
     shots = (read_items(path) or [])[:k]
     if len(shots) < k:
-        raise ValueError(f"{path}: -k {k} exceeds its {len(shots)} questions; change -k or --shots")
+        raise ValueError(f"{path}: has {len(shots)} questions, but -k is {k}; change -k or --shots")
     if len({item.grade for item in shots + items}) > 1:
         return ""
     if any(isinstance(item.prompt, list) for item in shots + items):
-        raise ValueError(f"{path}: conversations take no shots; leave out --shots")
+        raise ValueError(f"{path}: shots cannot precede conversations; leave out --shots")
     for shot in shots:
         if any(shot.prompt == item.prompt for item in items):
-            raise ValueError(f"{path}:{shot.line}: is in --data too; use --shots of another split")
+            raise ValueError(f"{path}:{shot.line}: is also in --data; use --shots of another split")
     return "".join(f"{shot.prompt}{shot.joined(shot.key)}\n\n" for shot in shots)
 
 
 def prompt_ids(model, tokenizer, path, items: list[Item], before: str, lengths) -> list[list[int]]:
-    """Returns the ids of each item's prompt, after those of `before`. lengths: (items,) most answer
-    tokens. Raises ValueError that names file and line if prompt and answer exceed the context."""
+    """Returns the ids of each item's prompt with `before` in front. lengths: (items,) most answer
+    tokens. Raises a ValueError with file and line if prompt and answer exceed the context."""
     limit, ids = model.config.max_position_embeddings, []
     for item, length in zip(items, lengths):
         try:
@@ -121,8 +121,8 @@ def prompt_ids(model, tokenizer, path, items: list[Item], before: str, lengths) 
 
 
 def answer_columns(model, tokenizer, path, items: list[Item], before: str, options):
-    """Generates options.n answers to each item and grades them. Returns a dict of columns
-    ("cut" is the share of answers without an end token or stop text), and each item's answers."""
+    """Generates options.n answers to each item and grades them. Returns a dict of columns, and the
+    answers of each item. "cut" is the share of answers without an end token or stop text."""
     n, new = options.n, options.max_new_tokens
     prompts = prompt_ids(model, tokenizer, path, items, before, [new] * len(items))
     kwargs = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
@@ -144,7 +144,7 @@ def answer_columns(model, tokenizer, path, items: list[Item], before: str, optio
 
 
 def choice_rows(model, tokenizer, path, items: list[Item], before: str) -> list[list[list[int]]]:
-    """Returns the ids of each item as [prompt, choice, ...]; the choices continue the prompt."""
+    """Returns for each item the prompt's ids, then each choice's ids as they follow the prompt."""
     choices = [[tokenizer.continue_ids(item.joined(c)) for c in item.choices] for item in items]
     longest = [max(map(len, ids)) for ids in choices]
     prompts = prompt_ids(model, tokenizer, path, items, before, longest)
@@ -152,8 +152,8 @@ def choice_rows(model, tokenizer, path, items: list[Item], before: str) -> list[
 
 
 def choice_columns(items: list[Item], logps: list[np.ndarray]) -> dict[str, Column]:
-    """Returns accuracies as in lm-evaluation-harness: acc picks the choice of largest log-prob, and
-    acc_norm and acc_bytes divide it by the choice's characters or bytes, without outer spaces."""
+    """Returns accuracies as in lm-evaluation-harness: acc takes the likeliest choice; acc_norm and
+    acc_bytes divide each log-prob by the number of characters or bytes of the stripped choice."""
     values = []
     for item, scores in zip(items, logps):
         texts = [choice.strip() for choice in item.choices]
@@ -165,6 +165,6 @@ def choice_columns(items: list[Item], logps: list[np.ndarray]) -> dict[str, Colu
 
 
 def columns_of(values: list[dict[str, float]]) -> dict[str, Column]:
-    """Converts one dict per item to one column per name, with NaN for missing values."""
+    """Converts one dict per item to one column per key, with NaN for missing values."""
     names = dict.fromkeys(name for one in values for name in one)
     return {n: Column(np.array([one.get(n, np.nan) for one in values])) for n in names}

@@ -1,4 +1,4 @@
-"""Writes the report of `python data.py FILE` on rows, lengths and one pair. Imports data.py."""
+"""Reports on a file for `python data.py FILE`: rows, lengths, the first pair. Imports data.py."""
 
 import textwrap
 
@@ -34,8 +34,8 @@ def describe_file(path, tokenizer, max_length: int) -> str:
 
 
 def token_grid(pairs: Pairs, tokenizer) -> list[str]:
-    """Returns lines that show the first pair as pack_batch lays it out. Lines of tokens begin with
-    the position of the first token; in the line below, ^ marks the tokens that are scored."""
+    """Returns lines that show the first pair as pack_batch lays it out. A line of tokens begins
+    with the position of its first token; in the line below, ^ marks the tokens that are scored."""
     targets, pair, grid = iter(pack_batch(pairs, [[0]]).targets.tolist()), pairs[0], []
     for name, ids in zip(Pair._fields, pair):
         lines = []  # lines of tokens alternate with lines of marks

@@ -1,4 +1,4 @@
-"""Reads a row of a data file. The columns of the row say which of several forms it has."""
+"""Converts a row of a data file to a prompt and answers. ROW_FORMS lists the allowed columns."""
 
 import dataclasses
 from collections import Counter
@@ -14,7 +14,7 @@ ASSISTANT_TURN, HUMAN_TURN = "\n\nAssistant:", "\n\nHuman:"
 
 
 class UnusableError(ValueError):
-    """A well-formed row cannot be trained on. The reader drops the row and counts it."""
+    """A well-formed row cannot be used for training. data.py drops such rows and counts them."""
 
 
 class Example(NamedTuple):
@@ -29,15 +29,15 @@ class Example(NamedTuple):
 
 
 def read_row(row: dict) -> Example:
-    """Returns the example in a row. Raises ValueError if the row is malformed, UnusableError if an
-    answer is empty, if the answers are identical, or if they do not follow the same prompt."""
+    """Converts a row to an example. Raises ValueError if the row is malformed, and UnusableError if
+    an answer is empty or missing, the answers are identical, or their prompts differ."""
     if row.keys() >= {"chosen", "rejected"}:
         is_conversation = isinstance(row["chosen"], list)
         example = _read_conversations(row) if is_conversation else _read_texts(row)
     elif row.keys() >= {"prompt", "completion"} or "messages" in row:
         example = _read_completion(row)
     else:
-        raise ValueError(f"its columns are {', '.join(row) or 'none':.200}; {ROW_FORMS}")
+        raise ValueError(f"the row's columns are {', '.join(row) or 'none':.200}; {ROW_FORMS}")
     for name, answer in (("chosen", example.chosen), ("rejected", example.rejected)):
         text = answer["content"] if isinstance(answer, dict) else answer
         if text is not None and not text.strip():
@@ -58,20 +58,20 @@ def text_of(row: dict, column: str) -> str:
 
 
 def messages_of(row: dict, column: str) -> list[dict]:
-    """Returns the list of messages in a column. Raises ValueError for anything else."""
+    """Returns the list of messages in a column. Raises ValueError for other values."""
     messages = row[column]
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{column!r} must be a list of messages, not {messages!r:.40}")
     for message in messages:
         if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
-            raise ValueError(f"{column!r}: a message is {{role, content}}, not {message!r:.40}")
+            raise ValueError(f"{column!r} must hold {{role, content}}, not {message!r:.40}")
         for name in ("role", "content"):
             text_of(message, name)
     return messages
 
 
 def _read_texts(row: dict) -> Example:
-    """Reads a prompt and two answers, or two transcripts, which contain the prompt."""
+    """Reads a prompt and two answers, or two transcripts, which both begin with the prompt."""
     chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
     if "prompt" in row:
         return Example("prompt, chosen, rejected", text_of(row, "prompt"), chosen, rejected)
@@ -93,8 +93,8 @@ def _split_transcript(transcript: str, column: str) -> tuple[str, str]:
 
 
 def _read_conversations(row: dict) -> Example:
-    """Reads two conversations. The messages that both begin with are the prompt, and the first
-    messages that differ in role or content are the answers. Later messages are ignored."""
+    """Reads two conversations. The messages at the start that agree in role and content are the
+    prompt, and the next message of each is its answer. Later messages are ignored."""
     form = "conversations"
     chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
     if "prompt" in row and chosen[0]["role"] == "assistant":
@@ -130,7 +130,7 @@ def _read_completion(row: dict) -> Example:
 
 @dataclasses.dataclass
 class Report:
-    """How the reader used the rows of a file. The lists hold line numbers."""
+    """How read_pairs (data.py) used the rows of a file. The lists hold line numbers."""
 
     rows: int = 0  # number of rows in the file
     forms: Counter = dataclasses.field(default_factory=Counter)  # form -> number of used rows
@@ -139,7 +139,7 @@ class Report:
     dropped: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # reason -> lines
 
     def lines(self) -> list[str]:
-        """Returns lines of text on unused columns, reasons to drop rows, and truncated rows."""
+        """Returns text lines on unused columns, dropped rows by reason, and truncated rows."""
         losses = {f"dropped because {reason}": lines for reason, lines in self.dropped.items()}
         if self.truncated:
             losses["cut: the prompt lost its oldest tokens to --max_length"] = self.truncated

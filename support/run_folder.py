@@ -51,8 +51,8 @@ def check_out(options, sources: list) -> None:
 
 
 def begin(options, record: dict, processes: int) -> None:
-    """Removes the results of an earlier run, and its metrics and checkpoints unless the run resumes
-    from the checkpoint of `record`. Writes train_config.json, whose commit is null without git."""
+    """Removes old results and, unless the run resumes from the checkpoint of `record`, also old
+    metrics and checkpoints. Writes train_config.json, whose commit is null without git."""
     folder = Path(options.out)
     for pattern in RESULTS if record else (*RESULTS, "metrics.jsonl", "checkpoints", "tensorboard"):
         for path in list(folder.glob(pattern)):
@@ -100,7 +100,7 @@ def strict_json(row: dict) -> str:
 
 
 class Progress(NamedTuple):
-    """The state of a run besides its weights. Seed and step determine the order of the pairs."""
+    """The state of a run besides its weights. The order of pairs follows from the seed and step."""
 
     step: int
     num_tokens: int
@@ -126,7 +126,7 @@ def recorded(options) -> dict:
 
 
 def put_moments(model, optimizer, moments: dict[str, Tensor], world) -> None:
-    """Restores the state of AdamW from moments, which have the names of `Progress.moments`."""
+    """Restores the state of AdamW from `moments`, which are named as in Progress.moments."""
     for name, moment in moments.items():
         key, path = name.split(".", maxsplit=1)
         parameter = model.get_parameter(path)
@@ -134,7 +134,7 @@ def put_moments(model, optimizer, moments: dict[str, Tensor], world) -> None:
 
 
 def save_checkpoint(job, optimizer, progress: Progress) -> None:
-    """Writes a checkpoint of job.model and the optimizer, then removes all but the newest --keep.
+    """Writes a checkpoint of the run, then removes all but the --keep newest checkpoints.
     After a crash, the new checkpoint is complete or absent, and the older checkpoints remain."""
     folder, options = Path(job.options.out), job.options
     states = {name: optimizer.state.get(p, {}) for name, p in job.model.named_parameters()}
@@ -216,7 +216,7 @@ def check_resumed(job) -> None:
 
 def resumed_options(flags: dict, cls: type, folder: Path) -> dict:
     """Returns the options of `cls` with which --resume continues the run in `folder`. Raises
-    ValueError if there is no such run, if its checkpoint is damaged or if a flag may not change."""
+    ValueError if there is no such run, if its checkpoint is damaged or if a fixed flag changes."""
     checkpoint, config = newest_checkpoint(folder), folder / "train_config.json"
     if not checkpoint and not config.is_file():
         raise ValueError(f"--resume: there is no run in {folder}; correct --out or omit --resume")
@@ -229,7 +229,7 @@ def resumed_options(flags: dict, cls: type, folder: Path) -> dict:
     moved = [name for name in FILES if stored[name] is not None]
     for name in sorted(flags.keys() - {*MAY_CHANGE, *moved, "resume", "overwrite", "config"}):
         if flags[name] != stored[name]:
-            raise ValueError(f"--{name}: the resumed run has {stored[name]}; leave out --{name}")
+            raise ValueError(f"--{name}: the resumed run uses {stored[name]}; leave out --{name}")
     return stored | flags | {"out": str(folder)}
 
 

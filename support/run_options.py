@@ -99,4 +99,4 @@ def check_together(options) -> None:
     for name in sorted(given & unused):
         raise ValueError(f"--{name}: --loss {options.loss} does not use it; leave out --{name}")
     if not (options.init or options.plan) and (options.max_length or shortest) < shortest:
-        raise ValueError(f"--max_length: the demonstration needs at least {shortest}; raise it")
+        raise ValueError(f"--max_length: the demonstration needs {shortest} tokens; raise it")

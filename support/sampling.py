@@ -15,13 +15,13 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
              top_p: float = 1.0, stop_ids=(), seed: int = 0, *, rows: int | None = None,
              is_done: Callable[[int, list[int]], bool] | None = None,
              progress: Callable[[list[int]], None] | None = None) -> list[list[int]]:  # fmt: skip
-    """Continues each prompt until a stop id or for `max_new_tokens`. Returns the new ids of each
+    """Continues each prompt up to a stop id or by `max_new_tokens` ids. Returns the new ids of each
     prompt, with the stop id if there is one. The same seed and prompts give the same answers.
 
-    prompts: non-empty lists of ids. temperature 0 is greedy. top_p keeps the smallest set of tokens
-    whose probability reaches top_p. rows: number of prompts to continue at a time (default: as many
-    as GENERATION_TOKENS allow). is_done(index of the prompt, ids so far), called every 8 tokens,
-    ends an answer if it returns True. progress(ids) is called with each finished answer."""
+    prompts: non-empty lists of ids. Temperature 0 is greedy. top_p keeps the smallest set of tokens
+    whose total probability reaches top_p. rows: number of prompts to continue at once (default: as
+    many as GENERATION_TOKENS allows). is_done(prompt index, new ids), called every 8 tokens, ends
+    an answer by returning True. progress(ids) is called with each finished answer."""
     assert prompts and all(prompts), "every prompt needs at least one token"
     device, window = model.head_weight.device, model.config.sliding_window or torch.inf
     rows = rows or max(1, GENERATION_TOKENS // (max(map(len, prompts)) + max_new_tokens))
@@ -68,7 +68,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
 
 def _read_prompts(model, prompts: list[list[int]], new_tokens: int) -> tuple[Tensor, Tensor]:
     """Returns the hidden state of each prompt's last token (R, D), and a cache that holds the
-    prompts and has room for `new_tokens` more. The model reads a repeated prompt only once."""
+    prompts, with room for `new_tokens` more tokens. A repeated prompt is read only once."""
     number: dict[tuple, int] = {}
     source = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
     config, weight, T = model.config, model.head_weight, max(map(len, number))
@@ -100,9 +100,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
 
 
 def sample_ids(model, prompts, max_new_tokens, *, seed=0, is_done=None, **kwargs) -> list:
-    """Returns the answers of model.generate, which has the same arguments. Each call takes a part
-    of the prompts, at most GENERATION_ROWS sorted by length. The seed of a part is `seed` plus the
-    number of prompts in earlier parts. Shows progress unless the answers are few and short."""
+    """Returns the answers of model.generate, which has the same arguments. Each call of generate
+    gets at most GENERATION_ROWS prompts, sorted by length; its seed is `seed` plus the number of
+    prompts in earlier calls. Shows a progress bar unless the answers are few and short."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
     quick = len(prompts) <= GENERATION_ROWS and max_new_tokens <= 48  # needs no progress bar
@@ -117,7 +117,7 @@ def sample_ids(model, prompts, max_new_tokens, *, seed=0, is_done=None, **kwargs
 
 
 def sample_answers(model, tokenizer, prompts: list, *, samples=1, temperature=1.0, seed=0) -> list:
-    """Samples a list of texts for each prompt; an answer without an end in 48 tokens gives ""."""
+    """Samples a list of texts for each prompt, with "" for an answer of over 48 tokens."""
     ids = [tokenizer.prompt_ids(prompt) for prompt in prompts for _ in range(samples)]
     kwargs = {"stop_ids": tokenizer.stop_ids, "temperature": temperature, "seed": seed}
     answers = sample_ids(model, ids, 48, **kwargs)
@@ -126,8 +126,8 @@ def sample_answers(model, tokenizer, prompts: list, *, samples=1, temperature=1.
 
 
 def stop_texts(tokenizer, stops: list[tuple[str, ...]]) -> Callable | None:
-    """Returns a function `is_done` for `sample_ids`, which ends answer i once its text contains one
-    of the texts stops[i], or None if there are no stop texts."""
+    """Returns None if there are no stop texts, otherwise a function `is_done` for `sample_ids` that
+    ends answer i once it contains one of the texts in stops[i]."""
 
     def is_done(i: int, answer: list[int]) -> bool:
         return any(stop in tokenizer.decode(answer) for stop in stops[i])

@@ -56,9 +56,9 @@ def _require(condition, what: str) -> None:
 
 
 def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], splits: list) -> Callable:
-    """Returns a function that converts a piece of text to ids. tiktoken forms tokens in the order
-    of `tokens`. `ids[i]` holds the ids of `tokens[i]`, several if it is a part of a character.
-    If the last of `splits` is one of KNOWN_PATTERNS, it is removed, and tiktoken applies it."""
+    """Returns a function that converts a piece of text to ids. tiktoken forms earlier `tokens`
+    first. `ids[i]` holds the ids of `tokens[i]`: several if the token is part of a character. If
+    the last of `splits` is in KNOWN_PATTERNS, it is removed, and tiktoken applies it."""
     known = bool(splits) and splits[-1].pattern[1:-1] in KNOWN_PATTERNS
     split = splits.pop() if known else regex.compile(r"[\s\S]+")
     ranks = {token: rank for rank, token in enumerate(tokens)}
@@ -75,7 +75,7 @@ def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], splits: list)
 
 def merge(token: str, ranks: dict[tuple[str, str], int]) -> tuple[list[str], int]:
     """Joins a token's characters as the tokenizers library does: always the adjacent pair of lowest
-    rank, the leftmost if tied. Returns the final symbols and the last pair's rank, or -1."""
+    rank, the leftmost if tied. Returns the final symbols and the last pair's rank (-1: no pair)."""
     symbols, last = list(token), -1
     while found := [(ranks[p], i) for i, p in enumerate(zip(symbols, symbols[1:])) if p in ranks]:
         last, i = min(found)
@@ -84,14 +84,14 @@ def merge(token: str, ranks: dict[tuple[str, str], int]) -> tuple[list[str], int
 
 
 def byte_pairs(vocab: dict, merges: list, ignore_merges: bool, byte_level: bool) -> tuple:
-    """Returns the tokens and ids that make `piece_encoder` encode as a tokenizer.json says. Symbols
-    are bytes (written as in BYTE_CHARS) if `byte_level`, else characters (or bytes of characters
-    outside the vocabulary). With `ignore_merges`, a piece that is a token becomes that token.
+    """Returns the tokens and ids with which `piece_encoder` encodes as a tokenizer.json says.
+    Symbols are bytes (written as in BYTE_CHARS) if `byte_level`, else characters (or bytes of
+    characters outside the vocabulary). With `ignore_merges`, a piece that is a token is not split.
 
     tiktoken joins two neighbors whenever they form a token, but a tokenizer.json lists the pairs to
-    join. Both give the same ids if tiktoken knows only the tokens that `merge` can form, sorted by
-    the rank of the pair joined last: in a longer text, the symbols of a token are joined as in the
-    token alone, until one of them is joined with a symbol outside the token."""
+    join. The ids are the same if tiktoken knows only the tokens that `merge` can form, sorted by
+    the rank of the pair that `merge` joins last: in a longer text, the symbols of a token are
+    joined as in the token alone, until one of them is joined with a symbol outside the token."""
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     alphabet = BYTE_OF_CHAR.keys() if byte_level else {token for token in vocab if len(token) == 1}
     last_rank = {}
@@ -185,12 +185,12 @@ class Tokenizer:
         return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
 
     def continue_ids(self, text: str) -> list[int]:
-        """Returns the ids of a text that follows another text: SentencePiece adds no prefix."""
+        """Returns the ids of a text that follows another text, so SPACE is not put in front."""
         return self._encode(text, self.literal, after="text")
 
     def _encode(self, text: str, added, mark: str = "", after: str = "nothing") -> list[int]:
-        """Returns the ids of the added tokens that the pattern `added` finds and of the other text,
-        from which `mark` is removed. `after`, a key of PREFIXED, says what precedes `text`."""
+        """Encodes a text: matches of the pattern `added` become added tokens, and the rest becomes
+        ordinary tokens, without `mark`. `after`, a key of PREFIXED, says what precedes the text."""
         ids, start = [], 0
         for match in added.finditer(text):
             ids += self._encode_plain(text[start : match.start()].replace(mark, ""), after)
@@ -214,23 +214,23 @@ class Tokenizer:
         return [id for piece in pieces for id in self.encode_piece(piece)]
 
     def decode(self, ids) -> str:
-        """Returns the text of ids. Invalid UTF-8 becomes U+FFFD; unknown ids are skipped."""
+        """Converts ids to text. Invalid UTF-8 becomes U+FFFD; unknown ids are skipped."""
         text = b"".join(self.token_bytes.get(id, b"") for id in ids).decode(errors="replace")
         text = text.replace(SPACE, " ") if self.space else text
         return text.removeprefix(" ") if self.strip else text
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
-        """Returns the ids of [{"role": ..., "content": ...}, ...] in the chat template. They equal
-        those of transformers' apply_chat_template, but the text of a special token in a message is
-        encoded as text. Raises ValueError if the template is missing or fails."""
+        """Formats messages with the chat template and returns the ids, which equal the ids that
+        transformers' apply_chat_template returns, except that the text of a special token in a
+        message is encoded as text. Raises ValueError if the template is missing or fails."""
         messages, mark = self._break_up(messages)
         text = render_template(self.template, messages, add_generation_prompt, self.names)
         return self._encode(text, self.special, mark)
 
     def turns(self, messages: list[dict], answers: list[dict]) -> tuple[list[int], list[list[int]]]:
-        """Returns the ids of a conversation and those of each answer, as the template writes it
-        after the conversation, up to the token that ends the answer. `end_id` is appended if there
-        is no such token. Raises UnusableError if the template refuses the conversation."""
+        """Returns the ids of a conversation, and the ids that the template adds for each answer, up
+        to the first stop token or else the last special token, or with `end_id` appended if there
+        is neither. Raises UnusableError if the template refuses the conversation."""
         broken, mark = self._break_up([*messages, *answers])
         messages, answers, answer_ids = broken[: len(messages)], broken[len(messages) :], []
         head = render_template(self.template, messages, True, self.names)
@@ -239,7 +239,7 @@ class Tokenizer:
         for answer in answers:
             text = render_template(self.template, [*messages, answer], False, self.names)
             if not text.startswith(head):
-                raise UnusableError("the chat template does not write the answer after its prompt")
+                raise UnusableError("the chat template changes the prompt when an answer follows")
             ids = self._encode(text[len(head) :], self.special, mark, after)
             ends = [i for i, id in enumerate(ids) if id in self.stop_ids]
             ends = ends or [i for i, id in enumerate(ids) if id in self.reserved.values()][-1:]
@@ -247,8 +247,8 @@ class Tokenizer:
         return self._encode(head, self.special, mark), answer_ids
 
     def _break_up(self, messages: list[dict]) -> tuple[list[dict], str]:
-        """Inserts a mark, a character that no message contains, into every special token's text
-        in the messages, to encode it as text. Returns the changed messages and the mark."""
+        """Inserts a mark, a character that no message contains, into special tokens' texts in the
+        messages, so that `special` does not match them. Returns the new messages and the mark."""
         if self.template is None:
             raise ValueError("messages need a template; add a chat_template.jinja to the tokenizer")
         text = "".join(message["content"] for message in messages)
@@ -268,8 +268,8 @@ class Tokenizer:
 
 
 def load_tokenizer(path) -> Tokenizer:
-    """Reads a folder, a `tokenizer.json` or a tiktoken rank file (Llama 3's `tokenizer.model`), and
-    the files beside it. Raises OSError, or ValueError that names the file and the remedy."""
+    """Reads a tokenizer from a folder, a `tokenizer.json` or a tiktoken rank file (Llama 3's
+    `tokenizer.model`), and settings beside it. Raises OSError, or a ValueError with a remedy."""
     path = Path(path)
     if path.is_dir():
         found = [name for name in TOKENIZER_FILES[:2] if (path / name).is_file()]
@@ -327,7 +327,7 @@ def _read(files: dict[str, bytes]) -> Tokenizer:
 
 
 def _any_of(added_tokens: list[dict]) -> regex.Pattern:
-    """Returns a pattern that finds added tokens, longest first; its group excludes white space."""
+    """Returns a pattern that finds added tokens, longest first; its group is the token's text."""
     parts = []
     for token in sorted(added_tokens, key=lambda token: -len(token["content"])):
         left, right = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
@@ -336,13 +336,13 @@ def _any_of(added_tokens: list[dict]) -> regex.Pattern:
 
 
 def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
-    """Reads lines that hold a base64 token and its rank. Returns values as `_read_spec` does."""
+    """Reads lines of a base64 token and its rank. Returns the same three values as `_read_spec`."""
     try:
         lines = [line.split() for line in content.splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError:
         remedy = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        raise ValueError(f"not a tiktoken file; convert SentencePiece with {remedy}") from None
+        raise ValueError(f"is not a tiktoken file; convert SentencePiece with {remedy}") from None
     _require(list(ranks.values()) == list(range(len(lines))), "a rank other than 0, 1, 2, ...")
     _require(ranks.keys() >= {bytes([byte]) for byte in range(256)}, "a byte without a rank")
     numbered = enumerate(LLAMA3_SPECIALS, start=len(ranks))
@@ -354,7 +354,7 @@ def _read_ranks(content: bytes) -> tuple[dict, list[dict], str]:
 
 
 def _read_spec(settings: dict) -> tuple[dict, list[dict], str | None]:
-    """Returns fields of Tokenizer, the added tokens, and the text of the BOS token or None."""
+    """Returns a dict of Tokenizer's fields, the added tokens, and the BOS token's text or None."""
     spec = settings["tokenizer.json"]
     model, added_tokens = spec["model"], spec.get("added_tokens") or []
     _require(model.get("type", "BPE") == "BPE", f"a model of type {model.get('type')}")
@@ -395,7 +395,7 @@ def _steps(spec: dict | None, key: str) -> list[dict]:
 
 
 def _read_byte_level(normalizer: list[dict], steps: list[dict]) -> dict:
-    """Returns the fields of Tokenizer that say how to normalize and split text for ByteLevel."""
+    """Returns the fields of Tokenizer that say how to normalize and split text before ByteLevel."""
     kinds = [step["type"] for step in normalizer]
     _require(kinds in ([], ["NFC"]), f"a normalizer {', '.join(kinds)}")
     *before, last = steps
@@ -418,7 +418,7 @@ def _read_byte_level(normalizer: list[dict], steps: list[dict]) -> dict:
 
 
 def _read_sentencepiece(steps: list[dict], settings: dict) -> dict:
-    """Returns the fields of Tokenizer that say where to prefix SPACE and where to split text."""
+    """Returns the fields of Tokenizer that say where to insert SPACE and where to split text."""
     config = settings.get("tokenizer_config.json", {})
     llama = settings.get("config.json", {}).get("model_type", "llama") == "llama"
     if llama and config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):

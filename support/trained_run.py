@@ -27,7 +27,7 @@ class Run(NamedTuple):
 def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
     """Reads a run and its data. `files` maps each data file to its questions, or to None for pairs.
     Without files, the data are the pairs that training held out and, in the demonstration, the
-    problems of the task. Raises OSError, or ValueError if data or reference are missing."""
+    problems of the task. Raises OSError, or ValueError if data or the reference is missing."""
     config = folder / "train_config.json"
     training = TRAINING | (read_json(config) if config.is_file() else {})
     for name, default in TRAINING.items():
@@ -56,15 +56,15 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
 
 
 def load_checkpoint(folder, device: str, dtype) -> tuple:
-    """Loads (model, tokenizer) from a folder. Raises OSError or ValueError that names the folder or
-    file, for example if the tokenizer has an id outside the model's vocabulary."""
+    """Loads a model and its tokenizer from a folder. Raises OSError, or a ValueError that names the
+    folder or file, for example if the tokenizer has an id outside the model's vocabulary."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder; correct the path")
     tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, dtype, device)
     largest, size = max(tokenizer.vocab_size - 1, *tokenizer.stop_ids), model.config.vocab_size
     if largest >= size:
-        raise ValueError(f"{folder}: the tokenizer and eos_token_id have ids up to {largest}, but "
-                         f"the model has {size}; use the tokenizer of the weights")  # fmt: skip
+        raise ValueError(f"{folder}: the tokenizer or eos_token_id uses id {largest}, but the "
+                         f"model has ids 0 to {size - 1}; use the model's tokenizer")  # fmt: skip
     return model, tokenizer
 
 

@@ -14,7 +14,7 @@ INDEX = "model.safetensors.index.json"
 
 def weight_files(folder: Path) -> list[Path]:
     """Returns the paths of a checkpoint's weights: model.safetensors, or the shards that the index
-    lists. Raises ValueError for an index that does not list names of files in the folder."""
+    lists. Raises ValueError if the index lists anything but names of files in the folder."""
     index, names = folder / INDEX, ["model.safetensors"]
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -25,9 +25,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path, shapes: dict, dtype, device="cpu", files=None) -> dict[str, Tensor]:
-    """Returns the weights of a checkpoint folder as name -> tensor of `dtype` on `device`. `files`
-    (default: weight_files(folder)) must hold exactly the tensors in `shapes`, name -> shape, with
-    finite floats of at least 16 bits. Raises ValueError that names the file and the tensor."""
+    """Returns a dict from names to the tensors in `files` (default: weight_files(folder)), in
+    `dtype` on `device`. The files must hold exactly the names and shapes in `shapes`, as finite
+    floats of at least 16 bits; otherwise, a ValueError names the file and the tensor."""
     missing, state = dict(shapes), {}
     for file in files or weight_files(folder):
         try:
@@ -40,20 +40,20 @@ def read_weights(folder: Path, shapes: dict, dtype, device="cpu", files=None) ->
             where, needed = f"{file}: {name}", missing.pop(name, "no tensor of this name")
             if tensor.shape != needed:
                 problem = f"has shape {tuple(tensor.shape)}, but the configuration needs {needed}"
-                raise ValueError(f"{where} {problem}; copy both from the same checkpoint")
+                raise ValueError(f"{where} {problem}; copy all files from one checkpoint")
             if not tensor.is_floating_point() or tensor.element_size() < 2:
                 raise ValueError(f"{where} has type {tensor.dtype}; convert it to bfloat16")
             if not all(extreme.isfinite() for extreme in tensor.aminmax()):
                 raise ValueError(f"{where} has values that are not finite; copy the file again")
             state[name] = tensor.to(device).to(dtype)
     if missing:
-        raise ValueError(f"{folder}: {', '.join(missing):.80} is missing; copy the folder again")
+        raise ValueError(f"{folder}: lacks {', '.join(missing):.80}; copy the folder again")
     return state
 
 
 def write_weights(folder: Path, state: dict[str, Tensor]) -> None:
-    """Writes one file, or shards of at most MAX_SHARD_BYTES and their index. Removes the
-    weight files of a model that was saved in the folder earlier."""
+    """Writes the weights to one file, or to shards of at most MAX_SHARD_BYTES with an index.
+    Removes the weight files of a model that was saved in the folder earlier."""
     shards = [{}]
     for name, tensor in state.items():
         size = sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes

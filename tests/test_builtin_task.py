@@ -172,7 +172,7 @@ def test_the_files_of_others_are_not_replaced(tmp_path, monkeypatch):
     shrink(monkeypatch)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no base model; choose another --out"):
+    with pytest.raises(ValueError, match="no base model; choose --out in another"):
         Training(monkeypatch).make(tmp_path / "base")
     assert (tmp_path / "base" / "config.json").read_text() == "{}"
     (tmp_path / "base" / "base.json").write_text("{}")  # an interrupted run of this program
@@ -368,4 +368,4 @@ def test_a_base_model_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, cap
     assert not (tmp_path / "mio").exists()
     (tmp_path / "taken" / "base").mkdir(parents=True)
     (tmp_path / "taken" / "base" / "notes.txt").touch()
-    assert "choose another --out" in refused("--out", tmp_path / "taken" / "mio")
+    assert "choose --out in another" in refused("--out", tmp_path / "taken" / "mio")

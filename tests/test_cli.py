@@ -75,11 +75,11 @@ def test_values_are_converted_to_the_type_of_their_field():
 def test_values_of_another_type_or_out_of_bounds_are_refused_by_flag():
     for name, value, message in (
         ("name", "c", "--name c: choose from a, b"),
-        ("rate", "much", "--rate much: expected float"),
-        ("rate", "", "--rate : expected float"),
-        ("rate", True, "--rate True: expected float"),
-        ("rate", [1], "--rate [1]: expected float"),
-        ("rate", None, "--rate None: expected float"),
+        ("rate", "much", "--rate much: must be of type float"),
+        ("rate", "", "--rate : must be of type float"),
+        ("rate", True, "--rate True: must be of type float"),
+        ("rate", [1], "--rate [1]: must be of type float"),
+        ("rate", None, "--rate None: must be of type float"),
         ("rate", "0", "--rate 0: must be more than 0 and at most 10"),
         ("rate", "10.1", "--rate 10.1: must be more than 0 and at most 10"),
         ("rate", "nan", "--rate nan: must be more than 0 and at most 10"),
@@ -87,14 +87,14 @@ def test_values_of_another_type_or_out_of_bounds_are_refused_by_flag():
         ("share", math.inf, "--share inf: must be at least 0 and finite"),
         ("count", "0", "--count 0: must be at least 1 and at most 2.14748e+09"),
         ("count", 2**31 + 1, "must be at least 1 and at most"),
-        ("count", "1" + 400 * "0", "expected int"),
-        ("count", "2.5", "--count 2.5: expected int"),
-        ("count", 2.7, "--count 2.7: expected int"),
-        ("count", True, "--count True: expected int"),
-        ("count", math.inf, "--count inf: expected int"),
+        ("count", "1" + 400 * "0", "must be of type int"),
+        ("count", "2.5", "--count 2.5: must be of type int"),
+        ("count", 2.7, "--count 2.7: must be of type int"),
+        ("count", True, "--count True: must be of type int"),
+        ("count", math.inf, "--count inf: must be of type int"),
         ("k", "-4", "--k -4: must be at least -3 and at most"),
-        ("quick", "yes", "--quick yes: expected bool"),
-        ("quick", 1, "--quick 1: expected bool"),
+        ("quick", "yes", "--quick yes: must be of type bool"),
+        ("quick", 1, "--quick 1: must be of type bool"),
     ):
         with pytest.raises(ValueError) as error:
             check_value(FIELDS[name], value)

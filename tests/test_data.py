@@ -151,7 +151,7 @@ GOOD = '{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
         (GOOD + "{", ":2: not valid JSON"),
         (GOOD + "\n[1]\n", ":3: expected a JSON object"),
         ("[" * 100_000, ":1: not valid JSON"),
-        ('{"prompt": "p", "chosen": "c"}', ":1: its columns are prompt, chosen; rows must be"),
+        ('{"prompt": "p", "chosen": "c"}', ":1: the row's columns are prompt, chosen; rows"),
         ('{"prompt": 3, "chosen": "c", "rejected": "r"}', ":1: 'prompt' must be a string, not int"),
         ('{"prompt": "p", "chosen": " ", "rejected": "r"}', "chosen answer is empty: line 1"),
         ('\n{"prompt": "p", "chosen": "c", "rejected": ""}', "rejected answer is empty: line 2"),

@@ -222,10 +222,10 @@ BAD_INPUT = {
     ),
     "one prompt cannot be split": (("--data", "one.jsonl"), "1 different prompts are too few to"),
     "another family of models": (break_config, "model_type 'mamba'"),
-    "a missing tensor": (remove_tensor, "model.norm.weight is missing"),
+    "a missing tensor": (remove_tensor, "lacks model.norm.weight"),
     "a tensor with NaN": (break_tensor, "model.norm.weight has values that are not finite"),
-    "a tokenizer of another model": (shrink_vocabulary, "ids up to 257, but the model has 200"),
-    "a pair longer than the context": (write_long_pair, "a pair has 269 tokens; lower it to 256"),
+    "a tokenizer of another model": (shrink_vocabulary, "id 257, but the model has ids 0 to 199"),
+    "a pair longer than the context": (write_long_pair, "the model's context; lower it to 256"),
     "a row without an answer": (write_unpaired, "pairs.jsonl:2: --loss mio needs a chosen and a"),
 }
 
@@ -276,7 +276,7 @@ def test_a_lower_max_length_makes_a_long_pair_fit(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="lower it to 256"):
         job_of(checkpoint, file, *flags)
     job_of(checkpoint, file, *flags, "--max_length", "256")
-    with pytest.raises(ValueError, match="has 257 tokens; lower it to 256"):
+    with pytest.raises(ValueError, match="context; lower it to 256"):
         job_of(checkpoint, file, *flags, "--max_length", "257")
     held_out = write_rows(tmp_path / "short.jsonl", PAIR_ROWS)
     with pytest.raises(ValueError, match="lower it to 256"):
@@ -354,10 +354,10 @@ def test_a_reference_that_is_not_finite_ends_a_run_in_one_line(checkpoint, pairs
     torch.nn.init.constant_(model.lm_head.weight, 1e38)
     model.save_pretrained(checkpoint)
     job = job_of(checkpoint, pairs_file)
-    with pytest.raises(TrainingError, match="its log-probs are not finite; check its weights"):
+    with pytest.raises(TrainingError, match="log-probs are not finite; check the weights"):
         reference_logps(job, job.pairs)
     flags = ("--init", checkpoint, "--data", pairs_file, "--out", tmp_path / "out")
-    assert f"{checkpoint}: its log-probs are not finite" in refused(*flags)
+    assert f"{checkpoint}: log-probs are not finite" in refused(*flags)
     assert not (tmp_path / "cache").exists() and not (tmp_path / "out" / "metrics.jsonl").exists()
 
 

@@ -116,7 +116,7 @@ def test_a_saved_adapter_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize(("lora", "message"), [
-    (LoraConfig(17, 1, ["v_proj", "q_proj"]), "LoRA rank 17: must be from 1 to 16, a target's"),
+    (LoraConfig(17, 1, ["v_proj", "q_proj"]), "LoRA rank 17: choose 1 to 16 (a target's small"),
     (LoraConfig(2, 1, ["q_proj", "c_attn"]), "LoRA target 'c_attn': choose from q_proj, k_proj"),
     (LoraConfig(2, 1, ["lm_head"]), "LoRA target 'lm_head': choose from q_proj"),
     (LoraConfig(2, 1, ["proj"]), "LoRA target 'proj'"),
@@ -195,7 +195,7 @@ def test_adapter_weights_that_do_not_fit_are_refused(tmp_path):
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
     for changes, message in [
         ({name: torch.zeros(4, 8)}, f"{file}: {name} has shape (4, 8), but the configuration"),
-        ({name: None}, f"{name} is missing"),
+        ({name: None}, f"lacks {name}"),
         ({"base_model.model.x": torch.ones(2)}, f"{file}: base_model.model.x has shape (2,), but"),
         ({name: tensors[name] / 0}, "not finite"),
     ]:
@@ -287,7 +287,7 @@ def test_n_steps_and_n_more_are_two_n_steps(flags, checkpoint, pairs_file, tmp_p
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--lora_rank", "0"], "--lora_rank 0: must be at least 1"),
-    (["--lora_rank", "17"], "init: LoRA rank 17: must be from 1 to 16, a target's dimension"),
+    (["--lora_rank", "17"], "init: LoRA rank 17: choose 1 to 16 (a target's smallest dim"),
     (["--lora_rank", "2", "--lora_targets", "q_proj,c_attn"], "'c_attn': choose from q_proj, k_pr"),
     (["--lora_rank", "2", "--lora_targets", "lm_head"], "'lm_head': choose from q_proj"),
     (["--lora_rank", "2", "--lora_alpha", "0"], "--lora_alpha 0: must be more than 0"),
@@ -312,7 +312,7 @@ def test_bad_adapters_are_refused_in_one_line(checkpoint, pairs_file, tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text())
     for changes, message in [
         ({"lora_alpha": -5}, "adapter_config.json: lora_alpha must be a number above 0, not -5"),
-        ({"r": 17}, "LoRA rank 17: must be from 1 to 16"),
+        ({"r": 17}, "LoRA rank 17: choose 1 to 16"),
         ({"r": 3}, "adapter_model.safetensors: base_model.model.model.layers.0.self_attn.v_proj."),
     ]:
         (adapter / "adapter_config.json").write_text(json.dumps(config | changes))

@@ -59,13 +59,13 @@ def test_a_file_of_pairs_has_no_items(file):
 
 
 BAD = {
-    "no form": ({"prompt": "a", "gold": 1}, "its columns are prompt, gold; write {question, ans"),
+    "no form": ({"prompt": "a", "gold": 1}, "the row's columns are prompt, gold; write {que"),
     "prompt": (EXACT | {"prompt": 3}, "'prompt' must be a string, not int"),
-    "messages": (EXACT | {"prompt": [{"role": "user"}]}, "a message is {role, content}"),
+    "messages": (EXACT | {"prompt": [{"role": "user"}]}, "'prompt' must hold {role, content}"),
     "question": ({"question": None, "answer": "1"}, "'question' must be a string, not NoneType"),
     "surrogate": (EXACT | {"stop": ["\ud800"]}, "surrogates not allowed"),
-    "grade": (EXACT | {"grade": "f1"}, "there is no grade 'f1'; choose from gsm8k, math, exact"),
-    "list": (EXACT | {"grade": ["math"]}, "there is no grade ['math']"),
+    "grade": (EXACT | {"grade": "f1"}, "the grade 'f1' is unknown; choose from gsm8k, math"),
+    "list": (EXACT | {"grade": ["math"]}, "the grade ['math'] is unknown"),
     "gold": (CHOICES[1] | {"gold": 2}, "'gold' is 2, but must be from 0 to 1"),
     "negative": (CHOICES[1] | {"gold": -1}, "'gold' is -1"),
     "bool": (CHOICES[1] | {"gold": True}, "'gold' is True"),
@@ -73,13 +73,13 @@ BAD = {
     "one choice": (CHOICES[1] | {"choices": ["b"], "gold": 0}, "must be two or more texts"),
     "blank choice": (CHOICES[1] | {"choices": ["b", " "]}, "texts that are not blank"),
     "choices": (CHOICES[1] | {"choices": "ab"}, "'choices' must be a list of texts"),
-    "no number": ({"question": "a", "answer": "many"}, "no result in 'many'; correct answer or"),
+    "no number": ({"question": "a", "answer": "many"}, "no result in 'many'; change answer or"),
     "no letter": (EXACT | {"answer": "third", "grade": "letter"}, "grade letter finds no result"),
     "blank key": (EXACT | {"answer": " "}, "grade exact finds no result in ' '"),
     "key": (EXACT | {"answer": 4}, "'answer' must be a string, not int"),
     "stop": (EXACT | {"stop": "Q"}, "'stop' must be a list of texts that are not empty"),
     "empty stop": (EXACT | {"stop": [""]}, "'stop' must be a list of texts that are not empty"),
-    "pair": ({"prompt": "p", "chosen": "c", "rejected": "r"}, "its columns are prompt, chosen"),
+    "pair": ({"prompt": "p", "chosen": "c", "rejected": "r"}, "row's columns are prompt, chosen"),
     "mixed": (CHOICES[0], "put questions with and without choices in two files"),
 }
 
@@ -126,10 +126,10 @@ def test_shots_that_cannot_be_shown_are_refused(file):
     items = read_items(file([EXACT]))
     pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
     for rows, k, fault in [
-        ([EXACT | {"prompt": "a"}] * 2, 3, "-k 3 exceeds its 2 questions; change -k"),
-        ([pair] * 9, 3, "-k 3 exceeds its 0 questions; change -k"),
-        ([EXACT | {"prompt": MESSAGES}], 1, "conversations take no shots; leave out --shots"),
-        ([EXACT | {"prompt": "a"}, EXACT], 2, "is in --data too; use --shots of another split"),
+        ([EXACT | {"prompt": "a"}] * 2, 3, "has 2 questions, but -k is 3; change -k"),
+        ([pair] * 9, 3, "has 0 questions, but -k is 3; change -k"),
+        ([EXACT | {"prompt": MESSAGES}], 1, "shots cannot precede conversations; leave out"),
+        ([EXACT | {"prompt": "a"}, EXACT], 2, "is also in --data; use --shots of another split"),
     ]:
         shots = file(rows, "shots.jsonl")
         line = ":2" if "--data" in fault else ""

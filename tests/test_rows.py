@@ -217,16 +217,16 @@ def test_only_rows_that_are_used_count_as_a_form(tokenizer, tmp_path):
 
 
 MALFORMED = {
-    '{"prompt": "p"}': "its columns are prompt; rows must be {",
-    "{}": "its columns are none; rows must be {",
-    '{"completion": "c"}': "its columns are completion; rows must be {",
-    '{"prompt": "p", "chosen": "c"}': "its columns are prompt, chosen; rows must be {",
+    '{"prompt": "p"}': "the row's columns are prompt; rows must be {",
+    "{}": "the row's columns are none; rows must be {",
+    '{"completion": "c"}': "the row's columns are completion; rows must be {",
+    '{"prompt": "p", "chosen": "c"}': "the row's columns are prompt, chosen; rows must be {",
     '{"prompt": ["p"], "chosen": [], "rejected": []}': "'chosen' must be a list of messages",
     '{"chosen": "a", "rejected": "b"}': "a row without a 'prompt' needs",
     '{"prompt": "p", "chosen": "a", "rejected": [1]}': "'rejected' must be a string, not list",
     '{"prompt": "p", "completion": "a", "label": 1}': "'label' must be true or false, not 1",
     '{"prompt": 1, "completion": "a"}': "'prompt' must be a string, not int",
-    '{"messages": [{"role": "user"}]}': "a message is {role, content}",
+    '{"messages": [{"role": "user"}]}': "'messages' must hold {role, content}",
     '{"messages": [{"role": "user", "content": [1]}]}': "'content' must be a string, not list",
     '{"messages": "hello"}': "'messages' must be a list of messages",
     '{"prompt": "\\ud800", "completion": "c"}': "surrogates not allowed",

@@ -93,11 +93,12 @@ def test_help_shows_both_defaults(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "--loss NAME objective; --loss help lists all" in text
+    assert stop.value.code == 0 and "--loss NAME objective; --loss help lists all losses" in text
     assert "optimizer step (default: 32, demonstration: 64)" in text
     assert "implicit reward (default: the loss's own)" in text
-    assert "run folder (default: out/LOSS)" in text
-    assert "--gamma FLOAT option of simpo" in text and "--alpha FLOAT option of rpo, cpo" in text
+    assert "folder for the run's files (default: out/LOSS)" in text
+    assert "--gamma FLOAT option of --loss simpo; see --loss help" in text
+    assert "--alpha FLOAT option of --loss rpo or cpo; see --loss help" in text
 
 
 # --- Refusals -------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ INPUTS = ("--init", "init", "--data", "pairs.jsonl")
             "--lora_rank: --init_adapter sets this",
         ),
         ((*INPUTS, "--init_adapter", "x", "--lora_rslora"), "--lora_rslora: --init_adapter sets"),
-        (("--max_length", "56"), "--max_length: the demonstration needs at least 57; raise it"),
+        (("--max_length", "56"), "--max_length: the demonstration needs 57 tokens; raise it"),
         (("--config", "gone.json"), "gone.json: No such file or directory; check the path"),
     ],
 )
@@ -205,10 +206,10 @@ def test_a_config_file_with_bad_options_is_refused(tmp_path):
     file = tmp_path / "c.json"
     for content, message in (
         ({"lrr": 1}, f"{file}: there is no option 'lrr'; remove this key"),
-        ({"epochs": 2.7}, "--epochs 2.7: expected int"),
-        ({"epochs": True}, "--epochs True: expected int"),
-        ({"lr": "fast"}, "--lr fast: expected float"),
-        ({"on_policy": 1}, "--on_policy 1: expected bool"),
+        ({"epochs": 2.7}, "--epochs 2.7: must be of type int"),
+        ({"epochs": True}, "--epochs True: must be of type int"),
+        ({"lr": "fast"}, "--lr fast: must be of type float"),
+        ({"on_policy": 1}, "--on_policy 1: must be of type bool"),
         ({"loss": None}, "--loss None: choose from"),
         ({"epochs": float("inf")}, "Infinity is not allowed"),
     ):

@@ -83,7 +83,7 @@ def test_a_tied_checkpoint_may_not_bring_a_head(tmp_path):
 def test_tensors_that_are_not_those_of_the_model_are_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     for changes, message in [
-        ({"b": None}, f"{tmp_path}: b is missing; copy the folder"),
+        ({"b": None}, f"{tmp_path}: lacks b; copy the folder"),
         ({"f": torch.zeros(2)}, f"{file}: f has shape (2,), but the configuration needs no tensor"),
         ({"b": torch.zeros(4, 3)}, "b has shape (4, 3), but the configuration needs (3, 4)"),
         ({"b": torch.zeros(0)}, f"{file}: b has shape (0,)"),
@@ -120,11 +120,11 @@ def test_an_index_that_does_not_describe_the_folder_is_refused(tmp_path):
     for weight_map, message in [
         (None, "index.json: weight_map must name files of the folder; copy the index again"),
         ([], "weight_map must"),
-        ({}, "a, b, c, d, e is missing"),
+        ({}, "lacks a, b, c, d, e;"),
         ({"a": 1}, "weight_map must"),
         (good | {"e": "3.safetensors"}, "3.safetensors: is damaged or missing"),
         (good | {"e": "../outside.safetensors"}, "must name files of the folder"),
-        ({"a": "1.safetensors"}, "d, e is missing"),
+        ({"a": "1.safetensors"}, "lacks d, e;"),
     ]:
         content = json.dumps({"weight_map": weight_map})
         (folder / "model.safetensors.index.json").write_text(content)
