@@ -224,7 +224,7 @@ BAD_INPUT = {
     "another family of models": (break_config, "model_type 'mamba'"),
     "a missing tensor": (remove_tensor, "model.norm.weight is missing"),
     "a tensor with NaN": (break_tensor, "model.norm.weight has values that are not finite"),
-    "a tokenizer of another model": (shrink_vocabulary, "ids up to 257, but the model has 200"),
+    "a tokenizer of another model": (shrink_vocabulary, "has id 257, but the model's ids end at 199"),
     "a pair longer than the context": (write_long_pair, "a pair has 269 tokens; lower it to 256"),
     "a row without an answer": (write_unpaired, "pairs.jsonl:2: --loss mio needs a chosen and a"),
 }

@@ -105,10 +105,13 @@ def test_model_and_tokenizer_must_belong_together(checkpoint, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder; correct"):
         load_checkpoint(tmp_path / "nowhere", "cpu", torch.float32)
     tiny_model(vocab_size=257, bos_token_id=None, eos_token_id=None).save_pretrained(checkpoint)
-    with pytest.raises(ValueError, match="ids up to 257, but the model has 257; use the tokenizer"):
+    with pytest.raises(ValueError, match="has id 257, but the model's ids end at 256; use"):
+        load_checkpoint(checkpoint, "cpu", torch.float32)
+    tiny_model(vocab_size=258, bos_token_id=300).save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="has id 300, but the model's ids end at 257; use"):
         load_checkpoint(checkpoint, "cpu", torch.float32)
     tiny_model(vocab_size=258, eos_token_id=[257, 300]).save_pretrained(checkpoint)
-    with pytest.raises(ValueError, match="ids up to 300, but the model has 258; use the tokenizer"):
+    with pytest.raises(ValueError, match="has id 300, but the model's ids end at 257; use"):
         load_checkpoint(checkpoint, "cpu", torch.float32)
 
 
