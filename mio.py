@@ -374,10 +374,13 @@ def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: T
 @torch.no_grad()
 def chunked_logps(hidden, head_weight, targets, lengths, chunk_tokens=CHUNK_TOKENS, compiled=False):
     """Computes the result of naive_logps without gradient, in chunks of `chunk_tokens` tokens."""
-    head = _ChunkedHead(head_weight, hidden, min(chunk_tokens, len(hidden)), compiled)
-    parts = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
-    token_logps = torch.cat([head.residual(h, y)[1] for h, y in parts])  # (N,)
-    return _sum_by_answer(token_logps, _answer_of_token(lengths, hidden.device), len(lengths))
+    weight, token_logps = _in_product_precision(head_weight, hidden), []
+    buffer = weight.new_empty(min(chunk_tokens, len(hidden)), len(weight))  # the logits of a chunk
+    for states, y in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens)):
+        logits = torch.mm(states.to(weight.dtype), weight.T, out=buffer[: len(y)])  # (t, V)
+        token_logps.append(_to_residual(logits, y, compiled))
+    answer_of_token = _answer_of_token(lengths, hidden.device)  # (N,)
+    return _sum_by_answer(torch.cat(token_logps), answer_of_token, len(lengths))
 
 
 def fused_pair_loss(
@@ -432,11 +435,14 @@ class FusedHead(torch.autograd.Function):
         grad_head = torch.empty_like(head_weight, dtype=accumulator) if need_head else None
         chunks = list(chunks_of_pairs(lengths.tolist(), chunk_tokens))
         largest = max(tokens.stop - tokens.start for _, tokens in chunks)
-        head = _ChunkedHead(head_weight, hidden, largest, compiled)
+        weight = _in_product_precision(head_weight, hidden)
+        buffer = weight.new_empty(largest, len(weight))  # the logits of a chunk
         answer_of_token = _answer_of_token(lengths, hidden.device)  # (N,)
         losses, logps = [], []
         for answers, tokens in chunks:
-            residual, token_logps = head.residual(hidden[tokens], targets[tokens])  # (t, V), (t,)
+            states, y = hidden[tokens], targets[tokens]  # (t, D), (t,)
+            logits = torch.mm(states.to(weight.dtype), weight.T, out=buffer[: len(y)])  # (t, V)
+            residual, token_logps = logits, _to_residual(logits, y, compiled)  # (t, V), (t,)
             answer = answer_of_token[tokens] - answers.start  # (t,), counted within the chunk
             sums = _sum_by_answer(token_logps, answer, answers.stop - answers.start)  # (2b,)
             with torch.enable_grad():
@@ -447,10 +453,10 @@ class FusedHead(torch.autograd.Function):
             logps.append(sums.detach())
             minus_g = -g[answer, None]  # (t, 1)
             if need_hidden:
-                grad_hidden[tokens] = minus_g * (residual @ head.weight)
+                grad_hidden[tokens] = minus_g * (residual @ weight)
             if need_head:
                 first = tokens.start == 0
-                _add_product(grad_head, residual, minus_g * hidden[tokens], overwrite=first)
+                _add_product(grad_head, residual, minus_g * states, overwrite=first)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head_weight.dtype
         losses, logps = torch.cat(losses), torch.cat(logps)
@@ -470,29 +476,23 @@ class FusedHead(torch.autograd.Function):
         return grad_hidden, grad_head, *[None] * 5
 
 
-class _ChunkedHead:
-    """Holds the head's weight in the precision of matrix products, and a buffer for logits."""
-
-    def __init__(self, weight: Tensor, hidden: Tensor, max_tokens: int, compiled: bool):
-        device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
-        self.weight = weight.to(torch.get_autocast_dtype(device) if autocast else hidden.dtype)
-        self.logits = self.weight.new_empty(max_tokens, len(weight))
-        self.to_residual = _compiled_to_residual if compiled else _to_residual
-
-    def residual(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (t, D), targets (t,) -> softmax minus one-hot (t, V), which is valid until the
-        next call, and token log-probs (t,)."""
-        dtype = self.weight.dtype
-        logits = torch.mm(hidden.to(dtype), self.weight.T, out=self.logits[: len(hidden)])
-        # A CPU processes a few rows at a time, so that the logits stay in its cache.
-        rows = len(logits) if logits.is_cuda else 1 + 2**20 // logits.shape[1]
-        parts = zip(logits.split(rows), targets.split(rows))
-        return logits, torch.cat([self.to_residual(z, y) for z, y in parts])
+def _in_product_precision(weight: Tensor, hidden: Tensor) -> Tensor:
+    """Returns the head's weight in the precision of autocast, else in that of the hidden states."""
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    return weight.to(torch.get_autocast_dtype(device) if autocast else hidden.dtype)
 
 
-def _to_residual(logits: Tensor, targets: Tensor) -> Tensor:
+def _to_residual(logits: Tensor, targets: Tensor, compiled: bool) -> Tensor:
     """Turns logits (t, V) into softmax minus one-hot in place; returns token log-probs (t,)."""
+    # A CPU processes a few rows at a time, so that the logits stay in its cache.
+    rows = len(logits) if logits.is_cuda else 1 + 2**20 // logits.shape[1]
+    of_rows = _compiled_residual_of_rows if compiled else _residual_of_rows
+    parts = zip(logits.split(rows), targets.split(rows))
+    return torch.cat([of_rows(z, y) for z, y in parts])
+
+
+def _residual_of_rows(logits: Tensor, targets: Tensor) -> Tensor:
     # In a long answer, the errors of a bfloat16 log-softmax can add up to a nat, so p is float32.
     p = logits.to(torch.promote_types(logits.dtype, torch.float32))
     torch.log_softmax(p, dim=-1, out=p)
@@ -502,7 +502,7 @@ def _to_residual(logits: Tensor, targets: Tensor) -> Tensor:
     return token_logps
 
 
-_compiled_to_residual = torch.compile(_to_residual, dynamic=True)
+_compiled_residual_of_rows = torch.compile(_residual_of_rows, dynamic=True)
 
 
 def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, overwrite: bool) -> None:

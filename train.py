@@ -192,17 +192,17 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
     held-out log-probs (pairs, 2) of the last evaluation and the metrics of the last step."""
     options, model, world, tokens = job.options, job.model, job.world, progress.num_tokens
     optimizer = make_optimizer(model, options)
-    run_folder.put_moments(model, optimizer, progress.moments, world)
+    run_folder.restore_moments(model, optimizer, progress.moments, world)
     remaining = range(progress.step + 1, job.stop + 1)
     with run_folder.metrics_log(job) as (row, log):
-        end = progress.start_logps
+        held_out_logps = progress.start_logps
         if progress.step == 0 or not remaining:
-            end = logps_of(job, job.held_out) if progress.step else end
+            held_out_logps = logps_of(job, job.held_out) if progress.step else held_out_logps
             row |= {"step": progress.step, "epoch": progress.step / job.per_epoch}
-            row |= held_out_metrics(job, end, progress.start_logps)
+            row |= held_out_metrics(job, held_out_logps, progress.start_logps)
         if progress.step == 0:
             log(row)
-        clock, clock_step, clock_tokens, unchecked = time.perf_counter(), progress.step, tokens, []
+        unread, clock, clock_tokens = [], time.perf_counter(), tokens  # unread: steps not checked
         bar = {"initial": progress.step, "total": job.stop, "desc": options.loss, "unit": "step"}
         for step in tqdm(remaining, leave=False, **bar):
             data = step_data(job, progress, step)
@@ -214,27 +214,26 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
             if data.batches:  # none if the drawn answers to each prompt are all right or all wrong
                 losses, logps, grad_norm = train_step(model, optimizer, data, options, world, check)
             tokens += sum(row_length(data.pairs[i]) for i in data.index)
-            unchecked.append((step, data, losses, grad_norm))
-            # What is written at a step depends on the step alone, not on where this run stops.
-            evaluate, last = step % options.eval_every == 0 or step == job.steps, step == job.stop
-            is_logged = evaluate or step % options.log_every == 0
+            unread.append((step, data, losses, grad_norm))
+            # The rows of metrics.jsonl are those of an uninterrupted run, wherever a run stops.
+            evaluate = step % options.eval_every == 0 or step == job.steps
+            is_last, is_logged = step == job.stop, evaluate or step % options.log_every == 0
             received = world.gather([torch.tensor(signals, dtype=torch.long)])
             stopped, every = len(received) > 0, options.save_every
-            save = stopped or (every is not None and (last or step % every == 0))
-            if not (is_logged or save or last):
+            save = stopped or (every is not None and (is_last or step % every == 0))
+            if not (is_logged or save or is_last):
                 continue  # reading the losses would wait for the GPU
-            for unread in unchecked:
-                check_finite(job, *unread)
+            for each in unread:
+                check_finite(job, *each)
             seconds = time.perf_counter() - clock
-            row = {"step": step, "epoch": step / job.per_epoch, "loss": mean(losses)}
-            row |= {"learning_rate": lr, "grad_norm": float(grad_norm), "num_tokens": tokens}
-            row |= {"step_seconds": seconds / (step - clock_step)}  # mean since last row or save
+            row = {"step": step, "epoch": step / job.per_epoch, "num_tokens": tokens}
+            row |= {"learning_rate": lr, "step_seconds": seconds / len(unread)}
             row |= {"tokens_per_second": (tokens - clock_tokens) / seconds}
-            row |= data.metrics | training_metrics(job, data, logps.cpu())
+            row |= training_metrics(job, data, losses, logps.cpu(), grad_norm)
             held_out = {}
-            if evaluate or last:
-                end = logps_of(job, job.held_out)
-                held_out = held_out_metrics(job, end, progress.start_logps)
+            if evaluate or is_last:
+                held_out_logps = logps_of(job, job.held_out)
+                held_out = held_out_metrics(job, held_out_logps, progress.start_logps)
             if is_logged:
                 log(row | held_out if evaluate else row)
             row |= held_out
@@ -242,12 +241,12 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
                 check_weights(job, step)
                 now = progress._replace(step=step, num_tokens=tokens)
                 run_folder.save_checkpoint(job, optimizer, now)
-            if stopped:
-                signals[:] = world.gather([received]).tolist()  # waits until the first has saved
+            if stopped:  # all processes wait until the first one has saved the checkpoint
+                signals[:] = world.gather([received]).tolist()
                 break
-            clock, clock_step, clock_tokens, unchecked = time.perf_counter(), step, tokens, []
+            unread, clock, clock_tokens = [], time.perf_counter(), tokens
     check_weights(job, row["step"])
-    return end, row
+    return held_out_logps, row
 
 
 def step_data(job: Job, progress: Progress, step: int) -> StepData:
@@ -281,18 +280,17 @@ def check_first_step(options: Options, data: StepData, losses: Tensor, logps: Te
     # Rounding differs between packings, and grows with the length of a sum.
     allowed = (1e-4 if options.dtype == "float32" else 5e-3) * (1 + ref.abs().max())
     objective, loss = LOSSES[options.loss], mean(losses)
-    start = objective.initial_loss
-    start = start(options.beta) if callable(start) else start
-    if start is None or objective.arguments(options) != {"beta": options.beta, **objective.options}:
-        start = loss  # no known value: it depends on the answers, or an option has been changed
-    # The slope of a loss in a log-ratio is of order beta or, for ipo and sppo, 1 / beta.
-    slope = 10 * max(options.beta, 1 / options.beta)
-    if not (drift <= allowed and abs(loss - start) <= 1e-5 * (1 + abs(start)) + slope * drift):
-        raise TrainingError(
-            f"step 0: policy and reference differ by {drift:.2g} nats, and the loss is {loss:.6f} "
-            f"where {start:.6f} is expected; remove the cache folder next to --out and start again"
-        )
-    print(f"  step 0: rewards 0 within {drift * options.beta:.1e}, loss {loss:.6f}")
+    known, defaults = objective.initial_loss, {"beta": options.beta, **objective.options}
+    if known is None or objective.arguments(options) != defaults:
+        known = loss  # the value depends on the answers, or an option is not at its default
+    known = known(options.beta) if callable(known) else known
+    # Per nat of a log-ratio, a loss changes by some beta or, for ipo and sppo, by some 1 / beta.
+    error = abs(loss - known) - 10 * max(options.beta, 1 / options.beta) * drift
+    if not (drift <= allowed and error <= 1e-5 * (1 + abs(known))):
+        found = f"policy and reference differ by {drift:.2g} nats, the loss is {loss:.6f}"
+        remedy = "remove the cache folder next to --out and start again"
+        raise TrainingError(f"step 0: {found}, but it should be {known:.6f}; {remedy}")
+    tqdm.write(f"  step 0: rewards 0 within {drift * options.beta:.1e}, loss {loss:.6f}")
 
 
 def check_finite(job: Job, step: int, data: StepData, losses: Tensor, grad_norm: Tensor) -> None:
@@ -316,16 +314,17 @@ def mean(values: Tensor) -> float:
     return values.double().mean().item()
 
 
-def training_metrics(job: Job, data: StepData, logps: Tensor) -> dict[str, float]:
-    """Returns means of preference_values over the pairs of a step; missing answers do not count.
-    The result is empty for rlhf, which does not divide answers into chosen and rejected."""
+def training_metrics(job: Job, data: StepData, losses, logps, grad_norm) -> dict[str, float]:
+    """Returns the metrics of a step: means over its pairs, without missing answers. For rlhf, whose
+    answers are neither chosen nor rejected, preference metrics are left out."""
+    metrics = {"loss": mean(losses), "grad_norm": float(grad_norm)} | data.metrics
     if data.advantages is not None:
-        return {}
+        return metrics
     present = torch.from_numpy(data.pairs.lengths()[data.index, 1:] > 0)  # (B, 2)
     logps = torch.where(present, logps, torch.nan)
     ref = None if data.ref_logps is None else data.ref_logps[data.index]
     values = evaluation.preference_values(logps, ref, job.options.beta)
-    return {name: mean(value[~value.isnan()]) for name, value in values.items()}
+    return metrics | {name: mean(value[~value.isnan()]) for name, value in values.items()}
 
 
 def held_out_metrics(job: Job, logps: Tensor, start_logps: Tensor) -> dict[str, float]:
@@ -348,22 +347,22 @@ def held_out_metrics(job: Job, logps: Tensor, start_logps: Tensor) -> dict[str, 
 # --- The whole run --------------------------------------------------------------------------------
 
 
-def finish(job: Job, start: Tensor, end: Tensor, last: dict, began: float) -> None:
-    """Writes the trained model and summary.json, and prints a table of results. start, end: the
-    held-out pairs' log-probs at step 0 and after the last step, (pairs, 2)."""
+def finish(job: Job, start_logps: Tensor, logps: Tensor, row: dict, started: float) -> None:
+    """Writes the trained model and summary.json, and prints a table of results. start_logps, logps:
+    the held-out pairs' log-probs at step 0 and now, (pairs, 2). row: metrics of the last step."""
     options, folder, init = job.options, Path(job.options.out), Path(job.options.init)
     if lora.lora_of(job.model):
         lora.save_adapter(job.model, folder / "adapter", options.init)
         pairs = (job.held_out or job.pairs)[:2]
         layout = options.row_tokens, options.micro_tokens, getattr(torch, options.dtype)
-        before = evaluation.pair_logps(job.model, pairs, *layout)
+        unmerged = evaluation.pair_logps(job.model, pairs, *layout)
         lora.merge_lora(job.model, getattr(torch, options.dtype))
-        after = evaluation.pair_logps(job.model, pairs, *layout)
-        change = max((after - before).abs().flatten().tolist(), default=0.0)
+        merged = evaluation.pair_logps(job.model, pairs, *layout)
+        change = max((merged - unmerged).abs().flatten().tolist(), default=0.0)
         print(f"  adapter merged in {options.dtype}: log-probs change by at most {change:.1e} nats")
     job.model.save_pretrained(folder)
     job.tokenizer.save(folder)
-    rows = {options.loss: evaluation.preference_row(end, start, job.held_out)}
+    rows = {options.loss: evaluation.preference_row(logps, start_logps, job.held_out)}
     if (init / "base.json").is_file():  # the base model of the demonstration
         before = builtin_task.base_values(init, options.device)
         with stage("evaluation: the trained model on the held-out problems") as notes:
@@ -374,7 +373,7 @@ def finish(job: Job, start: Tensor, end: Tensor, last: dict, began: float) -> No
         before, after, change = map(task_row, (before, after, change))
         rows = {"base": before, options.loss: after | rows[options.loss], "change": change}
     printed = {name: {k: f._asdict() for k, f in row.items()} for name, row in rows.items()}
-    metrics = json.loads(run_folder.strict_json({"seconds": time.perf_counter() - began, **last}))
+    metrics = json.loads(run_folder.strict_json({"seconds": time.perf_counter() - started, **row}))
     write_json(folder / "summary.json", {**metrics, "table": printed})
     if job.held_out:
         print(table(rows))
@@ -385,7 +384,7 @@ def main(argv: list[str] | None = None) -> Path:
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(join())
         parser, options = parse_options(argv, Options, __doc__, world)
-        folder, began = Path(options.out), time.perf_counter()
+        folder, started = Path(options.out), time.perf_counter()
         try:
             if options.plan:
                 print(plan(options))
@@ -416,13 +415,13 @@ def main(argv: list[str] | None = None) -> Path:
             # Training
             signals = stack.enter_context(run_folder.catch_signals())
             with stage(f"training: {options.loss}") as notes:
-                end, last = train(job, progress, signals)
+                logps, row = train(job, progress, signals)
                 notes.append(f"metrics.jsonl in {folder}")
             # Evaluation
-            if last["step"] == job.stop:
+            if row["step"] == job.stop:
                 job = job._replace(model=world.gather_model(job.model))
                 if world.first:
-                    finish(job, progress.start_logps, end, last, began)
+                    finish(job, progress.start_logps, logps, row, started)
                 return folder
         except OSError as error:
             saved = run_folder.newest_checkpoint(folder)
@@ -431,7 +430,7 @@ def main(argv: list[str] | None = None) -> Path:
         except TrainingError as error:
             parser.error(error)
         command = f"python train.py --resume --out {folder}"
-        parser.exit(128 + signals[0], f"step {last['step']} is saved; {command} resumes it\n")
+        parser.exit(128 + signals[0], f"step {row['step']} is saved; {command} resumes it\n")
 
 
 if __name__ == "__main__":

@@ -36,12 +36,15 @@ def read_config(hf: dict, fields: tuple[dataclasses.Field, ...]) -> dict:
         hf["layer_types"] = None  # model.py implements only this kind of layer
     if hf.get("use_sliding_window") is False and kind != "mistral":
         hf["sliding_window"] = None  # Qwen writes the size of a window that it does not use
-    hf = {key: value for key, value in hf.items() if value is not None and value is not False}
+    known = names | INERT_KEYS | ONLY_VALUE.keys()
+    # null, and false for a feature that is not known here, mean that the feature is off.
+    hf = {k: v for k, v in hf.items() if v is not None and (k in known or v is not False)}
     for key, value in hf.items():
         only, named = (fixed | ONLY_VALUE).get(key, value), f"{key} = {value!r:.60}"
         _check(value == only, f"{named} is not implemented for {kind}, only {only!r}")
-        known = key in names | INERT_KEYS | ONLY_VALUE.keys()
-        _check(known, f"{named} is an unknown key (remove it if it does not change the model)")
+        _check(
+            key in known, f"{named} is an unknown key (remove it if it does not change the model)"
+        )
     for key in ("hidden_size", "num_attention_heads"):
         _check_number(key, hf.get(key), int)
     heads, values = hf["num_attention_heads"], {}
@@ -78,6 +81,8 @@ def _rope(hf: dict) -> dict:
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     _check_number("rope_theta", theta, float)
     _check_number("rope_theta", hf.get("rope_theta", theta), float)
+    for key in rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+        _check(key in LLAMA3_ROPE, f"{key!r:.60} is an unknown key of the rope parameters")
     _check(rope.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor must be 1")
     _check(kind in [*ROPE_SCALINGS], f"rope type {kind!r:.60} is not default, linear or llama3")
     scaling = {key: rope.get(key) for key in ROPE_SCALINGS[kind]}

@@ -161,7 +161,6 @@ def describe(job: Job) -> str:
     arguments = [f", {n} {x:g}" for n, x in loss.arguments(options).items() if n in used]
     total = sum(p.numel() for p in job.model.parameters())
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-    processes = f", {job.world.count} processes" if job.world.count > 1 else ""
     rows, unit = f"{len(job.pairs)} pairs", "pairs"
     if job.questions:
         rows, unit = f"{len(job.questions)} questions, {options.samples} answers to each", "prompts"
@@ -170,7 +169,7 @@ def describe(job: Job) -> str:
         f"  log-probs as {loss.uses} over an answer's tokens{''.join(arguments)}, "
         f"{'with' if loss.needs_reference else 'without'} a reference\n"
         f"  {options.init}: {total:,} parameters, {trained:,} of them trained, {options.dtype} "
-        f"products on {options.device}{processes}\n"
+        f"products on {job.world.count} x {options.device}\n"
         f"  {rows}, {len(job.held_out)} held out; steps {job.record.get('step', 0) + 1} to "
         f"{job.stop} of {job.steps}, {on_policy.prompts_per_step(options)} {unit} each; lr "
         f"{options.lr:g}, {options.schedule}, seed {options.seed}"

@@ -113,8 +113,8 @@ def prompt_ids(model, tokenizer, path, items: list[Item], before: str, lengths) 
         try:
             ids.append(item.ids(tokenizer, before))
             if (total := len(ids[-1]) + length) > limit:
-                raise ValueError(f"prompt and answer may take {total} tokens, but the model reads "
-                                 f"at most {limit}; lower --max_new_tokens or -k")  # fmt: skip
+                problem = f"prompt and answer may take {total} tokens, over the model's {limit}"
+                raise ValueError(f"{problem}; lower --max_new_tokens or -k")
         except ValueError as error:
             raise ValueError(f"{path}:{item.line}: {error}") from None
     return ids

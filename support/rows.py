@@ -5,10 +5,9 @@ from collections import Counter
 from typing import NamedTuple
 
 COLUMNS = {"prompt", "chosen", "rejected", "completion", "label", "messages"}
-ROW_FORMS = (
-    "rows must be {prompt, chosen, rejected}, {chosen, rejected} of messages or of Human/Assistant "
-    "transcripts, {prompt, completion, label}, {prompt, completion} or {messages}"
-)
+ROW_FORMS = ("rows must be {prompt, chosen, rejected}, {chosen, rejected} of messages or of Human/"
+             "Assistant transcripts, {prompt, completion}, {prompt, completion, label} or "
+             "{messages}")  # fmt: skip
 # An Anthropic-HH transcript is one text, whose turns begin with these markers.
 ASSISTANT_TURN, HUMAN_TURN = "\n\nAssistant:", "\n\nHuman:"
 

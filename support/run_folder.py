@@ -125,7 +125,7 @@ def recorded(options) -> dict:
     return dataclasses.asdict(options) | {"resume": False, "overwrite": False, "config": None}
 
 
-def put_moments(model, optimizer, moments: dict[str, Tensor], world) -> None:
+def restore_moments(model, optimizer, moments: dict[str, Tensor], world) -> None:
     """Restores the state of AdamW from `moments`, which are named as in Progress.moments."""
     for name, moment in moments.items():
         key, path = name.split(".", maxsplit=1)

@@ -61,10 +61,10 @@ def load_checkpoint(folder, device: str, dtype) -> tuple:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder; correct the path")
     tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, dtype, device)
-    largest, size = max(tokenizer.vocab_size - 1, *tokenizer.stop_ids), model.config.vocab_size
-    if largest >= size:
-        raise ValueError(f"{folder}: the tokenizer or eos_token_id uses id {largest}, but the "
-                         f"model has ids 0 to {size - 1}; use the model's tokenizer")  # fmt: skip
+    ids = tokenizer.vocab_size - 1, model.config.bos_token_id or 0, *tokenizer.stop_ids
+    if (largest := max(ids)) >= (size := model.config.vocab_size):
+        problem = f"tokenizer or config.json uses id {largest}, but the model has ids 0 to"
+        raise ValueError(f"{folder}: {problem} {size - 1}; use the model's tokenizer")
     return model, tokenizer
 
 

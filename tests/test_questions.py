@@ -164,7 +164,7 @@ def test_a_prompt_that_the_model_cannot_read_is_named_by_file_and_line():
     items = [Item(3, "abc", "k", "exact"), Item(7, "abcd", "k", "exact")]
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=9))
     assert len(prompt_ids(model, Letters(), "x.jsonl", items, "", [5, 4])) == 2
-    with pytest.raises(ValueError, match="x.jsonl:7: prompt and answer may take 10 tokens, but"):
+    with pytest.raises(ValueError, match="x.jsonl:7: prompt and answer may take 10 tokens, over"):
         prompt_ids(model, Letters(), "x.jsonl", items, "", [5, 5])
     with pytest.raises(ValueError, match="x.jsonl:3: prompt and answer may take 10 tokens"):
         prompt_ids(model, Letters(), "x.jsonl", items, "a", [5, 4])

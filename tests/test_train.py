@@ -257,7 +257,7 @@ def test_the_first_step_must_have_rewards_of_zero_and_the_known_loss(capsys):
         with pytest.raises(TrainingError, match="step 0: policy and reference differ"):
             start_of(**changes)
     with pytest.raises(
-        TrainingError, match="by 0 nats, .* 1.386294 where 0.693147 is expected; rem"
+        TrainingError, match="by 0 nats, .* 1.386294, but it should be 0.693147; rem"
     ):
         start_of(loss=mio.LOG4)
 
@@ -313,7 +313,7 @@ def test_a_wrong_reference_or_loss_ends_a_run_before_its_first_update(
     wrong = dataclasses.replace(LOSSES["dpo"], function=LOSSES["mio"].function)
     monkeypatch.setitem(LOSSES, "dpo", wrong)
     error = refused(*inputs, "--overwrite", "--loss", "dpo")
-    assert "the loss is 1.386294 where 0.693147 is expected; remove the cache" in error
+    assert "the loss is 1.386294, but it should be 0.693147; remove the cache" in error
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -613,7 +613,7 @@ def test_every_flag_of_the_mathematics_changes_the_metrics(trained, tmp_path):
 def test_flags_of_memory_and_place_change_no_metric(trained, monkeypatch):
     compiled = []  # records what --compile would compile; real compilation takes a minute
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(f) or f)
-    monkeypatch.setattr(mio, "_compiled_to_residual", mio._to_residual)
+    monkeypatch.setattr(mio, "_compiled_residual_of_rows", mio._residual_of_rows)
     plain = trained(SMALL)
     for flag, value in NO_CHANGE.items():
         rows = trained(SMALL | {flag: value})
