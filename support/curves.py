@@ -54,7 +54,7 @@ def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray
 
 def plot(folders: dict[str, Path], file: Path):
     """Plots runs to `file` and returns the figure. Runs that differ only in their seed appear as
-    mean and range over their common steps. Raises ValueError without curves or matplotlib."""
+    mean and range over common steps. Raises ValueError if curves or matplotlib are missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
