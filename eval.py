@@ -236,7 +236,7 @@ class Options:
     batch_size: int | None = option(None, "answers to generate at a time (default: as many as "
                                     "a cache of 65,536 tokens holds)", least=1)
     seed: int = option(0, "seed of the sampled answers", least=0)
-    dtype: str | None = option(None, "precision of answering (default: bfloat16 on a GPU)",
+    dtype: str | None = option(None, "dtype of the model when it answers (default: bfloat16 on a GPU)",
                                choices=("float32", "bfloat16"))
     device: str = option("auto", "cpu, cuda, cuda:N, or auto for a GPU if there is one")
     plot: str | None = option(None, "file (.png, .pdf or .svg) for the curves of training")
