@@ -174,7 +174,7 @@ class Batch(NamedTuple):
     source: Tensor  # (N,) which of the T hidden states predicts each target
     targets: Tensor  # (N,) the ids of the answers end to end: chosen_0, rejected_0, chosen_1, ...
     lengths: Tensor  # (S,) number of tokens of each answer, S = 2B for pairs; stays on the CPU
-    row_tokens: list[int]  # number of tokens of each row
+    row_lengths: list[int]  # number of tokens of each row
     index: list[int]  # (B,) the index of each pair in the list that was packed
 
     def to(self, device: torch.device) -> "Batch":
@@ -213,7 +213,7 @@ def attention_rule(batch: Batch, window: int | None = None) -> Callable:
 def row_masks(batch: Batch, window: int | None = None) -> list[Tensor]:
     """Returns a dense bool mask (1, 1, t, t) of the attention rule for each row of t tokens."""
     masks, start, rule = [], 0, attention_rule(batch, window)
-    for tokens in batch.row_tokens:
+    for tokens in batch.row_lengths:
         place = torch.arange(start, start + tokens, device=batch.pair.device)
         masks.append(rule(0, 0, place[:, None], place[None, :])[None, None])
         start += tokens
@@ -259,9 +259,9 @@ def make_batches(
 
 def pack_batch(pairs: Sequence, rows: list[list[int]], min_tokens: int = 0) -> Batch:
     """Builds a batch from rows of indices into `pairs`, padded to at least `min_tokens` tokens."""
-    row_tokens = [sum(row_length(pairs[i]) for i in row) for row in rows]
+    row_lengths = [sum(row_length(pairs[i]) for i in row) for row in rows]
     index = [i for row in rows for i in row]
-    T = max(sum(row_tokens), min_tokens)
+    T = max(sum(row_lengths), min_tokens)
     tokens, positions, segment = np.zeros((3, T), dtype=np.int64)
     pair_number = np.full(T, -1)
     source, targets, lengths, column = [], [], [], 0
@@ -280,7 +280,7 @@ def pack_batch(pairs: Sequence, rows: list[list[int]], min_tokens: int = 0) -> B
         targets += [token for answer in answers for token in answer]
         lengths += [len(answer) for answer in answers]
     arrays = (tokens[None], positions[None], pair_number, segment, source, targets, lengths)
-    return Batch(*(torch.as_tensor(array) for array in arrays), row_tokens, index)
+    return Batch(*(torch.as_tensor(array) for array in arrays), row_lengths, index)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:

@@ -38,20 +38,20 @@ from support.trained_run import Run, load_checkpoint, load_reference, read_run
 
 @torch.no_grad()
 def answer_logps(
-    model: Llama, rows: Sequence, row_tokens: int, micro_tokens: int, dtype: torch.dtype,
+    model: Llama, items: Sequence, row_tokens: int, micro_tokens: int, dtype: torch.dtype,
     batches: Callable[..., list[Batch]] = make_batches,
 ) -> list[Tensor]:  # fmt: skip
-    """Returns, for each row, the summed log-probs of its answers: (answers,) in nats, on the CPU.
-    A row holds the ids of a prompt and of any number of answers. Rows are packed and scored as in
-    training. If `batches` leaves rows to other processes, the log-probs of these rows are 0."""
+    """Returns, for each item, the summed log-probs of its answers: (answers,) in nats, on the CPU.
+    An item holds the ids of a prompt and of any number of answers. Items are packed and scored as
+    in training. If `batches` leaves items to other processes, their log-probs are 0."""
     device = model.head_weight.device
-    logps = [torch.zeros(len(row) - 1) for row in rows]
-    with tqdm(total=len(rows), desc="log-probs", unit="row", leave=False) as bar:
-        for start in range(0, len(rows), 256):  # packs 256 rows at a time
-            index = list(range(start, min(start + 256, len(rows))))
-            for batch in batches(rows, index, row_tokens, micro_tokens, needs_fixed_length(model)):
+    logps = [torch.zeros(len(item) - 1) for item in items]
+    with tqdm(total=len(items), desc="log-probs", unit="item", leave=False) as bar:
+        for start in range(0, len(items), 256):  # packs 256 items at a time
+            index = list(range(start, min(start + 256, len(items))))
+            for batch in batches(items, index, row_tokens, micro_tokens, needs_fixed_length(model)):
                 sums = batch_logps(model, batch.to(device), dtype)
-                answers = [len(rows[i]) - 1 for i in batch.index]
+                answers = [len(items[i]) - 1 for i in batch.index]
                 for i, part in zip(batch.index, sums.float().cpu().split(answers)):
                     logps[i] = part
                 bar.update(len(batch.index))
@@ -236,7 +236,7 @@ class Options:
     batch_size: int | None = option(None, "answers to generate at a time (default: as many as "
                                     "a cache of 65,536 tokens holds)", least=1)
     seed: int = option(0, "seed of the sampled answers", least=0)
-    dtype: str | None = option(None, "dtype of the model when it answers (default: bfloat16 on a GPU)",
+    dtype: str | None = option(None, "dtype for answering questions (default: bfloat16 on a GPU)",
                                choices=("float32", "bfloat16"))
     device: str = option("auto", "cpu, cuda, cuda:N, or auto for a GPU if there is one")
     plot: str | None = option(None, "file (.png, .pdf or .svg) for the curves of training")

@@ -253,15 +253,15 @@ def step_data(job: Job, progress: Progress, step: int) -> StepData:
     """Returns a step's data. Rows depend on seed and step, drawn answers also on the weights."""
     epoch, place = divmod(step - 1, job.per_epoch)
     size, layout = prompts_per_step(job.options), job.layout
-    rows = epoch_order(len(job.questions or job.pairs), job.options.seed, epoch).tolist()
-    rows = rows[place * size : (place + 1) * size]
+    numbers = epoch_order(len(job.questions or job.pairs), job.options.seed, epoch).tolist()
+    numbers = numbers[place * size : (place + 1) * size]
     data = StepData([], progress.ref_logps, pairs=job.pairs)
     if job.questions:
-        data = draw_pairs(job, step, rows)
-        rows = list(range(len(data.pairs)))
-    batches, mismatched = job.world.batches(data.pairs, rows, *layout), None
+        data = draw_pairs(job, step, numbers)
+        numbers = list(range(len(data.pairs)))
+    batches, mismatched = job.world.batches(data.pairs, numbers, *layout), None
     if job.mismatched:
-        mismatched = job.world.batches(job.mismatched, rows, *layout), progress.ref_mismatched
+        mismatched = job.world.batches(job.mismatched, numbers, *layout), progress.ref_mismatched
     index = torch.tensor([i for batch in batches for i in batch.index], dtype=torch.long)
     index = job.world.gather([index]).tolist()
     return data._replace(batches=batches, mismatched=mismatched, index=index)

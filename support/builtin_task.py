@@ -16,11 +16,10 @@ from support.cli import stage
 from support.files import digest, locked, read_json, write_json, write_rows
 from support.grading import pass_at_k, powers_of_two
 from support.rows import Example
-from support.sampling import sample_answers
+from support.sampling import ANSWER_TOKENS, sample_answers
 from support.tokenizers import byte_tokenizer, load_tokenizer
 
 OPERATIONS = 3  # number of additions and subtractions in a problem
-ANSWER_TOKENS = 48  # most tokens that a model may generate; a solution has at most 35
 PAIR_TOKENS = 2 * OPERATIONS + 3 + ANSWER_TOKENS  # of BOS, problem, newline and answer
 TEST_PROBLEMS, SAMPLES = 1000, 8  # SAMPLES answers to each test problem give pass@1 and pass@8
 # A model of this width learns slowly with the usual initializer_range of 0.02.

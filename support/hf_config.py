@@ -32,7 +32,7 @@ def read_config(hf: dict, fields: tuple[dataclasses.Field, ...]) -> dict:
     _check(kind in [*FAMILIES], f"model_type {kind!r:.60} is not one of {', '.join(FAMILIES)}")
     _, fixed, absent = FAMILIES[kind]
     hf, layers = absent | hf, hf.get("layer_types")
-    if isinstance(layers, list) and layers == ["full_attention"] * len(layers):
+    if layers == ["full_attention"] * (hf.get("num_hidden_layers") or 0):
         hf["layer_types"] = None  # model.py implements only this kind of layer
     if hf.get("use_sliding_window") is False and kind != "mistral":
         hf["sliding_window"] = None  # Qwen writes the size of a window that it does not use
@@ -75,16 +75,16 @@ def write_config(values: dict) -> dict:
 
 def _rope(hf: dict) -> dict:
     """Reads rope_theta and rope_scaling, which transformers 5 puts into rope_parameters."""
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    rope = hf.get("rope_scaling", hf.get("rope_parameters", {}))
     _check(isinstance(rope, dict), f"rope_scaling must be an object, not {rope!r:.60}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     _check_number("rope_theta", theta, float)
     _check_number("rope_theta", hf.get("rope_theta", theta), float)
-    for key in rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
-        _check(key in LLAMA3_ROPE, f"{key!r:.60} is an unknown key of the rope parameters")
     _check(rope.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor must be 1")
     _check(kind in [*ROPE_SCALINGS], f"rope type {kind!r:.60} is not default, linear or llama3")
+    for key in rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+        _check(key in ROPE_SCALINGS[kind], f"{key!r:.60} is not a key of rope type {kind}")
     scaling = {key: rope.get(key) for key in ROPE_SCALINGS[kind]}
     for key, value in scaling.items():
         _check_number(f"rope_scaling.{key}", value, float)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+ANSWER_TOKENS = 48  # most tokens of an answer to the built-in task, whose solutions have at most 35
 GENERATION_ROWS = 1000  # most prompts in one call of `generate`, which share a seed
 GENERATION_TOKENS = 2**16  # most tokens of prompts and answers in the cache at a time
 
@@ -105,7 +106,7 @@ def sample_ids(model, prompts, max_new_tokens, *, seed=0, is_done=None, **kwargs
     prompts in earlier calls. Shows a progress bar unless the answers are few and short."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
-    quick = len(prompts) <= GENERATION_ROWS and max_new_tokens <= 48  # needs no progress bar
+    quick = len(prompts) <= GENERATION_ROWS and max_new_tokens <= ANSWER_TOKENS
     with tqdm(total=len(order), desc="answers", unit="answer", leave=None, disable=quick) as bar:
         kwargs["progress"] = lambda answer: bar.update()
         for start in range(0, len(order), GENERATION_ROWS):
@@ -117,10 +118,10 @@ def sample_ids(model, prompts, max_new_tokens, *, seed=0, is_done=None, **kwargs
 
 
 def sample_answers(model, tokenizer, prompts: list, *, samples=1, temperature=1.0, seed=0) -> list:
-    """Samples a list of texts for each prompt, with "" for an answer of over 48 tokens."""
+    """Samples a list of texts for each prompt, with "" for an answer without an end."""
     ids = [tokenizer.prompt_ids(prompt) for prompt in prompts for _ in range(samples)]
     kwargs = {"stop_ids": tokenizer.stop_ids, "temperature": temperature, "seed": seed}
-    answers = sample_ids(model, ids, 48, **kwargs)
+    answers = sample_ids(model, ids, ANSWER_TOKENS, **kwargs)
     texts = [tokenizer.decode(a[:-1]) if a[-1] in tokenizer.stop_ids else "" for a in answers]
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
 

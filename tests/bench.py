@@ -469,7 +469,7 @@ def run_planned(name, folder, pairs, ref, losses, clock) -> None:
     layout = options.row_tokens, options.micro_tokens
     batches = make_batches(pairs, list(range(batch, 2 * batch)), *layout)
     clock.planned = max(
-        step_cost(model.config, options, b.row_tokens, b.lengths.tolist(), len(batches)).peak
+        step_cost(model.config, options, b.row_lengths, b.lengths.tolist(), len(batches)).peak
         for b in batches
     )
 

@@ -241,12 +241,12 @@ def test_batches_hold_at_most_micro_tokens_or_one_row_and_are_padded_to_them():
         batches = make_batches(pairs, list(range(20)), 25, micro_tokens)
         assert sorted(i for batch in batches for i in batch.index) == list(range(20))
         for batch in batches:
-            T = sum(batch.row_tokens)
+            T = sum(batch.row_lengths)
             assert T == batch.tokens.shape[1] == sum(sizes[i] for i in batch.index)
-            assert len(batch.row_tokens) == 1 or sum(batch.row_tokens) <= micro_tokens
+            assert len(batch.row_lengths) == 1 or sum(batch.row_lengths) <= micro_tokens
         padded = make_batches(pairs, list(range(20)), 25, micro_tokens, pad=True)
         for plain, batch in zip(batches, padded, strict=True):
-            T = sum(plain.row_tokens)
+            T = sum(plain.row_lengths)
             assert batch.tokens.shape == (1, max(T, micro_tokens))
             assert (batch.pair[T:] == -1).all() and torch.equal(batch.pair[:T], plain.pair)
             assert torch.equal(batch.source, plain.source)
@@ -260,7 +260,7 @@ def visible(mask: torch.Tensor) -> list[list[int]]:
 def test_a_packed_row_token_by_token():
     pairs = [Pair([256, 1, 2], [3, 4, 257], [5, 257]), Pair([256], [6, 257], [257])]
     (batch,) = make_batches(pairs, [0, 1], row_tokens=8, micro_tokens=8)
-    assert batch.row_tokens == [8]
+    assert batch.row_lengths == [8]
     assert batch.tokens.tolist() == [[256, 1, 2, 3, 4, 5, 256, 6]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1]]
     assert batch.segment.tolist() == [0, 0, 0, 1, 1, 2, 0, 1]
@@ -291,10 +291,10 @@ def test_rows_and_flex_attention_follow_one_rule(window, monkeypatch):
     pairs = random_pairs(12)
     (padded,) = make_batches(pairs, list(range(12)), 25, 300, pad=True)
     (plain,) = make_batches(pairs, list(range(12)), 25, 300)
-    T, used = 300, sum(plain.row_tokens)
+    T, used = 300, sum(plain.row_lengths)
     mask = create_mask(attention_rule(padded, window), None, None, T, T, device="cpu")[0, 0]
     rows = torch.block_diag(*(row[0, 0] for row in row_masks(plain, window)))
-    assert len(plain.row_tokens) > 3 and torch.equal(mask[:used, :used], rows.bool())
+    assert len(plain.row_lengths) > 3 and torch.equal(mask[:used, :used], rows.bool())
     assert not mask[:used, used:].any() and not mask[used:, :used].any()
     model = tiny_model(sliding_window=window, initializer_range=0.15)
     with torch.no_grad():

@@ -146,6 +146,17 @@ def test_the_gradient_of_mio_on_the_chosen_does_not_depend_on_the_rejected_but_t
     assert pull("dpo", 0.0) != pull("dpo", -9.0)
 
 
+def test_the_gradients_have_the_weights_that_the_readme_states():
+    w, l = (side.requires_grad_() for side in random_rewards())  # noqa: E741
+    mio_w, mio_l = torch.autograd.grad(at_rewards("mio", w, l).sum(), (w, l))
+    torch.testing.assert_close(mio_w, 1.5 * w.sigmoid() - 1, rtol=0, atol=1e-12)
+    torch.testing.assert_close(mio_l, 0.5 * l.sigmoid(), rtol=0, atol=1e-12)
+    dpo_w, dpo_l = torch.autograd.grad(at_rewards("dpo", w, l).sum(), (w, l))
+    torch.testing.assert_close(dpo_w, -(l - w).sigmoid(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(dpo_l, -dpo_w, rtol=0, atol=1e-12)  # a single weight for both
+    assert (l - w)[(w - l) > 5].sigmoid().max() < 0.01  # the weight vanishes as the margin grows
+
+
 def test_dpo_at_half_the_beta_starts_with_the_gradient_of_mio():
     mio_start = loss_and_gradient("mio", REFERENCE, beta=0.4)
     dpo_start = loss_and_gradient("dpo", REFERENCE, beta=0.2)

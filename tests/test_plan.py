@@ -53,7 +53,7 @@ def model_of(config, options) -> Llama:
 
 def planned(config, options, batches):
     lengths = batches[0].lengths.tolist()
-    return step_cost(config, options, batches[0].row_tokens, lengths, len(batches))
+    return step_cost(config, options, batches[0].row_lengths, lengths, len(batches))
 
 
 # --- Against a real step --------------------------------------------------------------------------
