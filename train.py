@@ -196,13 +196,14 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
     remaining = range(progress.step + 1, job.stop + 1)
     with run_folder.metrics_log(job) as (row, log):
         held_out_logps = progress.start_logps
+        if progress.step and not remaining:  # a resumed run without further steps
+            held_out_logps = logps_of(job, job.held_out)
         if progress.step == 0 or not remaining:
-            held_out_logps = logps_of(job, job.held_out) if progress.step else held_out_logps
             row |= {"step": progress.step, "epoch": progress.step / job.per_epoch}
             row |= held_out_metrics(job, held_out_logps, progress.start_logps)
         if progress.step == 0:
             log(row)
-        unread, clock, clock_tokens = [], time.perf_counter(), tokens  # unread: steps not checked
+        unchecked, clock, clock_tokens = [], time.perf_counter(), tokens
         bar = {"initial": progress.step, "total": job.stop, "desc": options.loss, "unit": "step"}
         for step in tqdm(remaining, leave=False, **bar):
             data = step_data(job, progress, step)
@@ -214,20 +215,20 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
             if data.batches:  # none if the drawn answers to each prompt are all right or all wrong
                 losses, logps, grad_norm = train_step(model, optimizer, data, options, world, check)
             tokens += sum(row_length(data.pairs[i]) for i in data.index)
-            unread.append((step, data, losses, grad_norm))
+            unchecked.append((step, data, losses, grad_norm))
             # The rows of metrics.jsonl are those of an uninterrupted run, wherever a run stops.
             evaluate = step % options.eval_every == 0 or step == job.steps
-            is_last, is_logged = step == job.stop, evaluate or step % options.log_every == 0
-            received = world.gather([torch.tensor(signals, dtype=torch.long)])
-            stopped, every = len(received) > 0, options.save_every
-            save = stopped or (every is not None and (is_last or step % every == 0))
+            is_last = step == job.stop
+            is_logged = evaluate or step % options.log_every == 0
+            stopped = len(world.gather([torch.tensor(signals, dtype=torch.long)])) > 0
+            save = stopped or (options.save_every and (is_last or step % options.save_every == 0))
             if not (is_logged or save or is_last):
                 continue  # reading the losses would wait for the GPU
-            for each in unread:
+            for each in unchecked:
                 check_finite(job, *each)
             seconds = time.perf_counter() - clock
             row = {"step": step, "epoch": step / job.per_epoch, "num_tokens": tokens}
-            row |= {"learning_rate": lr, "step_seconds": seconds / len(unread)}
+            row |= {"learning_rate": lr, "step_seconds": seconds / len(unchecked)}
             row |= {"tokens_per_second": (tokens - clock_tokens) / seconds}
             row |= training_metrics(job, data, losses, logps.cpu(), grad_norm)
             held_out = {}
@@ -242,9 +243,9 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
                 now = progress._replace(step=step, num_tokens=tokens)
                 run_folder.save_checkpoint(job, optimizer, now)
             if stopped:  # all processes wait until the first one has saved the checkpoint
-                signals[:] = world.gather([received]).tolist()
+                signals[:] = world.gather([torch.tensor(signals, dtype=torch.long)]).tolist()
                 break
-            unread, clock, clock_tokens = [], time.perf_counter(), tokens
+            unchecked, clock, clock_tokens = [], time.perf_counter(), tokens
     check_weights(job, row["step"])
     return held_out_logps, row
 

@@ -62,9 +62,8 @@ def load_checkpoint(folder, device: str, dtype) -> tuple:
         raise FileNotFoundError(f"{folder}: there is no such folder; correct the path")
     tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, dtype, device)
     ids = tokenizer.vocab_size - 1, model.config.bos_token_id or 0, *tokenizer.stop_ids
-    if (largest := max(ids)) >= (size := model.config.vocab_size):
-        problem = f"tokenizer or config.json uses id {largest}, but the model has ids 0 to"
-        raise ValueError(f"{folder}: {problem} {size - 1}; use the model's tokenizer")
+    if (largest := max(ids)) >= model.config.vocab_size:
+        raise ValueError(f"{folder}: the model lacks id {largest}; use the tokenizer of the model")
     return model, tokenizer
 
 

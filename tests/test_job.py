@@ -224,7 +224,7 @@ BAD_INPUT = {
     "another family of models": (break_config, "model_type 'mamba'"),
     "a missing tensor": (remove_tensor, "lacks model.norm.weight"),
     "a tensor with NaN": (break_tensor, "model.norm.weight has values that are not finite"),
-    "a tokenizer of another model": (shrink_vocabulary, "id 257, but the model has ids 0 to 199"),
+    "a tokenizer of another model": (shrink_vocabulary, "lacks id 257; use the tokenizer"),
     "a pair longer than the context": (write_long_pair, "the model's context; lower it to 256"),
     "a row without an answer": (write_unpaired, "pairs.jsonl:2: --loss mio needs a chosen and a"),
 }
