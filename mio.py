@@ -250,7 +250,7 @@ class Loss:
     uses_beta: bool = True
     answers: str = "both"  # a row must hold "both", the "chosen" or "any" answer; "drawn": sampled
     # Computes the scalar that couples the pairs of a step, without gradient, before their losses.
-    # If shared_of_mismatched, it takes mismatched pairs: prompts with the answers of other rows.
+    # With shared_of_mismatched, its pairs are mismatched: prompts with answers of other rows.
     shared: Callable[[Answers, Answers], Tensor] | None = None
     shared_of_mismatched: bool = False
 

@@ -216,14 +216,14 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
                 losses, logps, grad_norm = train_step(model, optimizer, data, options, world, check)
             tokens += sum(row_length(data.pairs[i]) for i in data.index)
             unchecked.append((step, data, losses, grad_norm))
-            # The rows of metrics.jsonl are those of an uninterrupted run, wherever a run stops.
+            # Which steps are logged does not depend on where a run stops, so resuming is exact.
             evaluate = step % options.eval_every == 0 or step == job.steps
             is_last = step == job.stop
             is_logged = evaluate or step % options.log_every == 0
             stopped = len(world.gather([torch.tensor(signals, dtype=torch.long)])) > 0
             save = stopped or (options.save_every and (is_last or step % options.save_every == 0))
             if not (is_logged or save or is_last):
-                continue  # reading the losses would wait for the GPU
+                continue  # does not read the losses, because the CPU would wait for the GPU
             for each in unchecked:
                 check_finite(job, *each)
             seconds = time.perf_counter() - clock
@@ -285,7 +285,7 @@ def check_first_step(options: Options, data: StepData, losses: Tensor, logps: Te
     if known is None or objective.arguments(options) != defaults:
         known = loss  # the value depends on the answers, or an option is not at its default
     known = known(options.beta) if callable(known) else known
-    # Per nat of a log-ratio, a loss changes by some beta or, for ipo and sppo, by some 1 / beta.
+    # The drift may explain a difference: slopes are about beta or, for ipo and sppo, 1 / beta.
     error = abs(loss - known) - 10 * max(options.beta, 1 / options.beta) * drift
     if not (drift <= allowed and error <= 1e-5 * (1 + abs(known))):
         found = f"policy and reference differ by {drift:.2g} nats, the loss is {loss:.6f}"
