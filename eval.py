@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import LAYOUT, Batch, Pairs, answer_states, autocast, make_batches, needs_fixed_length
-from mio import chunked_logps, pair_loss
+from mio import chunked_logps, find_loss, pair_loss
 from model import Llama
 from support.builtin_task import SAMPLES, TEST_PROBLEMS, task_values
 from support.cli import Parser, add_options, check_value, option, pick_device
@@ -76,9 +76,17 @@ def pair_logps(model: Llama, pairs: Pairs, *layout) -> Tensor:
 # --- Preference metrics ---------------------------------------------------------------------------
 
 
-def preference_values(logps: Tensor, ref_logps: Tensor | None, beta: float) -> dict[str, Tensor]:
+def reward_scale(lengths: Tensor, loss: str, beta: float, average_logps: bool, **_):
+    """Returns the ratio of an answer's reward to its log-ratio: beta, or beta divided by the tokens
+    of the answer if the loss averages log-ratios. lengths: (pairs, 2). Keywords: a run's options."""
+    averages = find_loss(loss).uses == "means" and find_loss(loss).needs_reference
+    return beta / lengths.clamp(min=1) if averages or average_logps else beta
+
+
+def preference_values(logps: Tensor, ref_logps: Tensor | None, beta) -> dict[str, Tensor]:
     """Returns the preference metrics of each pair, (pairs,), under TRL's names. logps, ref_logps:
-    (pairs, 2), NaN for a missing answer. Without a reference there are no rewards."""
+    (pairs, 2), NaN for a missing answer. Without a reference there are no rewards. beta is a number
+    or, as `reward_scale` returns it, (pairs, 2)."""
     values = {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
     if ref_logps is not None:
         chosen, rejected = (beta * (logps - ref_logps)).unbind(dim=1)
@@ -110,7 +118,7 @@ def information(rewards: Tensor) -> dict[str, Column]:
     }
 
 
-def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float) -> dict[str, float]:
+def preference_metrics(logps: Tensor, ref_logps: Tensor, beta) -> dict[str, float]:
     """Returns the means of preference_values, and mi/dv, mi/js and mi/nwj from `information`."""
     values = preference_values(logps, ref_logps, beta)
     means = {name: Column(value.double().numpy()).mean() for name, value in values.items()}
@@ -119,7 +127,7 @@ def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float) -> dict[st
 
 
 def preference_columns(
-    logps: Tensor, ref_logps: Tensor | None, pairs: Pairs, beta: float
+    logps: Tensor, ref_logps: Tensor | None, pairs: Pairs, beta
 ) -> dict[str, Column]:
     """Returns table columns from log-probs (pairs, 2): the accuracy and margin of the rewards, the
     rewards T, log-ratios Δ per answer and per token, and log-probs. Missing answers are NaN."""
@@ -153,7 +161,8 @@ def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options
         raise ValueError(f"{training['init']}: {sizes}; restore the model that the run began from")
     logps = pair_logps(model, pairs, *layout)
     ref_logps = pair_logps(reference, pairs, *layout) if reference else None
-    columns, critic = preference_columns(logps, ref_logps, pairs, training["beta"]), {}
+    scale = reward_scale(torch.from_numpy(pairs.lengths()[:, 1:]), **training)
+    columns, critic = preference_columns(logps, ref_logps, pairs, scale), {}
     # File and line identify a pair in two runs, even if the runs have different tokenizers.
     file = digest_file(path)[:16]
     names = np.array([f"{file}:{line}" for line in pairs.lines])

@@ -26,6 +26,7 @@ so DPO maximizes the first bound and MIO maximizes the second.
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -64,6 +65,12 @@ class Answers:
     @property
     def present(self) -> Tensor:
         return torch.ones_like(self.logps) if self.lengths is None else self.lengths > 0
+
+    def averaged(self) -> "Answers":
+        """Returns the answers with means over tokens in place of sums, for --average_logps."""
+        mean_ref = None if self.ref_logps is None else self.ref_logps / self.lengths.clamp(min=1)
+        one = self.lengths.clamp(max=1)  # a mean is not divided again
+        return dataclasses.replace(self, logps=self.mean_logps, ref_logps=mean_ref, lengths=one)
 
 
 def margins(chosen: Answers, rejected: Answers) -> Tensor:
@@ -243,8 +250,9 @@ class Loss:
     function: Callable[..., Tensor]  # takes chosen, rejected and options with defaults
     uses: str  # "sums" or "means" over the tokens of an answer, or "sums and means"
     beta: float  # the default of --beta, which also scales the logged rewards
-    # The loss while the policy equals the reference; None if it depends on the answers.
-    initial_loss: float | Callable[[float], float] | None
+    # The loss while the policy equals the reference: a number, or a function of beta and the loss's
+    # own options; None if it depends on the answers.
+    initial_loss: float | Callable[..., float | None] | None
     source: str
     needs_reference: bool = True
     uses_beta: bool = True
@@ -264,15 +272,24 @@ class Loss:
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
+    def own(self, options: dict[str, float]) -> dict[str, float]:
+        return {name: value for name, value in options.items() if name in self.options}
+
     def arguments(self, settings) -> dict[str, float]:
-        """Returns beta and the loss's own options as keyword arguments of `pair_loss`. The
-        values are attributes of `settings`, where None stands for the default of an option."""
-        given = {name: getattr(settings, name) for name in self.options}
-        given = {name: value for name, value in given.items() if value is not None}
-        return {"beta": settings.beta} | self.options | given
+        """Returns beta, average_logps and the loss's own options as keyword arguments of pair_loss.
+        The values are attributes of `settings`, where None stands for the default of an option."""
+        given = {name: x for name, x in self.own(vars(settings)).items() if x is not None}
+        shared = {"beta": settings.beta, "average_logps": settings.average_logps}
+        return shared | self.options | given
+
+    def loss_at_reference(self, beta: float, **options) -> float | None:
+        """Returns `initial_loss` for this beta and these options, or None if it is not known."""
+        value = self.initial_loss
+        return value(beta=beta, **self.own(options)) if callable(value) else value
 
 
 LOG2, LOG4 = math.log(2), math.log(4)
+
 # fmt: off
 LOSSES: dict[str, Loss] = {
     "mio": Loss(mio, "sums", 0.2, LOG4, "arXiv 2506.22578; NCA's pair, 2402.05369"),
@@ -288,7 +305,9 @@ LOSSES: dict[str, Loss] = {
     "dpo_norm": Loss(dpo_norm, "means", 5.0, LOG2, "Tulu 3, arXiv 2411.15124"),
     "apo_zero": Loss(apo_zero, "sums", 0.1, 1.0, "arXiv 2408.06266"),
     "apo_down": Loss(apo_down, "sums", 0.1, 1.0, "arXiv 2408.06266"),
-    "exo": Loss(exo, "sums", 0.1, -LOG2 - math.log(1e-3 * (1 - 1e-3)) / 2, "arXiv 2402.00856"),
+    "exo": Loss(exo, "sums", 0.1,
+                lambda beta, epsilon: -LOG2 - math.log(epsilon * (1 - epsilon)) / 2,
+                "arXiv 2402.00856"),
     "sppo": Loss(sppo, "sums", 1e-3, lambda beta: 2 * (1 / (2 * beta)) ** 2,
                  "arXiv 2405.00675, hard labels"),
     "dpop": Loss(dpop, "sums", 0.1, LOG2, "arXiv 2402.13228"),
@@ -317,38 +336,72 @@ def options_of_losses() -> dict[str, list[str]]:
     return {name: [loss for loss in LOSSES if name in LOSSES[loss].options] for name in names}
 
 
-def loss_table() -> str:
-    """Returns this file's table of symbols, then two lines of at most 80 columns for each loss."""
-    lines = [__doc__.split("\n\n")[2], ""]
-    for name, loss in LOSSES.items():
-        facts = [loss.uses, "reference" if loss.needs_reference else "no reference"]
-        facts += [f"beta {loss.beta:g}"] if loss.uses_beta else []
-        facts += [f"{option} {default:g}" for option, default in loss.options.items()]
-        lines += [f"{name:10}{loss.function.__doc__}", f"{'':10}{', '.join(facts)}; {loss.source}"]
-    return "\n".join(lines)
+def find_loss(name: str) -> Loss:
+    """Returns a loss of LOSSES, or the sum that a name like "mio+0.1*sft" describes. The terms of
+    a sum share beta, and each takes its own options. Raises ValueError for other names."""
+    if name in LOSSES:
+        return LOSSES[name]
+    alone = [n for n, loss in LOSSES.items() if not loss.pairwise or loss.answers == "drawn"]
+    term = rf"(?:(\d*\.?\d+)\*)?({'|'.join(n for n in LOSSES if n not in alone)})"
+    found = [re.fullmatch(term, part) for part in name.split("+")]
+    weights = {match[2]: float(match[1] or 1) for match in found if match}
+    if len(found) < 2 or len(weights) < len(found):
+        sums = f"a sum like mio+0.1*sft of different losses, without {', '.join(alone)}"
+        raise ValueError(f"--loss {name}: choose from {', '.join(LOSSES)}, or {sums}")
+    return weighted_sum(weights)
+
+
+def weighted_sum(weights: dict[str, float]) -> Loss:
+    """Returns the loss that is the sum over names of weight times loss."""
+    losses = [LOSSES[name] for name in weights]
+
+    def total(chosen: Answers, rejected: Answers, **options) -> Tensor:
+        values = (loss.function(chosen, rejected, **loss.own(options)) for loss in losses)
+        return sum(weight * value for weight, value in zip(weights.values(), values))
+
+    def initial_loss(beta: float, **options) -> float | None:
+        values = [loss.loss_at_reference(beta, **options) for loss in losses]
+        return None if None in values else sum(w * x for w, x in zip(weights.values(), values))
+
+    parameters = {k: p for x in losses for k, p in inspect.signature(x.function).parameters.items()}
+    total.__signature__ = inspect.Signature(list(parameters.values()))
+    total.__doc__ = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
+    return Loss(
+        total,
+        " and ".join(kind for kind in ("sums", "means") if any(kind in x.uses for x in losses)),
+        next((x.beta for x in losses if x.uses_beta), 1.0),
+        initial_loss,
+        "; ".join(x.source for x in losses),
+        needs_reference=any(x.needs_reference for x in losses),
+        uses_beta=any(x.uses_beta for x in losses),
+        answers=min(x.answers for x in losses),  # "both" if any loss needs both answers
+    )
 
 
 def pair_loss(
     name: str, chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor | None,
     ref_rejected_logps: Tensor | None, *, beta: float, chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None, average_logps: bool = False,
     advantages: tuple[Tensor | None, Tensor | None] = (None, None), **options,
 ) -> Tensor:  # fmt: skip
     """Returns the loss of each pair (B,), whose mean is the loss of the batch.
 
-    `name` is a key of LOSSES. Log-probs are sums over the tokens of an answer, (B,) in nats.
-    Lengths (B,) are numbers of tokens; only losses that use means need lengths. Reference log-probs
-    may be None for losses without a reference. Only rlhf needs advantages: a tensor (B,) for chosen
-    and a tensor (B,) for rejected answers. `options` are passed to the loss function. For dv and
-    kto, the option `shared` is the scalar that couples the pairs. By default the given pairs
-    determine the scalar; in training, mismatched pairs (see Loss) determine the scalar of kto.
-    Raises KeyError for an unknown name and TypeError for an option that the loss does not have.
-    """
-    loss = LOSSES[name]
+    `name` is as in find_loss. Log-probs are sums over the tokens of an answer, (B,) in nats.
+    Lengths (B,) are numbers of tokens; only losses that use means need lengths. With average_logps,
+    losses that use sums use means, too. Reference log-probs may be None for losses without a
+    reference. Only rlhf needs advantages: a tensor (B,) for chosen and one for rejected answers.
+    `options` are passed to the loss function. For dv and kto, the option `shared` is the scalar
+    that couples the pairs. By default the given pairs determine the scalar; in training, mismatched
+    pairs (see Loss) determine the scalar of kto. Raises ValueError for an unknown name and
+    TypeError for an option that the loss does not have."""
+    loss = find_loss(name)
     assert not loss.needs_reference or ref_chosen_logps is not None, f"{name} needs a reference"
-    assert "means" not in loss.uses or chosen_lengths is not None, f"{name} needs lengths"
+    needs_lengths = average_logps or "means" in loss.uses
+    assert not needs_lengths or chosen_lengths is not None, f"{name} needs lengths"
     chosen = Answers(chosen_logps, ref_chosen_logps, chosen_lengths, beta, advantages[0])
     rejected = Answers(rejected_logps, ref_rejected_logps, rejected_lengths, beta, advantages[1])
+    if average_logps:
+        chosen, rejected = chosen.averaged(), rejected.averaged()
     if not loss.pairwise and "shared" not in options:
         options["shared"] = loss.shared(chosen, rejected).detach()  # ()
     return loss.function(chosen, rejected, **options)
@@ -393,7 +446,7 @@ def fused_pair_loss(
     hidden (N, D), head_weight (V, D), targets (N,), lengths (2B,), ref_logps and advantages (2B,)
     or None. Reduce the losses by mean() or sum() before backward(): unless all losses have the same
     upstream gradient, hidden and head_weight get NaN gradients. The log-probs are detached."""
-    assert LOSSES[name].pairwise or "shared" in options, f"{name} needs the batch's shared term"
+    assert find_loss(name).pairwise or "shared" in options, f"{name} needs the batch's shared term"
     assert len(lengths) % 2 == 0, "lengths must hold two entries for each pair"
     on_device = lengths.to(hidden.device)
 

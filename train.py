@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 from data import LAYOUT, Batch, StepData, answer_states, autocast, epoch_order, row_length
-from mio import LOSSES, OPTION_BOUNDS, Answers, fused_pair_loss, options_of_losses, pair_loss
+from mio import OPTION_BOUNDS, Answers, find_loss, fused_pair_loss, options_of_losses, pair_loss
 from model import Llama
 from support import builtin_task, lora, run_folder
 from support.cli import option, stage
@@ -46,8 +46,9 @@ from support.run_options import parse_options
 class RunOptions:
     """Each field is a flag. None means "not set", unless support/run_options.py has a default."""
 
-    loss: str = option("mio", "objective; --loss help lists all losses", choices=tuple(LOSSES))
+    loss: str = option("mio", "objective; --loss help lists all losses")
     beta: float | None = option(None, "scale of the implicit reward", above=0, most=1e6)
+    average_logps: bool = option(False, "average log-probs over tokens where the loss uses sums")
     init: str | None = option(None, "checkpoint folder: the initial policy and the reference")
     data: str | None = option(None, "JSONL file of preference pairs to train on")
     eval_data: str | None = option(None, "JSONL file of held-out preference pairs")
@@ -116,8 +117,8 @@ def train_step(
     Returns the pairs' losses (B,) and log-probs (B, 2), and the gradient's norm before clipping,
     on the model's device. If a loss or the gradient is not finite, no weight changes."""
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
-    losses, logps, loss_arguments = [], [], LOSSES[options.loss].arguments(options)
-    if not LOSSES[options.loss].pairwise:
+    losses, logps, loss_arguments = [], [], find_loss(options.loss).arguments(options)
+    if not find_loss(options.loss).pairwise:
         loss_arguments["shared"] = shared_term(model, data, options, world)
     for batch in data.batches:
         ref_logps = of_answers(data.ref_logps, batch, device)  # (2b,) for the b pairs of a batch
@@ -160,8 +161,9 @@ def shared_term(model: Llama, data: StepData, options: Options, world: World) ->
     ref = [of_answers(ref_logps, batch, device) for batch in batches]  # (2b,) each
     lengths = [batch.lengths.to(device) for batch in batches]
     terms = [world.gather(parts) for parts in (logps, ref, lengths)]  # (2B,) each
-    sides = (Answers(*(x[side::2] for x in terms), options.beta) for side in (0, 1))
-    return LOSSES[options.loss].shared(*sides)
+    sides = [Answers(*(x[side::2] for x in terms), options.beta) for side in (0, 1)]
+    sides = [side.averaged() for side in sides] if options.average_logps else sides
+    return find_loss(options.loss).shared(*sides)
 
 
 def make_optimizer(model: Llama, options: Options) -> torch.optim.AdamW:
@@ -280,11 +282,9 @@ def check_first_step(options: Options, data: StepData, losses: Tensor, logps: Te
     drift = (logps.cpu() - ref).abs().max().item()
     # Rounding differs between packings, and grows with the length of a sum.
     allowed = (1e-4 if options.dtype == "float32" else 5e-3) * (1 + ref.abs().max())
-    objective, loss = LOSSES[options.loss], mean(losses)
-    known, defaults = objective.initial_loss, {"beta": options.beta, **objective.options}
-    if known is None or objective.arguments(options) != defaults:
-        known = loss  # the value depends on the answers, or an option is not at its default
-    known = known(options.beta) if callable(known) else known
+    objective, loss = find_loss(options.loss), mean(losses)
+    known = objective.loss_at_reference(**objective.arguments(options))
+    known = loss if known is None else known  # None: the value depends on the answers
     # The drift may explain a difference: slopes are about beta or, for ipo and sppo, 1 / beta.
     error = abs(loss - known) - 10 * max(options.beta, 1 / options.beta) * drift
     if not (drift <= allowed and error <= 1e-5 * (1 + abs(known))):
@@ -321,10 +321,11 @@ def training_metrics(job: Job, data: StepData, losses, logps, grad_norm) -> dict
     metrics = {"loss": mean(losses), "grad_norm": float(grad_norm)} | data.metrics
     if data.advantages is not None:
         return metrics
-    present = torch.from_numpy(data.pairs.lengths()[data.index, 1:] > 0)  # (B, 2)
-    logps = torch.where(present, logps, torch.nan)
+    lengths = torch.from_numpy(data.pairs.lengths()[data.index, 1:])  # (B, 2)
+    logps = torch.where(lengths > 0, logps, torch.nan)
     ref = None if data.ref_logps is None else data.ref_logps[data.index]
-    values = evaluation.preference_values(logps, ref, job.options.beta)
+    scale = evaluation.reward_scale(lengths, **vars(job.options))
+    values = evaluation.preference_values(logps, ref, scale)
     return metrics | {name: mean(value[~value.isnan()]) for name, value in values.items()}
 
 
@@ -337,11 +338,12 @@ def held_out_metrics(job: Job, logps: Tensor, start_logps: Tensor) -> dict[str, 
     lengths = torch.from_numpy(job.held_out.lengths()[:, 1:])  # (pairs, 2)
     if not job.mismatched and not is_rlhf(options):
         sums = *logps.unbind(dim=1), *start_logps.unbind(dim=1)
-        arguments = LOSSES[options.loss].arguments(options)
+        arguments = find_loss(options.loss).arguments(options)
         arguments |= zip(("chosen_lengths", "rejected_lengths"), lengths.unbind(dim=1))
         metrics["loss"] = mean(pair_loss(options.loss, *sums, **arguments))
     logps = torch.where(lengths > 0, logps, torch.nan)
-    metrics |= evaluation.preference_metrics(logps, start_logps, options.beta)
+    scale = evaluation.reward_scale(lengths, **vars(options))
+    metrics |= evaluation.preference_metrics(logps, start_logps, scale)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
@@ -364,7 +366,7 @@ def finish(job: Job, start_logps: Tensor, logps: Tensor, row: dict, started: flo
     job.model.save_pretrained(folder)
     job.tokenizer.save(folder)
     rows = {options.loss: evaluation.preference_row(logps, start_logps, job.held_out)}
-    if (init / "base.json").is_file():  # the base model of the demonstration
+    if builtin_task.is_demonstration(init):
         before = builtin_task.base_values(init, options.device)
         with stage("evaluation: the trained model on the held-out problems") as notes:
             after = builtin_task.task_values(job.model, job.tokenizer)

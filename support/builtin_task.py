@@ -70,6 +70,11 @@ def base_folder(options) -> Path:
     return Path(options.out).parent / (f"base-seed{options.seed}" if options.seed else "base")
 
 
+def is_demonstration(init) -> bool:
+    """Tells whether a run from the folder `init` is a run of the demonstration. None: no --init."""
+    return init is None or (Path(init) / "base.json").is_file()
+
+
 def prepare(options, drawn: bool, make_optimizer, train_step):
     """Makes the base model and preference pairs unless they exist. Returns the options with their
     paths: `data` is problems.jsonl if the policy draws the answers (`drawn`), else pairs.jsonl."""

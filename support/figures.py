@@ -19,7 +19,7 @@ LEGEND = {  # pattern that matches the start of a column's name -> explanation b
     "cut": "cut: share of answers cut off at --max_new_tokens; the text so far is graded",
     "acc": "acc: the gold choice is likeliest; acc_norm: per character; acc_bytes: per byte",
     "Δ ": "Δ: change of an answer's summed log-prob from the reference, in nats",
-    "reward": "reward: share of pairs whose chosen answer has the larger Δ",
+    "reward": "reward: share of pairs whose chosen answer has the larger T",
     "margin": "T: the implicit reward, beta times Δ; margin: T chosen minus T rejected",
     "chosen": "chosen, rejected: summed log-prob of an answer, in nats",
     "dv": "dv, nwj, js: mutual information of prompt and chosen answer by critic T, in nats",

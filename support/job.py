@@ -15,9 +15,9 @@ from torch import Tensor
 
 from data import Pairs, load_pairs, needs_fixed_length, split_pairs, truncate
 from eval import pair_logps
-from mio import LOSSES
+from mio import find_loss
 from model import Llama
-from support import lora, on_policy, run_folder, weights
+from support import lora, on_policy, run_folder, run_options, weights
 from support.cli import stage
 from support.files import digest, read_json
 from support.trained_run import load_checkpoint
@@ -70,7 +70,7 @@ def load_job(options, world) -> Job:
     checkpoint = run_folder.newest_checkpoint(Path(options.out)) if options.resume else None
     record = read_json(checkpoint / "training.json") if checkpoint else {}
     model, tokenizer, reference = load_models(options, checkpoint, world)
-    loss, pairs, held_out = LOSSES[options.loss], Pairs(), Pairs()
+    loss, pairs, held_out = find_loss(options.loss), Pairs(), Pairs()
     questions = mismatched = None
     if options.eval_data:
         held_out = load_pairs(options.eval_data, tokenizer, options.max_length)
@@ -82,6 +82,11 @@ def load_job(options, world) -> Job:
             pairs, held_out = split_pairs(pairs, options.eval_fraction, options.seed)
         check_answers(pairs, loss.answers, options.data, options.loss)
         check_answers(held_out, loss.answers, options.eval_data or options.data, options.loss)
+    if options.beta is None:  # --average_logps without --beta
+        answers = pairs.lengths()[:, 1:]
+        tokens, beta = answers[answers > 0].mean(), run_options.default_beta(loss, options.init)
+        options = dataclasses.replace(options, beta=float(beta * tokens))
+        print(f"--average_logps: beta is {beta:g} times {tokens:.1f}, the mean tokens of an answer")
     lengths = np.concatenate([pairs.lengths(), held_out.lengths()])  # (all pairs, 3)
     longest = int(max(lengths[:, 0] + lengths[:, 1:].max(axis=1), default=0))
     if longest > (context := model.config.max_position_embeddings):
@@ -156,7 +161,7 @@ def check_answers(pairs: Pairs, needed: str, path, loss: str) -> None:
 
 def describe(job: Job) -> str:
     """Returns a summary of the run to print before training, which shows a wrong flag early."""
-    options, loss = job.options, LOSSES[job.options.loss]
+    options, loss = job.options, find_loss(job.options.loss)
     used = loss.options.keys() | ({"beta"} if loss.uses_beta else set())
     arguments = [f", {n} {x:g}" for n, x in loss.arguments(options).items() if n in used]
     total = sum(p.numel() for p in job.model.parameters())
@@ -186,7 +191,7 @@ def logps_of(job: Job, pairs: Pairs) -> Tensor:
 
 def first_progress(job: Job) -> run_folder.Progress:
     """Computes the state at step 0, with the log-probs of pairs under the initial weights."""
-    compared = job.pairs if LOSSES[job.options.loss].needs_reference else None
+    compared = job.pairs if find_loss(job.options.loss).needs_reference else None
     refs = [reference_logps(job, pairs) if pairs else None for pairs in (compared, job.mismatched)]
     return run_folder.Progress(0, 0, *refs, logps_of(job, job.held_out), {})
 

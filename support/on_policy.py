@@ -7,7 +7,7 @@ import torch
 
 from data import Pair, Pairs, StepData
 from eval import pair_logps
-from mio import LOSSES
+from mio import find_loss
 from support.grading import grade_answer
 from support.lora import lora_of, merge_lora
 from support.questions import Item, prompt_ids, read_items
@@ -15,7 +15,7 @@ from support.sampling import sample_ids
 
 
 def is_rlhf(options) -> bool:
-    return LOSSES[options.loss].answers == "drawn"
+    return find_loss(options.loss).answers == "drawn"
 
 
 def is_on_policy(options) -> bool:
@@ -30,7 +30,7 @@ def prompts_per_step(options) -> int:
 
 def check_draws(options) -> None:
     """Raises ValueError if --on_policy or --samples does not fit --loss or --batch_size."""
-    if options.on_policy and (LOSSES[options.loss].shared_of_mismatched or is_rlhf(options)):
+    if options.on_policy and (find_loss(options.loss).shared_of_mismatched or is_rlhf(options)):
         raise ValueError(f"--on_policy: not supported by --loss {options.loss}; leave the flag out")
     k, answers = options.samples, 2 * options.batch_size
     if is_rlhf(options) and (k % 2 or answers % k):

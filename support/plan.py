@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from mio import CHUNK_TOKENS, LOSSES, chunks_of_pairs
+from mio import CHUNK_TOKENS, chunks_of_pairs, find_loss
 from model import Llama, ModelConfig
 from support.files import read_json
 from support.lora import add_lora, config_of
@@ -113,7 +113,7 @@ def _operations(config, options, linears, head, T, N, squares, compiled) -> floa
     if options.checkpointing == "on":  # eager code does not recompute a block's last product
         last_product = 2 * T * L * config.hidden_size * config.intermediate_size
         flops += products + attention - (not compiled and head.requires_grad) * last_product
-    if not LOSSES[options.loss].pairwise:  # an extra forward pass computes the shared scalar
+    if not find_loss(options.loss).pairwise:  # an extra forward pass computes the shared scalar
         flops += products + attention + project
     return flops
 

@@ -4,8 +4,10 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
-from mio import LOSSES, loss_table, options_of_losses
+import mio
+from mio import LOSSES, find_loss, options_of_losses
 from support import builtin_task, cli, files, lora, on_policy, run_folder
+from support.builtin_task import is_demonstration
 
 # The defaults of runs that start from a checkpoint (--init), and of the demonstration.
 CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6, "max_new_tokens": 256}
@@ -47,6 +49,25 @@ def parse_options(argv: list[str] | None, cls: type, description: str, world):
         parser.error(error)
 
 
+def loss_table() -> str:
+    """Returns mio.py's table of symbols, then two lines of at most 80 columns for each loss."""
+    lines = [mio.__doc__.split("\n\n")[2], ""]
+    for name, loss in LOSSES.items():
+        facts = [loss.uses, "reference" if loss.needs_reference else "no reference"]
+        facts += [f"beta {loss.beta:g}"] if loss.uses_beta else []
+        facts += [f"{option} {default:g}" for option, default in loss.options.items()]
+        lines += [f"{name:10}{loss.function.__doc__}", f"{'':10}{', '.join(facts)}; {loss.source}"]
+    lines += ["A+0.1*B   a weighted sum of losses that split into pairs, such as mio+0.1*sft"]
+    return "\n".join(lines)
+
+
+def default_beta(loss, init) -> float:
+    """Returns the default of --beta for a Loss. The demonstration multiplies the loss's own default
+    by 5, because its short answers have small log-ratios."""
+    is_scaled = loss.needs_reference and loss.uses != "means" and is_demonstration(init)
+    return loss.beta * (5 if is_scaled else 1)
+
+
 def default_out(options) -> str:
     return f"out/{options.loss}{'-on-policy' if options.on_policy else ''}"
 
@@ -54,11 +75,11 @@ def default_out(options) -> str:
 def resolve(options, world):
     """Fills in defaults that depend on other options. Raises ValueError for unusable options."""
     check_together(options)
-    loss, defaults = LOSSES[options.loss], {"out": default_out(options)}
-    defaults |= CHECKPOINT if options.init or options.plan else DEMONSTRATION
-    # The demonstration multiplies beta by 5, because its short answers have small log-ratios.
-    is_scaled = loss.needs_reference and loss.uses != "means" and not options.init
-    defaults["beta"] = loss.beta * (5 if is_scaled else 1)
+    loss, defaults = find_loss(options.loss), {"out": default_out(options)}
+    demonstration = not options.plan and is_demonstration(options.init)
+    defaults |= DEMONSTRATION if demonstration else CHECKPOINT
+    # load_job multiplies the default of --average_logps by the mean length of the answers.
+    defaults["beta"] = None if options.average_logps else default_beta(loss, options.init)
     defaults["lr"] *= 10 if options.lora_rank or options.init_adapter else 1
     defaults |= PLAN if options.plan else {}
     if options.lora_rank:
@@ -74,7 +95,7 @@ def resolve(options, world):
 
 def check_together(options) -> None:
     """Raises ValueError for a flag that needs or excludes another flag."""
-    loss, shortest = LOSSES[options.loss], builtin_task.PAIR_TOKENS
+    loss, shortest = find_loss(options.loss), builtin_task.PAIR_TOKENS
     given = {name for name, x in vars(options).items() if x or type(x) in (int, float)}
     if options.plan and (options.plan == "init") != ("init" in given):
         raise ValueError("--plan needs a preset or --init FOLDER; give one, but not both")
@@ -93,6 +114,10 @@ def check_together(options) -> None:
     for name, other in (needed | dict.fromkeys(LORA_FLAGS, "lora_rank")).items():
         if name in given and other not in given:
             raise ValueError(f"--{name} needs --{other}; add --{other} or leave out --{name}")
+    if options.average_logps and (loss.uses == "means" or on_policy.is_rlhf(options)):
+        raise ValueError(f"--average_logps: has no use with --loss {options.loss}; leave it out")
+    if options.average_logps and options.on_policy and options.beta is None:
+        raise ValueError("--average_logps with --on_policy needs a --beta; give one")
     unused = LOSS_OPTIONS - loss.options.keys()
     if not loss.uses_beta and options.beta != loss.beta:  # records of a run hold loss.beta
         unused.add("beta")

@@ -5,14 +5,15 @@ from typing import NamedTuple
 
 from data import Pairs, load_pairs, split_pairs
 from model import Llama
-from support import lora
+from support import builtin_task, lora
 from support.files import read_json
 from support.questions import Item, read_items
 from support.tokenizers import load_tokenizer
 
 # The keys of train_config.json that evaluation reads, and their values if there is no such file.
 TRAINING = {"init": None, "init_adapter": None, "data": None, "eval_data": None, "seed": 0,
-            "eval_fraction": 0.0, "max_length": 1024, "beta": 1.0, "dtype": "float32"}  # fmt: skip
+            "eval_fraction": 0.0, "max_length": 1024, "loss": "mio", "beta": 1.0,
+            "average_logps": False, "dtype": "float32"}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -36,7 +37,7 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
             raise ValueError(f"{config}: {name} or dtype is malformed; restore the original file")
     init, path, fraction = training["init"], training["data"], training["eval_fraction"]
     kwargs = {"tokenizer": load_tokenizer(folder), "max_length": training["max_length"]}
-    is_demonstration = not files and (Path(init or folder) / "base.json").is_file()
+    is_demonstration = not files and builtin_task.is_demonstration(init or folder)
     data = {}
     if not files and training["eval_data"]:
         files = {training["eval_data"]: None}

@@ -29,6 +29,7 @@ from model import Llama
 from support import figures
 from support.curves import read_curves
 from support.tokenizers import byte_tokenizer
+from support.trained_run import TRAINING
 
 torch.set_num_threads(1)  # more threads do not speed up such small models
 SIDES = ("chosen", "rejected")
@@ -198,7 +199,7 @@ def test_infinite_log_probs_cause_no_warnings():
 def columns_by_title(models, file, title="x", kl_samples=0, beta=1.0, **training):
     tokenizer = byte_tokenizer()
     options = SimpleNamespace(kl_samples=kl_samples, max_new_tokens=5, seed=3, batch_size=None)
-    training = {"dtype": "float32", "beta": beta, "init": "base"} | training
+    training = TRAINING | {"beta": beta, "init": "base"} | training
     pairs = load_pairs(file, tokenizer)
     return pair_columns(models[0], tokenizer, models[1], file, title, pairs, options, training)
 

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 import mio
-from mio import LOSSES, Answers, chunked_logps, fused_pair_loss, naive_logps, pair_loss
+from mio import (
+    LOSSES,
+    Answers,
+    chunked_logps,
+    find_loss,
+    fused_pair_loss,
+    naive_logps,
+    pair_loss,
+)
+from support.run_options import loss_table
 
 ROOT = Path(mio.__file__).parent
 PAIRWISE = [name for name, loss in LOSSES.items() if loss.pairwise]
@@ -58,7 +67,7 @@ def extras(name: str, advantages=ADVANTAGES) -> dict:
     the scalar that couples the pairs of a batch."""
     if name == "rlhf":
         return {"advantages": tuple(torch.as_tensor(a, dtype=torch.float64) for a in advantages)}
-    return {} if LOSSES[name].pairwise else {"shared": torch.tensor(0.3, dtype=torch.float64)}
+    return {} if find_loss(name).pairwise else {"shared": torch.tensor(0.3, dtype=torch.float64)}
 
 
 def loss_and_gradient(name: str, policy, beta: float = 0.1, reference=REFERENCE, **options):
@@ -91,12 +100,13 @@ def test_losses_have_their_published_values_and_gradients(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_declared_start_is_the_loss_where_the_policy_equals_the_reference(name):
-    for beta in (0.1, 2.0):
+    own = LOSSES[name].options
+    for beta, change in ((0.1, 1.0), (2.0, 1.0), (0.1, 0.7)):
         # At the reference dv and kto take their shared term from the pair itself, where it is 0.
         options = extras(name) if name == "rlhf" else {}
+        options |= {option: change * default for option, default in own.items()}
         value = loss_and_gradient(name, REFERENCE, beta, **options)[0]
-        start = LOSSES[name].initial_loss
-        start = start(beta) if callable(start) else start
+        start = LOSSES[name].loss_at_reference(beta, **options)
         if start is None:  # the loss depends on the answers
             lower = [s - 1 for s in REFERENCE]
             assert value != loss_and_gradient(name, lower, beta, lower, **options)[0]
@@ -259,7 +269,7 @@ def test_extreme_log_ratios_give_finite_losses_and_gradients(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_printed_table_says_what_each_loss_uses(name):
     loss, batch, options = LOSSES[name], batch_of_pairs(8), extras(name, torch.randn(2, 8))
-    lines = mio.loss_table().splitlines()
+    lines = loss_table().splitlines()
     assert max(map(len, lines)) <= 80
     row = next(i for i, line in enumerate(lines) if line.split(" ")[0] == name)
     assert loss.function.__doc__ in lines[row] and loss.source in lines[row + 1]
@@ -284,7 +294,7 @@ def test_the_printed_table_says_what_each_loss_uses(name):
 def test_the_page_of_the_losses_repeats_the_printed_table():
     text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```\w*\n(.*?)\n```$", text, re.DOTALL | re.MULTILINE)
-    printed = mio.loss_table().splitlines()  # may hold a new loss that the page does not have yet
+    printed = loss_table().splitlines()  # may hold a new loss that the page does not have yet
     (block,) = (block for block in blocks if "sp(T_l - T_w)" in block)
     assert set(block.splitlines()) <= set(printed) and len(block.splitlines()) > 50
 
@@ -385,6 +395,106 @@ def test_losses_and_gradients_are_those_of_trl(name):
             assert (a - b).abs().max() <= tolerance
 
 
+# --- Weighted sums, and means in place of sums ----------------------------------------------------
+
+
+def mio_and_half_sft(w, l, ref_w, ref_l, n_w, beta):  # noqa: E741
+    """mio+0.5*sft for log-probs (B,), written out."""
+    sp, t_w, t_l = torch.nn.functional.softplus, beta * (w - ref_w), beta * (l - ref_l)
+    return sp(-t_w) + sp(t_w) / 2 + sp(t_l) / 2 - 0.5 * w / n_w
+
+
+def test_a_sum_of_losses_has_the_value_and_gradient_of_its_formula_through_the_head():
+    lengths = [3, 2, 1, 4, 5, 1]
+    hidden, head, targets, lengths, ref = completions(lengths)
+    logps = naive_logps(hidden, head, targets, lengths)
+    parts = logps[0::2], logps[1::2], ref[0::2], ref[1::2]
+    expected = mio_and_half_sft(*parts, lengths[0::2], 0.7)
+    for chunk_tokens in (1, 6, 1000):
+        how = {"beta": 0.7, "chunk_tokens": chunk_tokens}
+        fused, _ = fused_pair_loss(hidden, head, targets, lengths, ref, "mio+0.5*sft", **how)
+        torch.testing.assert_close(fused, expected, rtol=1e-9, atol=0)
+        wanted, got = (
+            torch.autograd.grad(x.mean(), (hidden, head), retain_graph=True)
+            for x in (expected, fused)
+        )
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+    test_the_fused_head_passes_gradcheck("mio+0.5*sft")
+
+
+@pytest.mark.parametrize("name", ["mio+0.5*sft", "dpo+sft", "ipo+2*sppo", "exo+.1*cdpo", "dpo+rpo"])
+def test_the_start_of_a_sum_is_the_sum_of_the_starts(name):
+    loss = find_loss(name)
+    options = {option: 0.7 * default for option, default in loss.options.items()}
+    value = loss_and_gradient(name, REFERENCE, 0.3, **options)[0]
+    start = loss.loss_at_reference(0.3, **options)
+    unknown = "sft" in name or "rpo" in name  # these depend on the answers
+    assert start is None if unknown else start == pytest.approx(value, rel=1e-12)
+    assert find_loss("mio+0.1*dpo").loss_at_reference(0.3) == pytest.approx(2.1 * math.log(2))
+
+
+def test_a_sum_declares_what_its_terms_need():
+    both = find_loss("sft+2*simpo")
+    assert (both.uses, both.beta, both.answers) == ("means", 2.0, "both")
+    assert not both.needs_reference and both.uses_beta and both.options == {"gamma": 0.5}
+    total = find_loss("dpo+0.5*sft")
+    assert (total.uses, total.beta, total.needs_reference) == ("sums and means", 0.1, True)
+    assert "2305.18290" in total.source and total.function.__doc__ == "1 dpo + 0.5 sft"
+    batch = batch_of_pairs()
+    got = loss_of("simpo+0.5*cpo", *batch, gamma=0.2, alpha=3.0)
+    parts = loss_of("simpo", *batch, gamma=0.2), loss_of("cpo", *batch, alpha=3.0)
+    torch.testing.assert_close(got, parts[0] + 0.5 * parts[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["mio+0.5*nll", "mio+mio", "0.5*mio", "mio+", "mio+-1*sft",
+                                  "dpo+0.1*dv", "kto+sft", "sft+rlhf", "nosuch"])  # fmt: skip
+def test_a_name_that_is_neither_a_loss_nor_a_sum_is_refused(name):
+    with pytest.raises(ValueError, match=r"choose from mio, dpo, .* without dv, kto, rlhf$"):
+        pair_loss(name, *[double(0.0)] * 4, beta=0.1)
+
+
+def test_average_logps_divides_every_log_prob_by_its_tokens_once():
+    s_w, s_l, ref_w, ref_l, n_w, n_l = batch_of_pairs()
+    means = s_w / n_w, s_l / n_l, ref_w / n_w, ref_l / n_l
+    for name in ("mio", "dpo", "sppo", "hinge", "dv"):
+        expected = pair_loss(name, *means, beta=3.0)
+        got = loss_of(name, s_w, s_l, ref_w, ref_l, n_w, n_l, 3.0, average_logps=True)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    expected = mio_and_half_sft(*means, 1.0, 3.0)  # sft has means already
+    batch = s_w, s_l, ref_w, ref_l, n_w, n_l
+    got = loss_of("mio+0.5*sft", *batch, 3.0, average_logps=True)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    slic = loss_of("slic", s_w, s_l, None, None, n_w, n_l, 3.0, average_logps=True)
+    expected = torch.relu(1 - means[0] + means[1]) - 3.0 * means[0]
+    torch.testing.assert_close(slic, expected, rtol=1e-12, atol=0)
+    one_answer = torch.tensor([0, 3])
+    kto = loss_of("kto", *(x[:2] for x in batch[:4]), one_answer, n_l[:2], average_logps=True)
+    assert kto.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["mio", "dpo+sft"])
+def test_the_fused_head_averages_log_probs(name):
+    *inputs, ref = completions([3, 2, 1, 4, 5, 1])
+    losses, logps = naive_pair_loss(*inputs, ref, name, 0.7, average_logps=True)
+    fused = fused_pair_loss(*inputs, ref, name, beta=0.7, chunk_tokens=6, average_logps=True)
+    torch.testing.assert_close(fused, (losses, logps), rtol=1e-12, atol=1e-12)
+    expected, got = (torch.autograd.grad(x.mean(), inputs[:2]) for x in (losses, fused[0]))
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_a_sum_is_the_sum_of_trl():
+    from trl import DPOTrainer
+
+    s_w, s_l, ref_w, ref_l, n_w, n_l = batch_of_pairs(1)
+    trainer = trl_trainer(loss_types=["nca_pair", "sft"], beta=0.3, label_smoothing=0.0)
+    trainer.loss_weights = [1.0, 0.25]
+    ref = {"ref_chosen_logps": ref_w, "ref_rejected_logps": ref_l}
+    inputs = trl_inputs(torch.cat((s_w, s_l)), torch.cat((n_w, n_l)), **ref)
+    theirs = DPOTrainer._compute_loss(trainer, *inputs, False)
+    ours = loss_of("mio+0.25*sft", s_w, s_l, ref_w, ref_l, n_w, n_l, beta=0.3).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
 # --- The head -------------------------------------------------------------------------------------
 
 
@@ -405,7 +515,7 @@ def head_extras(name: str, count: int) -> dict:
     return {"advantages": advantages} if name == "rlhf" else extras(name)
 
 
-def naive_pair_loss(hidden, head, targets, lengths, ref, name, beta):
+def naive_pair_loss(hidden, head, targets, lengths, ref, name, beta, **options):
     """The oracle of fused_pair_loss: the published formulas over naive_logps, by autograd."""
     logps, more = naive_logps(hidden, head, targets, lengths), head_extras(name, len(lengths))
     if name == "rlhf":
@@ -416,6 +526,7 @@ def naive_pair_loss(hidden, head, targets, lengths, ref, name, beta):
         chosen_lengths=lengths[0::2],
         rejected_lengths=lengths[1::2],
         **more,
+        **options,
     )
     return losses, logps
 

@@ -13,9 +13,9 @@ from runs import metrics, run
 
 import mio
 import train
-from mio import LOSSES, Loss, loss_table
+from mio import LOSSES, Loss
 from support.distributed import World
-from support.run_options import parse_options
+from support.run_options import loss_table, parse_options
 from train import Options
 
 
@@ -93,7 +93,7 @@ def test_help_shows_both_defaults(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "--loss NAME objective; --loss help lists all losses" in text
+    assert stop.value.code == 0 and "--loss STR objective; --loss help lists all losses" in text
     assert "optimizer step (default: 32, demonstration: 64)" in text
     assert "implicit reward (default: the loss's own)" in text
     assert "folder for the run's files (default: out/LOSS)" in text
