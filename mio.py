@@ -24,6 +24,7 @@ so DPO maximizes the first bound and MIO maximizes the second.
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -540,7 +541,7 @@ def _to_residual(logits: Tensor, targets: Tensor, compiled: bool) -> Tensor:
     """Turns logits (t, V) into softmax minus one-hot in place; returns token log-probs (t,)."""
     # A CPU processes a few rows at a time, so that the logits stay in its cache.
     rows = len(logits) if logits.is_cuda else 1 + 2**20 // logits.shape[1]
-    of_rows = _compiled_residual_of_rows if compiled else _residual_of_rows
+    of_rows = _compiled_residual_of_rows() if compiled else _residual_of_rows
     parts = zip(logits.split(rows), targets.split(rows))
     return torch.cat([of_rows(z, y) for z, y in parts])
 
@@ -555,7 +556,9 @@ def _residual_of_rows(logits: Tensor, targets: Tensor) -> Tensor:
     return token_logps
 
 
-_compiled_residual_of_rows = torch.compile(_residual_of_rows, dynamic=True)
+@functools.cache
+def _compiled_residual_of_rows() -> Callable:
+    return torch.compile(_residual_of_rows, dynamic=True)  # imports the compiler, which takes seconds
 
 
 def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, overwrite: bool) -> None:

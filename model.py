@@ -103,7 +103,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, grouped: bool) -> Tensor
     )
 
 
-@torch.compiler.disable  # the number of rows and their lengths change from batch to batch
 def _attend_row_by_row(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor], grouped: bool):
     lengths = [mask.shape[-1] for mask in masks]
     rows = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), masks)  # (1, heads, t, E) each
@@ -206,6 +205,8 @@ class Llama(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compiles all blocks, which share compiled code. Names in the state_dict do not change."""
+        global _attend_row_by_row  # not compiled: the rows and their lengths change in each batch
+        _attend_row_by_row = torch.compiler.disable(_attend_row_by_row)
         self.compiled = True
         for block in self.model["layers"]:
             block.compile()

@@ -573,7 +573,7 @@ def test_the_compiled_head_runs_the_compiled_code(monkeypatch):
         calls.append(len(logits))
         return mio._residual_of_rows(logits, targets)
 
-    monkeypatch.setattr(mio, "_compiled_residual_of_rows", compiled)
+    monkeypatch.setattr(mio, "_compiled_residual_of_rows", lambda: compiled)
     *inputs, ref = completions([3, 2, 1, 4])
     plain, fast = (
         fused_pair_loss(*inputs, ref, "mio", beta=1.0, compiled=compiled)
