@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import eval as evaluation
@@ -113,8 +114,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Makes one optimizer step on the pairs of `data`. check(losses, logps) runs before the update.
 
-    Returns the pairs' losses (B,) and log-probs (B, 2), and the gradient's norm before clipping,
-    on the model's device. If a loss or the gradient is not finite, no weight changes."""
+    Returns the pairs' losses (B,) and log-probs (B, 2), and the gradient's norm before clipping. If
+    a loss or the gradient is not finite, no weight changes."""
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     losses, logps, loss_arguments = [], [], LOSSES[options.loss].arguments(options)
     if not LOSSES[options.loss].pairwise:
@@ -136,8 +137,8 @@ def train_step(
     if check:
         check(losses, logps)
     B = len(losses)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    grad_norm = world.total_norm(gradients) / B  # gradient of the mean loss over all pairs
+    gradients = world.sum_gradients(model.parameters())
+    grad_norm = get_total_norm(gradients) / B  # gradient of the mean loss over all pairs
     # Fused AdamW divides gradients by grad_scale and skips the update where found_inf is 1.
     excess = (grad_norm.float() + 1e-6) / (options.grad_clip or torch.inf)
     optimizer.grad_scale = B * excess.clamp(min=1)
@@ -161,7 +162,7 @@ def shared_term(model: Llama, data: StepData, options: Options, world: World) ->
     lengths = [batch.lengths.to(device) for batch in batches]
     terms = [world.gather(parts) for parts in (logps, ref, lengths)]  # (2B,) each
     sides = (Answers(*(x[side::2] for x in terms), options.beta) for side in (0, 1))
-    return LOSSES[options.loss].shared(*sides)
+    return LOSSES[options.loss].shared(*sides).to(device)
 
 
 def make_optimizer(model: Llama, options: Options) -> torch.optim.AdamW:
@@ -192,7 +193,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
     held-out log-probs (pairs, 2) of the last evaluation and the metrics of the last step."""
     options, model, world, tokens = job.options, job.model, job.world, progress.num_tokens
     optimizer = make_optimizer(model, options)
-    run_folder.restore_moments(model, optimizer, progress.moments, world)
+    run_folder.restore_moments(model, optimizer, progress.moments)
     remaining = range(progress.step + 1, job.stop + 1)
     with run_folder.metrics_log(job) as (row, log):
         held_out_logps = progress.start_logps
@@ -212,7 +213,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
                 group["lr"] = lr
             check = functools.partial(check_first_step, options, data) if step == 1 else None
             losses, logps, grad_norm = torch.zeros(0), torch.zeros(0, 2), torch.zeros(())
-            if data.batches:  # none if the drawn answers to each prompt are all right or all wrong
+            if data.index:  # empty if the drawn answers to each prompt are all right or all wrong
                 losses, logps, grad_norm = train_step(model, optimizer, data, options, world, check)
             tokens += sum(row_length(data.pairs[i]) for i in data.index)
             unchecked.append((step, data, losses, grad_norm))
@@ -306,8 +307,7 @@ def check_finite(job: Job, step: int, data: StepData, losses: Tensor, grad_norm:
 
 
 def check_weights(job: Job, step: int) -> None:
-    finite = all(p.isfinite().all() for p in job.model.parameters())  # this process's share
-    if not job.world.gather([torch.tensor([finite])]).all():
+    if not all(p.isfinite().all() for p in job.model.parameters()):
         raise TrainingError(f"step {step}: the weights are not finite; try a lower --lr")
 
 
@@ -409,7 +409,6 @@ def main(argv: list[str] | None = None) -> Path:
         print(describe(job), flush=True)
         try:
             # Reference log-probs
-            world.shard(job.model, getattr(torch, options.dtype), options.device)
             progress = run_folder.load_progress(job) if job.checkpoint else first_progress(job)
             if world.first:
                 run_folder.begin(job.options, job.record, world.count)
@@ -420,7 +419,6 @@ def main(argv: list[str] | None = None) -> Path:
                 notes.append(f"metrics.jsonl in {folder}")
             # Evaluation
             if row["step"] == job.stop:
-                job = job._replace(model=world.gather_model(job.model))
                 if world.first:
                     finish(job, progress.start_logps, logps, row, started)
                 return folder

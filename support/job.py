@@ -108,7 +108,8 @@ def load_job(options, world) -> Job:
 
 def load_models(options, checkpoint: Path | None, world):
     """Loads policy, tokenizer, and the reference, which is None unless the policy draws answers."""
-    device = "cpu" if world.count > 1 else options.device  # sharding moves it block by block
+    # Each of several processes has its own GPU, which is the current device.
+    device = torch.device(options.device).type if world.count > 1 else options.device
     drawn, adapter, reference = on_policy.is_on_policy(options), options.init_adapter, None
     if options.lora_rank or adapter:
         model, tokenizer = load_checkpoint(options.init, "cpu", torch.float32)
@@ -179,9 +180,7 @@ def describe(job: Job) -> str:
 def logps_of(job: Job, pairs: Pairs) -> Tensor:
     """Returns log-probs of answers under job.model, (pairs, 2) in nats, computed as in training."""
     dtype, world = getattr(torch, job.options.dtype), job.world
-    logps = world.sum(pair_logps(job.model, pairs, *job.layout[:2], dtype, world.batches))
-    world.reshard(job.model)
-    return logps
+    return world.sum(pair_logps(job.model, pairs, *job.layout[:2], dtype, world.batches))
 
 
 def first_progress(job: Job) -> run_folder.Progress:
