@@ -254,19 +254,21 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
 def step_data(job: Job, progress: Progress, step: int) -> StepData:
     """Returns a step's data. Rows depend on seed and step, drawn answers also on the weights."""
     epoch, place = divmod(step - 1, job.per_epoch)
-    size, layout = prompts_per_step(job.options), job.layout
+    size = prompts_per_step(job.options)
     numbers = epoch_order(len(job.questions or job.pairs), job.options.seed, epoch).tolist()
     numbers = numbers[place * size : (place + 1) * size]
     data = StepData([], progress.ref_logps, pairs=job.pairs)
     if job.questions:
         data = draw_pairs(job, step, numbers)
         numbers = list(range(len(data.pairs)))
-    batches, mismatched = job.world.batches(data.pairs, numbers, *layout), None
     if job.mismatched:
-        mismatched = job.world.batches(job.mismatched, numbers, *layout), progress.ref_mismatched
+        batches = job.batches(job.mismatched, numbers)
+        data = data._replace(mismatched=(batches, progress.ref_mismatched))
+    numbers.sort(key=lambda i: row_length(data.pairs[i]))  # balances the shares of the processes
+    batches = job.batches(data.pairs, numbers)
     index = torch.tensor([i for batch in batches for i in batch.index], dtype=torch.long)
     index = job.world.gather([index]).tolist()
-    return data._replace(batches=batches, mismatched=mismatched, index=index)
+    return data._replace(batches=batches, index=index)
 
 
 # --- Checks and metrics ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Supports one process, or several under torchrun, each with the whole model. Imports data.py."""
+"""Supports one process, or several under torchrun, each of which holds the whole model."""
 
 import contextlib
 import datetime
@@ -9,16 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data import Batch, Pairs, make_batches, row_length
-
 
 class World:
     """A single process: there is nothing to gather from other processes or to sum over them."""
 
     rank, count, first = 0, 1, True
     gather = staticmethod(torch.cat)  # joins the rows of all parts, and of all processes
-    batches = staticmethod(make_batches)
-    sum = staticmethod(lambda tensor: tensor)
     sum_gradients = staticmethod(lambda params: [p.grad for p in params if p.grad is not None])
 
 
@@ -29,16 +25,12 @@ class Processes(World):
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.first = self.rank == 0  # the first process prints and writes files
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Replaces the tensor of each process by the sum of the tensors of all processes."""
-        dist.all_reduce(tensor)
-        return tensor
-
     def sum_gradients(self, params) -> list[Tensor]:
         """Replaces each gradient by its sum over all processes, and returns the gradients."""
         trained = [p for p in params if p.requires_grad]
-        for p in trained:  # a process without pairs has no gradients
-            p.grad = self.sum(torch.zeros_like(p) if p.grad is None else p.grad)
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # None without a batch
+            dist.all_reduce(p.grad)
         return [p.grad for p in trained]
 
     def gather(self, parts: list[Tensor]) -> Tensor:
@@ -46,11 +38,6 @@ class Processes(World):
         gathered = [None] * self.count
         dist.all_gather_object(gathered, [part.cpu() for part in parts])
         return torch.cat([part for parts in gathered for part in parts])
-
-    def batches(self, pairs: Pairs, index: list[int], *layout) -> list[Batch]:
-        """Packs this process's share of `index`, which may be empty, by make_batches."""
-        index = sorted(index, key=lambda i: row_length(pairs[i]))  # balances the lengths
-        return make_batches(pairs, index[self.rank :: self.count], *layout)
 
 
 @contextlib.contextmanager

@@ -24,9 +24,11 @@ from runs import metrics
 from safetensors.torch import load_file
 
 import train
-from data import answer_states, load_pairs, row_length
+from data import Pairs, answer_states, epoch_order, load_pairs, make_batches, row_length
+from eval import pair_logps
 from support import distributed
-from support.run_folder import checkpoints
+from support.job import Job, logps_of
+from support.run_folder import Progress, checkpoints
 
 # Micro-batches of a pair or two, and 5 pairs in a step: one process has two passes, another three.
 # 21 pairs: in the last step of an epoch one of two processes has none.
@@ -49,24 +51,38 @@ def gather_joins_rows_in_the_order_of_the_processes(world, folder):
     assert torch.equal(alone, torch.eye(2))
 
 
-def sum_adds_in_place(world, folder):
-    tensor = torch.tensor([1.0, world.rank])
-    assert world.sum(tensor) is tensor and tensor.tolist() == [2.0, 1.0]
-
-
-def batches_deal_out_the_pairs(world, folder):
+def job_of(world, folder, size: int) -> Job:
     pairs = load_pairs(folder / "pairs.jsonl", byte_tokenizer())
-    for index in ([3, 1, 4, 15, 9], [7], list(range(23))):
-        batches = world.batches(pairs, index, *LAYOUT)
-        own = [i for batch in batches for i in batch.index]
-        everyone = world.gather([torch.tensor(own, dtype=torch.long)]).tolist()
-        assert sorted(everyone) == sorted(index)
-        tokens = torch.tensor([sum(row_length(pairs[i]) for i in own)])
-        loads = world.gather([tokens]).tolist()
-        assert len(index) == 1 or max(loads) <= 2 * min(loads)
-        for batch in batches:
-            assert len(batch.lengths) == 2 * len(batch.index) > 0 and batch.tokens.numel()
-            assert len(batch.source) == len(batch.targets) == batch.lengths.sum()
+    options = train.Options(batch_size=size, epochs=1, row_tokens=100, micro_tokens=150)
+    return Job(options, tiny_model(), None, pairs, Pairs(), {}, None, {}, world, mismatched=pairs)
+
+
+def steps_deal_out_the_pairs(world, folder):
+    count = len(job_of(world, folder, 1).pairs)
+    for size in (5, count, count - 1):  # at last, the second step has a single pair
+        job, progress = job_of(world, folder, size), Progress(0, 0, None, None, None, {})
+        order = epoch_order(count, seed=0, epoch=0).tolist()
+        for step in range(1, job.steps + 1):
+            data, index = train.step_data(job, progress, step), order[:size]
+            order = order[size:]
+            for batches in (data.batches, data.mismatched[0]):
+                own = [i for batch in batches for i in batch.index]
+                everyone = world.gather([torch.tensor(own, dtype=torch.long)]).tolist()
+                assert sorted(everyone) == sorted(data.index) == sorted(index)
+                assert batches is not data.batches or everyone == data.index
+                for batch in batches:
+                    assert len(batch.lengths) == 2 * len(batch.index) > 0
+            tokens = sum(row_length(job.pairs[i]) for batch in data.batches for i in batch.index)
+            loads = world.gather([torch.tensor([tokens])]).tolist()
+            assert len(index) <= 5 or max(loads) <= 1.5 * min(loads)
+        assert not order
+
+
+def log_probs_are_those_of_one_process(world, folder):
+    job = job_of(world, folder, 5)
+    for pairs in (job.pairs, job.pairs[:1], Pairs()):
+        found, expected = logps_of(job, pairs), pair_logps(job.model, pairs, *LAYOUT, torch.float32)
+        torch.testing.assert_close(found, expected)
 
 
 def gradients_are_sums_over_all_pairs(world, folder):
@@ -76,7 +92,7 @@ def gradients_are_sums_over_all_pairs(world, folder):
         for one in (distributed.World(), world):
             model = tiny_model()
             model.head_weight.requires_grad_(False)  # the states do not depend on the head
-            for batch in one.batches(pairs, index, *LAYOUT):
+            for batch in make_batches(pairs, index[one.rank :: one.count], *LAYOUT):
                 answer_states(model, batch).sum().backward()
             sums.append(one.sum_gradients(model.parameters()))
             gradients = [p.grad for p in model.parameters() if p.requires_grad]
@@ -88,16 +104,16 @@ def gradients_are_sums_over_all_pairs(world, folder):
 
 METHODS = (
     gather_joins_rows_in_the_order_of_the_processes,
-    sum_adds_in_place,
-    batches_deal_out_the_pairs,
+    steps_deal_out_the_pairs,
+    log_probs_are_those_of_one_process,
     gradients_are_sums_over_all_pairs,
 )
 
 
 def test_one_process_needs_none_of_it():
-    world, tensor, model = distributed.World(), torch.arange(3.0), tiny_model()
+    world, model = distributed.World(), tiny_model()
     assert (world.rank, world.count, world.first) == (0, 1, True)
-    assert world.sum(tensor) is tensor and world.sum_gradients(model.parameters()) == []
+    assert world.sum_gradients(model.parameters()) == []
     with distributed.join() as world:
         assert type(world) is distributed.World
 
