@@ -29,7 +29,7 @@ class Processes(World):
         """Replaces each gradient by its sum over all processes, and returns the gradients."""
         trained = [p for p in params if p.requires_grad]
         for p in trained:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # None without a batch
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # no batch, no gradient
             dist.all_reduce(p.grad)
         return [p.grad for p in trained]
 
