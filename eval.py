@@ -13,7 +13,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,19 +37,15 @@ from support.trained_run import Run, load_checkpoint, load_reference, read_run
 
 
 @torch.no_grad()
-def answer_logps(
-    model: Llama, items: Sequence, row_tokens: int, micro_tokens: int, dtype: torch.dtype,
-    batches: Callable[..., list[Batch]] = make_batches,
-) -> list[Tensor]:  # fmt: skip
+def answer_logps(model: Llama, items: Sequence, row_tokens, micro_tokens, dtype) -> list[Tensor]:
     """Returns, for each item, the summed log-probs of its answers: (answers,) in nats, on the CPU.
-    An item holds the ids of a prompt and of any number of answers. Items are packed and scored as
-    in training. If `batches` leaves items to other processes, their log-probs are 0."""
-    device = model.head_weight.device
+    An item holds the ids of a prompt and any number of answers. Items are packed as in training."""
+    device, pad = model.head_weight.device, needs_fixed_length(model)
     logps = [torch.zeros(len(item) - 1) for item in items]
     with tqdm(total=len(items), desc="log-probs", unit="item", leave=False) as bar:
         for start in range(0, len(items), 256):  # packs 256 items at a time
             index = list(range(start, min(start + 256, len(items))))
-            for batch in batches(items, index, row_tokens, micro_tokens, needs_fixed_length(model)):
+            for batch in make_batches(items, index, row_tokens, micro_tokens, pad):
                 sums = batch_logps(model, batch.to(device), dtype)
                 answers = [len(items[i]) - 1 for i in batch.index]
                 for i, part in zip(batch.index, sums.float().cpu().split(answers)):
@@ -68,7 +64,7 @@ def batch_logps(model: Llama, batch: Batch, dtype: torch.dtype) -> Tensor:
 
 def pair_logps(model: Llama, pairs: Pairs, *layout) -> Tensor:
     """Returns the summed log-probs of chosen and rejected answers, (pairs, 2) in nats, on the CPU.
-    layout: row_tokens, micro_tokens, dtype and, optionally, batches, as in answer_logps."""
+    layout: row_tokens, micro_tokens and dtype."""
     logps = answer_logps(model, pairs, *layout)
     return torch.stack(logps) if logps else torch.empty(0, 2)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import eval as evaluation
@@ -114,8 +115,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Makes one optimizer step on the pairs of `data`. check(losses, logps) runs before the update.
 
-    Returns the pairs' losses (B,) and log-probs (B, 2), and the gradient's norm before clipping,
-    on the model's device. If a loss or the gradient is not finite, no weight changes."""
+    Returns the pairs' losses (B,) and log-probs (B, 2), and the gradient's norm before clipping. If
+    a loss or the gradient is not finite, no weight changes."""
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     losses, logps, loss_arguments = [], [], find_loss(options.loss).arguments(options)
     if not find_loss(options.loss).pairwise:
@@ -137,8 +138,8 @@ def train_step(
     if check:
         check(losses, logps)
     B = len(losses)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    grad_norm = world.total_norm(gradients) / B  # gradient of the mean loss over all pairs
+    gradients = world.sum_gradients(model.parameters())
+    grad_norm = get_total_norm(gradients) / B  # gradient of the mean loss over all pairs
     # Fused AdamW divides gradients by grad_scale and skips the update where found_inf is 1.
     excess = (grad_norm.float() + 1e-6) / (options.grad_clip or torch.inf)
     optimizer.grad_scale = B * excess.clamp(min=1)
@@ -163,7 +164,7 @@ def shared_term(model: Llama, data: StepData, options: Options, world: World) ->
     terms = [world.gather(parts) for parts in (logps, ref, lengths)]  # (2B,) each
     sides = [Answers(*(x[side::2] for x in terms), options.beta) for side in (0, 1)]
     sides = [side.averaged() for side in sides] if options.average_logps else sides
-    return find_loss(options.loss).shared(*sides)
+    return find_loss(options.loss).shared(*sides).to(device)
 
 
 def make_optimizer(model: Llama, options: Options) -> torch.optim.AdamW:
@@ -194,7 +195,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
     held-out log-probs (pairs, 2) of the last evaluation and the metrics of the last step."""
     options, model, world, tokens = job.options, job.model, job.world, progress.num_tokens
     optimizer = make_optimizer(model, options)
-    run_folder.restore_moments(model, optimizer, progress.moments, world)
+    run_folder.restore_moments(model, optimizer, progress.moments)
     remaining = range(progress.step + 1, job.stop + 1)
     with run_folder.metrics_log(job) as (row, log):
         held_out_logps = progress.start_logps
@@ -214,7 +215,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
                 group["lr"] = lr
             check = functools.partial(check_first_step, options, data) if step == 1 else None
             losses, logps, grad_norm = torch.zeros(0), torch.zeros(0, 2), torch.zeros(())
-            if data.batches:  # none if the drawn answers to each prompt are all right or all wrong
+            if data.index:  # empty if the drawn answers to each prompt are all right or all wrong
                 losses, logps, grad_norm = train_step(model, optimizer, data, options, world, check)
             tokens += sum(row_length(data.pairs[i]) for i in data.index)
             unchecked.append((step, data, losses, grad_norm))
@@ -255,19 +256,21 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
 def step_data(job: Job, progress: Progress, step: int) -> StepData:
     """Returns a step's data. Rows depend on seed and step, drawn answers also on the weights."""
     epoch, place = divmod(step - 1, job.per_epoch)
-    size, layout = prompts_per_step(job.options), job.layout
+    size = prompts_per_step(job.options)
     numbers = epoch_order(len(job.questions or job.pairs), job.options.seed, epoch).tolist()
     numbers = numbers[place * size : (place + 1) * size]
     data = StepData([], progress.ref_logps, pairs=job.pairs)
     if job.questions:
         data = draw_pairs(job, step, numbers)
         numbers = list(range(len(data.pairs)))
-    batches, mismatched = job.world.batches(data.pairs, numbers, *layout), None
     if job.mismatched:
-        mismatched = job.world.batches(job.mismatched, numbers, *layout), progress.ref_mismatched
+        batches = job.batches(job.mismatched, numbers)
+        data = data._replace(mismatched=(batches, progress.ref_mismatched))
+    numbers.sort(key=lambda i: row_length(data.pairs[i]))  # balances the shares of the processes
+    batches = job.batches(data.pairs, numbers)
     index = torch.tensor([i for batch in batches for i in batch.index], dtype=torch.long)
     index = job.world.gather([index]).tolist()
-    return data._replace(batches=batches, mismatched=mismatched, index=index)
+    return data._replace(batches=batches, index=index)
 
 
 # --- Checks and metrics ---------------------------------------------------------------------------
@@ -306,8 +309,7 @@ def check_finite(job: Job, step: int, data: StepData, losses: Tensor, grad_norm:
 
 
 def check_weights(job: Job, step: int) -> None:
-    finite = all(p.isfinite().all() for p in job.model.parameters())  # this process's share
-    if not job.world.gather([torch.tensor([finite])]).all():
+    if not all(p.isfinite().all() for p in job.model.parameters()):
         raise TrainingError(f"step {step}: the weights are not finite; try a lower --lr")
 
 
@@ -411,7 +413,6 @@ def main(argv: list[str] | None = None) -> Path:
         print(describe(job), flush=True)
         try:
             # Reference log-probs
-            world.shard(job.model, getattr(torch, options.dtype), options.device)
             progress = run_folder.load_progress(job) if job.checkpoint else first_progress(job)
             if world.first:
                 run_folder.begin(job.options, job.record, world.count)
@@ -422,7 +423,6 @@ def main(argv: list[str] | None = None) -> Path:
                 notes.append(f"metrics.jsonl in {folder}")
             # Evaluation
             if row["step"] == job.stop:
-                job = job._replace(model=world.gather_model(job.model))
                 if world.first:
                     finish(job, progress.start_logps, logps, row, started)
                 return folder

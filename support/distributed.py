@@ -1,4 +1,4 @@
-"""Supports one process, or several under torchrun with FSDP2. Imports data.py and model.py."""
+"""Supports one process, or several under torchrun, each of which holds the whole model."""
 
 import contextlib
 import datetime
@@ -8,23 +8,14 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.utils import get_total_norm
-
-from data import Batch, Pairs, make_batches, row_length
-from model import Llama
-from support.lora import add_lora, lora_of
 
 
 class World:
-    """A single process: there is nothing to gather from other processes, to shard or to check."""
+    """A single process: there is nothing to gather from other processes or to sum over them."""
 
     rank, count, first = 0, 1, True
     gather = staticmethod(torch.cat)  # joins the rows of all parts, and of all processes
-    batches = staticmethod(make_batches)
-    total_norm = staticmethod(get_total_norm)
-    place = staticmethod(lambda moment, parameter: moment.to(parameter.device))
-    sum = gather_state = gather_model = staticmethod(lambda value: value)
-    check = shard = reshard = staticmethod(lambda *arguments: None)
+    sum_gradients = staticmethod(lambda params: [p.grad for p in params if p.grad is not None])
 
 
 class Processes(World):
@@ -34,82 +25,19 @@ class Processes(World):
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.first = self.rank == 0  # the first process prints and writes files
 
-    def check(self, init: str | None, batch_size: int, on_policy: bool) -> None:
-        """Raises ValueError for options that do not allow this number of processes."""
-        if on_policy or not init:
-            raise ValueError("the demonstration, --on_policy and rlhf run only without torchrun")
-        if batch_size < self.count:
-            raise ValueError(f"--batch_size must be at least {self.count}, the number of processes")
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Replaces the tensor of each process by the sum of the tensors of all processes."""
-        dist.all_reduce(tensor)
-        return tensor
+    def sum_gradients(self, params) -> list[Tensor]:
+        """Replaces each gradient by its sum over all processes, and returns the gradients."""
+        trained = [p for p in params if p.requires_grad]
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # no batch, no gradient
+            dist.all_reduce(p.grad)
+        return [p.grad for p in trained]
 
     def gather(self, parts: list[Tensor]) -> Tensor:
-        """Concatenates the rows of the parts (n, ...) of all processes, in the order of the
-        processes. Every process receives all rows; the parts may have different n."""
-        rows, counts = torch.cat(parts), torch.zeros(self.count, dtype=torch.long)
-        counts[self.rank] = len(rows)
-        counts = self.sum(counts).tolist()
-        gathered = rows.new_zeros(sum(counts), *rows.shape[1:])
-        gathered.split(counts)[self.rank].copy_(rows)
-        return self.sum(gathered)
-
-    def batches(self, pairs: Pairs, index: list[int], *layout) -> list[Batch]:
-        """Packs this process's share of `index` by make_batches; adds empty batches if needed."""
-        index = sorted(index, key=lambda i: row_length(pairs[i]))  # balances the lengths
-        batches = make_batches(pairs, index[self.rank :: self.count], *layout)
-        # Every pass involves all processes, so processes with fewer batches run empty batches.
-        most = int(self.gather([torch.tensor([len(batches)])]).max())
-        (batch,), none = make_batches(pairs, index[:1], *layout), torch.zeros(0, dtype=torch.long)
-        empty = batch._replace(source=none, targets=none, lengths=none, index=[])
-        return batches + [empty] * (most - len(batches))
-
-    def shard(self, model: Llama, dtype: torch.dtype, device: str) -> None:
-        """Shards every parameter over the processes, each of which has a device of this type."""
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        mesh = dist.init_device_mesh(torch.device(device).type, (self.count,))
-        for module in (*model.model["layers"], model):
-            # Blocks are sent in bfloat16; the residual stream and the head keep their precision.
-            sent = torch.bfloat16 if dtype == torch.bfloat16 and module is not model else None
-            policy = MixedPrecisionPolicy(sent, torch.float32, cast_forward_inputs=False)
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-            module.set_force_sum_reduction_for_comms(True)  # gradients are sums over the pairs
-            module.set_gradient_divide_factor(1.0)
-
-    def reshard(self, model: Llama) -> None:
-        """Frees gathered parameters after forward passes that no backward pass follows."""
-        model.reshard()
-
-    def total_norm(self, gradients: list[Tensor]) -> Tensor:
-        """Returns the 2-norm () of all gradients together."""
-        return get_total_norm(gradients).full_tensor()
-
-    def place(self, moment: Tensor, parameter: Tensor) -> Tensor:
-        """Shards a moment of AdamW like its parameter. Every process must hold all of `moment`."""
-        from torch.distributed.tensor import distribute_tensor
-
-        moment, mesh = moment.to(parameter.device), parameter.device_mesh
-        if moment.dim() == 0:
-            return moment  # the count of steps is not sharded
-        return distribute_tensor(moment, mesh, parameter.placements, src_data_rank=None)
-
-    def gather_state(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gathers sharded tensors on the CPU of the first process; other processes receive {}."""
-        gathered = ((name, getattr(x, "full_tensor", x.cpu)()) for name, x in tensors.items())
-        return {name: tensor.cpu() for name, tensor in gathered if self.first}
-
-    def gather_model(self, model: Llama) -> Llama:
-        """Gathers the model on the CPU of the first process; other processes receive no weights."""
-        with torch.device("meta"):
-            gathered = Llama(model.config)
-            if lora := lora_of(model):
-                add_lora(gathered, lora)
-        state = self.gather_state(model.state_dict())
-        gathered.load_state_dict(state, strict=self.first, assign=True)
-        return gathered
+        """Concatenates the parts (n, ...) of all processes, by their rank, on the CPU."""
+        gathered = [None] * self.count
+        dist.all_gather_object(gathered, [part.cpu() for part in parts])
+        return torch.cat([part for parts in gathered for part in parts])
 
 
 @contextlib.contextmanager

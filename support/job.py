@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils.data import Subset
 
-from data import Pairs, load_pairs, needs_fixed_length, split_pairs, truncate
+from data import Batch, Pairs, load_pairs, make_batches, needs_fixed_length, split_pairs, truncate
 from eval import pair_logps
 from mio import find_loss
 from model import Llama
@@ -44,11 +45,6 @@ class Job(NamedTuple):
     reference: Llama | None = None  # kept in memory only if the policy draws answers
 
     @property
-    def layout(self) -> tuple[int, int, bool]:
-        """Returns the arguments row_tokens, micro_tokens and pad of data.make_batches."""
-        return self.options.row_tokens, self.options.micro_tokens, needs_fixed_length(self.model)
-
-    @property
     def per_epoch(self) -> int:
         prompts = len(self.questions or self.pairs)
         return math.ceil(prompts / on_policy.prompts_per_step(self.options))
@@ -63,6 +59,11 @@ class Job(NamedTuple):
         """Returns the last step of this run: `steps`, or --max_steps if this is smaller."""
         limit = self.options.max_steps
         return self.steps if limit is None else min(self.steps, limit)
+
+    def batches(self, pairs: Pairs, index: list[int]) -> list[Batch]:
+        """Packs this process's share of pairs[i] for i in index; the share may be empty."""
+        layout = self.options.row_tokens, self.options.micro_tokens, needs_fixed_length(self.model)
+        return make_batches(pairs, index[self.world.rank :: self.world.count], *layout)
 
 
 def load_job(options, world) -> Job:
@@ -113,7 +114,8 @@ def load_job(options, world) -> Job:
 
 def load_models(options, checkpoint: Path | None, world):
     """Loads policy, tokenizer, and the reference, which is None unless the policy draws answers."""
-    device = "cpu" if world.count > 1 else options.device  # sharding moves it block by block
+    # Each of several processes has its own GPU, which is the current device.
+    device = torch.device(options.device).type if world.count > 1 else options.device
     drawn, adapter, reference = on_policy.is_on_policy(options), options.init_adapter, None
     if options.lora_rank or adapter:
         model, tokenizer = load_checkpoint(options.init, "cpu", torch.float32)
@@ -183,10 +185,10 @@ def describe(job: Job) -> str:
 
 def logps_of(job: Job, pairs: Pairs) -> Tensor:
     """Returns log-probs of answers under job.model, (pairs, 2) in nats, computed as in training."""
-    dtype, world = getattr(torch, job.options.dtype), job.world
-    logps = world.sum(pair_logps(job.model, pairs, *job.layout[:2], dtype, world.batches))
-    world.reshard(job.model)
-    return logps
+    options, world, total = job.options, job.world, len(pairs)
+    layout = options.row_tokens, options.micro_tokens, getattr(torch, options.dtype)
+    share = range(total * world.rank // world.count, total * (world.rank + 1) // world.count)
+    return world.gather([pair_logps(job.model, Subset(pairs, share), *layout)])
 
 
 def first_progress(job: Job) -> run_folder.Progress:

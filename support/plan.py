@@ -26,10 +26,10 @@ GPUS = {"h100": (80, 989, 67), "a100": (80, 312, 19.5), "h200": (141, 989, 67),
 
 
 class StepCost(NamedTuple):
-    """What a step needs on each GPU: bytes of memory, by kind and at the peak, and FLOPs."""
+    """What a step needs: bytes of memory, by kind and at the peak, and FLOPs."""
 
     parameters: int  # number of parameters of the whole model, adapters included
-    weights: float  # with several GPUs: the shard, gathered weights and gradients of two blocks
+    weights: float
     gradients: float
     moments: float  # of AdamW
     activations: float  # saved by the forward pass for the backward pass
@@ -38,15 +38,15 @@ class StepCost(NamedTuple):
     flops: float
 
 
-def step_cost(config, options, rows: list[int], lengths: list[int], passes=1, gpus=1) -> StepCost:
-    """Returns what each GPU needs in a step of `passes` forward passes, without the overhead of the
-    allocator and CUDA. rows, lengths: number of tokens of each row and each answer in a pass."""
+def step_cost(config, options, rows: list[int], lengths: list[int], passes=1) -> StepCost:
+    """Returns what a step of `passes` forward passes needs, without the overhead of the allocator
+    and CUDA. rows, lengths: number of tokens of each row and each answer in a pass."""
     with torch.device("meta"):  # all blocks are alike, so the model has a single block
         model = Llama(dataclasses.replace(config, num_hidden_layers=1))
         if options.lora_rank:
             add_lora(model, config_of(options), getattr(torch, options.dtype))
     half, recompute = options.dtype == "bfloat16", options.checkpointing == "on"
-    on_gpu, sharded, several_passes = options.device != "cpu", gpus > 1, passes > 1
+    on_gpu, several_passes = options.device != "cpu", passes > 1
     compiled = on_gpu and options.compile != "off"
     # s is the number of bytes of a number in matrix products, n the tokens in a chunk of the head.
     D, L, s = config.hidden_size, config.num_hidden_layers, 2 if half else 4
@@ -58,14 +58,10 @@ def step_cost(config, options, rows: list[int], lengths: list[int], passes=1, gp
     root = [p for name, p in model.named_parameters() if ".layers." not in name]
     block, trains_head = list(layers.parameters()), head.requires_grad
     trained = sum(p.numel() for p in root + L * block if p.requires_grad)
-    weights = sum(p.nbytes for p in root + L * block) / gpus
-    if sharded:  # FSDP gathers the root, two blocks (one is prefetched) and two block gradients
-        blocks = 2 * sum(p.nbytes for p in block) / (2 if half and trains_head else 1)
-        block_gradients = 8 * sum(p.numel() for p in block if p.requires_grad)
-        weights += sum(p.nbytes for p in root) + blocks + block_gradients
+    weights = sum(p.nbytes for p in root + L * block)
     # Eager attention saves a dense mask. Autocast keeps rounded weights until the pass ends.
     saved = _saved_by_token(config, linears, trains_head, s) * T + (not compiled) * s * squares
-    keeps_rounded = half and not sharded and not (compiled and recompute)
+    keeps_rounded = half and not (compiled and recompute)
     rounded = sum(2 * w.numel() for w in linears.values() if w.dtype == torch.float32)
     activations = L * ((4 * D * T if recompute else saved) + keeps_rounded * rounded)
     activations += T * (8 * config.head_dim + 4 * D * (1 + trains_head))  # rotary table, last norm
@@ -75,7 +71,7 @@ def step_cost(config, options, rows: list[int], lengths: list[int], passes=1, gp
     logits = n * len(head) * (s + 4 * (half and on_gpu))  # a GPU also needs float32 logits
     logits += 2 * head.numel() * (half and head.dtype == torch.float32)  # the rounded head
     logits += 8 * D * (N + n)  # the states that the head reads, and their gradients
-    gradients, moments = 4 * trained / gpus, 8 * trained / gpus
+    gradients, moments = 4 * trained, 8 * trained
     start = several_passes * gradients + activations + grad_head + max(logits, at_work)
     # At the end of a pass, a tied matrix has two gradients and the sum of earlier passes.
     copies = config.tie_word_embeddings + several_passes
@@ -118,46 +114,44 @@ def _operations(config, options, linears, head, T, N, squares, compiled) -> floa
     return flops
 
 
-def cost_of_longest_pairs(config: ModelConfig, options, gpus: int, **changes) -> StepCost:
+def cost_of_longest_pairs(config: ModelConfig, options, **changes) -> StepCost:
     """Returns the `step_cost` of pairs of --max_length tokens; `changes` override the options."""
     options = dataclasses.replace(options, **changes)
     prompt, answer = options.max_length // 2, options.max_length - options.max_length // 2
     pair = prompt + 2 * (answer - 1)
-    share = -(-options.batch_size // gpus)  # pairs of a step on a GPU
-    count = min(share, max(1, options.micro_tokens // pair))  # pairs in a pass
+    count = min(options.batch_size, max(1, options.micro_tokens // pair))  # pairs in a pass
     padding = 0 if options.compile == "off" else max(0, options.micro_tokens - pair * count)
     rows, lengths = [pair] * count + [padding], [answer] * 2 * count
-    return step_cost(config, options, rows, lengths, -(-share // count), gpus)
+    return step_cost(config, options, rows, lengths, -(-options.batch_size // count))
 
 
 def plan(options) -> str:
     """Returns a table with a row for each combination of --lora_rank, --dtype and --checkpointing:
-    memory and time of a step on one --gpu, and the fewest GPUs that can hold the step."""
+    memory and time of a step on a --gpu, and whether the step fits into its memory."""
     init, options = Path(options.init or options.plan), dataclasses.replace(options, device="cuda")
     config = PRESETS.get(options.plan) or ModelConfig.from_hf(read_json(init / "config.json"))
     memory, *peak_speeds = GPUS[options.gpu]
     rank = options.lora_rank or min(16, config.num_key_value_heads * config.head_dim)
-    counts, rows = [gpus for gpus in (1, 2, 4, 8, 16, 32, 64) if gpus <= options.batch_size], []
-    flags = (None, rank), ("float32", "bfloat16"), ("off", "on")
+    flags, rows = ((None, rank), ("float32", "bfloat16"), ("off", "on")), []
     for lora_rank, dtype, checkpointing in product(*flags):
         changes = {"lora_rank": lora_rank, "dtype": dtype, "checkpointing": checkpointing}
-        found = [cost_of_longest_pairs(config, options, gpus, **changes) for gpus in counts]
+        cost = cost_of_longest_pairs(config, options, **changes)
+        speed = 1e12 * options.mfu * peak_speeds[dtype == "float32"]
         # About a tenth of the memory stays free, because the predicted peak is an estimate.
-        fits = (gpus for gpus, each in zip(counts, found) if 1.1 * each.peak <= memory * 1e9)
-        one, speed = found[0], 1e12 * options.mfu * peak_speeds[dtype == "float32"]
+        fits = "yes" if 1.1 * cost.peak <= memory * 1e9 else "no"
         label = f"rank {rank} {dtype}" if lora_rank else f"all {dtype}"
         label = label if checkpointing == "off" else "  recomputed"
         mark = ">" if changes.items() <= vars(options).items() else " "
-        row = f"{mark} {label:17}" + "".join(f"{part / 1e9:7.1f}" for part in one[1:7])
-        rows.append(f"{row}{one.flops / 1e15:7.2f}{one.flops / speed:7.1f}{next(fits, '-'):>5}")
-    total = cost_of_longest_pairs(config, options, gpus=1, lora_rank=None).parameters
+        row = f"{mark} {label:17}" + "".join(f"{part / 1e9:7.1f}" for part in cost[1:7])
+        rows.append(f"{row}{cost.flops / 1e15:7.2f}{cost.flops / speed:7.1f}{fits:>5}")
+    total = cost_of_longest_pairs(config, options, lora_rank=None).parameters
     pairs = f"{options.batch_size} pairs of up to {options.max_length} tokens"
     return f"""{init.name[-32:]}: {total:,} parameters,
 {pairs} in a step on one {options.gpu} of {memory} GB
 
-{"GB, then PFLOP, s":19} weight   grad moment   kept   head   peak  PFLOP      s GPUs
+{"GB, then PFLOP, s":19} weight   grad moment   kept   head   peak  PFLOP      s fits
 {chr(10).join(rows)}
 
 kept: saved for the backward pass; s: seconds of a step at {options.mfu:.0%} of peak speed;
-GPUs: the fewest that hold the step and keep about a tenth of their memory free;
+fits: whether about a tenth of the memory stays free;
 recomputed: with --checkpointing on; >: with the given flags"""

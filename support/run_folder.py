@@ -125,23 +125,22 @@ def recorded(options) -> dict:
     return dataclasses.asdict(options) | {"resume": False, "overwrite": False, "config": None}
 
 
-def restore_moments(model, optimizer, moments: dict[str, Tensor], world) -> None:
+def restore_moments(model, optimizer, moments: dict[str, Tensor]) -> None:
     """Restores the state of AdamW from `moments`, which are named as in Progress.moments."""
     for name, moment in moments.items():
         key, path = name.split(".", maxsplit=1)
         parameter = model.get_parameter(path)
-        optimizer.state[parameter][key] = world.place(moment, parameter)
+        optimizer.state[parameter][key] = moment.to(parameter.device)
 
 
 def save_checkpoint(job, optimizer, progress: Progress) -> None:
     """Writes a checkpoint of the run, then removes all but the --keep newest checkpoints.
     After a crash, the new checkpoint is complete or absent, and the older checkpoints remain."""
-    folder, options = Path(job.options.out), job.options
-    states = {name: optimizer.state.get(p, {}) for name, p in job.model.named_parameters()}
-    moments = {f"moments.{key}.{n}": x for n, state in states.items() for key, x in state.items()}
-    tensors, model = job.world.gather_state(moments), job.world.gather_model(job.model)
     if not job.world.first:
         return
+    folder, options, model = Path(job.options.out), job.options, job.model
+    states = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+    tensors = {f"moments.{key}.{n}": x for n, state in states.items() for key, x in state.items()}
     refs = {"ref_logps": progress.ref_logps, "ref_mismatched": progress.ref_mismatched}
     tensors |= {name: logps for name, logps in refs.items() if logps is not None}
     tensors |= {"start": progress.start_logps, "random.cpu": torch.get_rng_state()}

@@ -88,8 +88,11 @@ def resolve(options, world):
     defaults = {name: x for name, x in defaults.items() if getattr(options, name) is None}
     options = dataclasses.replace(options, **defaults, device=cli.pick_device(options.device))
     on_policy.check_draws(options)
-    if not options.plan:
-        world.check(options.init, options.batch_size, on_policy.is_on_policy(options))
+    if world.count > 1 and not options.plan:
+        if on_policy.is_on_policy(options) or not options.init:
+            raise ValueError("the demonstration, --on_policy and rlhf run only without torchrun")
+        if options.batch_size < (count := world.count):
+            raise ValueError(f"--batch_size must be at least {count}, the number of processes")
     return options
 
 

@@ -1,4 +1,4 @@
-"""Several processes under torchrun train as one process does, and one process does not use FSDP2.
+"""Several processes under torchrun train as one process does.
 
 `python tests/test_distributed.py` prints a table: losses, models, processes, differences.
 """
@@ -22,13 +22,13 @@ import torch
 from conftest import PAIR_ROWS, byte_tokenizer, tiny_model, write_rows
 from runs import metrics
 from safetensors.torch import load_file
-from torch.nn.utils import get_total_norm
 
 import train
-from data import answer_states, load_pairs, row_length
+from data import Pairs, answer_states, epoch_order, load_pairs, make_batches, row_length
+from eval import pair_logps
 from support import distributed
-from support.lora import LoraConfig, add_lora
-from support.run_folder import checkpoints
+from support.job import Job, logps_of
+from support.run_folder import Progress, checkpoints
 
 # Micro-batches of a pair or two, and 5 pairs in a step: one process has two passes, another three.
 # 21 pairs: in the last step of an epoch one of two processes has none.
@@ -40,155 +40,80 @@ LAYOUT = 100, 150  # row_tokens, micro_tokens
 # --- Methods of World in each of two processes ----------------------------------------------------
 
 
-def cat_joins_rows_in_the_order_of_the_processes(world, folder):
+def gather_joins_rows_in_the_order_of_the_processes(world, folder):
     rows = torch.arange(6.0).view(3, 2)
     parts = [rows[:1], rows[1:1]] if world.first else [rows[1:2], rows[2:]]
     assert torch.equal(world.gather(parts), rows)
     votes = world.gather([torch.tensor([world.first])])
     assert votes.tolist() == [True, False]
     assert world.gather([torch.zeros(0, dtype=torch.long)]).tolist() == []
+    alone = world.gather([torch.eye(2)] if world.first else [])  # a process without a batch
+    assert torch.equal(alone, torch.eye(2))
 
 
-def sum_adds_in_place(world, folder):
-    tensor = torch.tensor([1.0, world.rank])
-    assert world.sum(tensor) is tensor and tensor.tolist() == [2.0, 1.0]
-
-
-def check_refuses_what_one_process_must_do(world, folder):
-    for options in ((None, 9, False), ("init", 9, True)):
-        with pytest.raises(ValueError, match="without torchrun"):
-            world.check(*options)
-    with pytest.raises(ValueError, match="--batch_size must be at least 2, the number of proc"):
-        world.check("init", 1, False)
-    world.check("init", 2, False)
-
-
-def batches_deal_out_the_pairs(world, folder):
+def job_of(world, folder, size: int) -> Job:
     pairs = load_pairs(folder / "pairs.jsonl", byte_tokenizer())
-    for index in ([3, 1, 4, 15, 9], [7], list(range(23))):
-        batches = world.batches(pairs, index, *LAYOUT)
-        own = [i for batch in batches for i in batch.index]
-        everyone = world.gather([torch.tensor(own, dtype=torch.long)]).tolist()
-        assert sorted(everyone) == sorted(index)
-        counts = world.gather([torch.tensor([len(batches)])]).tolist()
-        assert counts[0] == counts[1] > 0
-        tokens = torch.tensor([sum(row_length(pairs[i]) for i in own)])
-        loads = world.gather([tokens]).tolist()
-        assert len(index) == 1 or max(loads) <= 2 * min(loads)
-        for batch in batches:
-            assert len(batch.lengths) == 2 * len(batch.index) and batch.tokens.numel()
-            assert len(batch.source) == len(batch.targets) == batch.lengths.sum()
+    options = train.Options(batch_size=size, epochs=1, row_tokens=100, micro_tokens=150)
+    return Job(options, tiny_model(), None, pairs, Pairs(), {}, None, {}, world, mismatched=pairs)
 
 
-def the_model_is_sharded_and_gathered(world, folder):
-    expected = tiny_model().state_dict()
-    model = tiny_model()
-    count = sum(p.numel() for p in model.parameters())
-    world.shard(model, torch.float32, "cpu")
-    own = sum(p.to_local().numel() for p in model.parameters())
-    assert own < 0.6 * count and int(world.sum(torch.tensor(own))) == count
-    gathered = world.gather_model(model)
-    for name, tensor in gathered.state_dict().items():
-        assert torch.equal(tensor, expected[name]) if world.first else tensor.is_meta
-    assert sum(p.to_local().numel() for p in model.parameters()) == own
+def steps_deal_out_the_pairs(world, folder):
+    count = len(job_of(world, folder, 1).pairs)
+    for size in (5, count, count - 1):  # at last, the second step has a single pair
+        job, progress = job_of(world, folder, size), Progress(0, 0, None, None, None, {})
+        order = epoch_order(count, seed=0, epoch=0).tolist()
+        for step in range(1, job.steps + 1):
+            data, index = train.step_data(job, progress, step), order[:size]
+            order = order[size:]
+            for batches in (data.batches, data.mismatched[0]):
+                own = [i for batch in batches for i in batch.index]
+                everyone = world.gather([torch.tensor(own, dtype=torch.long)]).tolist()
+                assert sorted(everyone) == sorted(data.index) == sorted(index)
+                assert batches is not data.batches or everyone == data.index
+                for batch in batches:
+                    assert len(batch.lengths) == 2 * len(batch.index) > 0
+            tokens = sum(row_length(job.pairs[i]) for batch in data.batches for i in batch.index)
+            loads = world.gather([torch.tensor([tokens])]).tolist()
+            assert len(index) <= 5 or max(loads) <= 1.5 * min(loads)
+        assert not order
 
 
-def adapters_are_gathered(world, folder):
-    model = tiny_model()
-    add_lora(model, LoraConfig(2, 4.0, ["q_proj"]), torch.bfloat16)
-    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    world.shard(model, torch.bfloat16, "cpu")
-    gathered = world.gather_model(model).state_dict()
-    assert gathered.keys() == expected.keys() and any("lora_A" in name for name in gathered)
-    for name in expected if world.first else ():
-        assert gathered[name].dtype == expected[name].dtype
-        assert torch.equal(gathered[name], expected[name])
+def log_probs_are_those_of_one_process(world, folder):
+    job = job_of(world, folder, 5)
+    for pairs in (job.pairs, job.pairs[:1], Pairs()):
+        found, expected = logps_of(job, pairs), pair_logps(job.model, pairs, *LAYOUT, torch.float32)
+        torch.testing.assert_close(found, expected)
 
 
 def gradients_are_sums_over_all_pairs(world, folder):
     pairs = load_pairs(folder / "pairs.jsonl", byte_tokenizer())
-    grads, norms = [], []
-    for one in (distributed.World(), world):
-        model = tiny_model()
-        one.shard(model, torch.float32, "cpu")
-        for batch in one.batches(pairs, [3, 1, 4, 15, 9], *LAYOUT):
-            answer_states(model, batch).square().sum().backward()
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        norms.append(one.total_norm(list(gradients.values())))
-        grads.append(one.gather_state(gradients))
-    assert type(norms[1]) is torch.Tensor and norms[1].shape == ()
-    torch.testing.assert_close(norms[1], norms[0], rtol=1e-4, atol=0)
-    torch.testing.assert_close(norms[0], get_total_norm(list(grads[0].values())))
-    assert bool(grads[1]) == world.first
-    for name, gradient in grads[1].items():
-        torch.testing.assert_close(gradient, grads[0][name], rtol=1e-3, atol=1e-2)
-
-
-def moments_are_placed_and_gathered(world, folder):
-    model = tiny_model()
-    world.shard(model, torch.float32, "cpu")
-    parameter, moment = model.get_parameter("model.norm.weight"), torch.arange(32.0)
-    placed = world.place(moment, parameter)
-    assert placed.placements == parameter.placements
-    assert placed.to_local().tolist() == list(range(16 * world.rank, 16 * world.rank + 16))
-    step = world.place(torch.tensor(7.0), parameter)
-    assert type(step) is torch.Tensor and step == 7
-    found = world.gather_state({"moment": placed, "step": step})
-    expected = {"moment": list(range(32)), "step": 7} if world.first else {}
-    assert {name: tensor.tolist() for name, tensor in found.items()} == expected
-
-
-def blocks_are_sent_in_bfloat16_and_the_rest_is_not(world, folder):
-    batch = world.batches(load_pairs(folder / "pairs.jsonl", byte_tokenizer()), [0, 1], *LAYOUT)[0]
-    for dtype in (torch.float32, torch.bfloat16):
-        model, seen = tiny_model(), {}
-
-        def hook(module, args, output, seen=seen):
-            seen[type(module).__name__] = next(module.parameters()).dtype, args[0].dtype
-
-        for module in (model.model["layers"][0].mlp, model.model["norm"]):
-            module.register_forward_hook(hook)
-        world.shard(model, dtype, "cpu")
-        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            answer_states(model, batch)
-        assert seen["MLP"][0] == dtype and seen["RMSNorm"] == (torch.float32, torch.float32)
-
-
-def reshard_frees_what_a_forward_pass_gathered(world, folder):
-    model = tiny_model()
-    world.shard(model, torch.float32, "cpu")
-    batch = world.batches(load_pairs(folder / "pairs.jsonl", byte_tokenizer()), [0, 1], *LAYOUT)[0]
-    with torch.no_grad():
-        answer_states(model, batch)
-    assert not hasattr(model.head_weight, "placements")  # the head needs it after the pass
-    world.reshard(model)
-    assert all(hasattr(p, "placements") for p in model.parameters())
+    for index in ([3, 1, 4, 15, 9], [7]):  # with a single pair, the second process has no batch
+        sums = []
+        for one in (distributed.World(), world):
+            model = tiny_model()
+            model.head_weight.requires_grad_(False)  # the states do not depend on the head
+            for batch in make_batches(pairs, index[one.rank :: one.count], *LAYOUT):
+                answer_states(model, batch).sum().backward()
+            sums.append(one.sum_gradients(model.parameters()))
+            gradients = [p.grad for p in model.parameters() if p.requires_grad]
+            assert all(a is b for a, b in zip(gradients, sums[-1], strict=True))
+            assert model.head_weight.grad is None
+        for found, expected in zip(*reversed(sums), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 METHODS = (
-    cat_joins_rows_in_the_order_of_the_processes,
-    sum_adds_in_place,
-    check_refuses_what_one_process_must_do,
-    batches_deal_out_the_pairs,
-    the_model_is_sharded_and_gathered,
-    adapters_are_gathered,
+    gather_joins_rows_in_the_order_of_the_processes,
+    steps_deal_out_the_pairs,
+    log_probs_are_those_of_one_process,
     gradients_are_sums_over_all_pairs,
-    moments_are_placed_and_gathered,
-    blocks_are_sent_in_bfloat16_and_the_rest_is_not,
-    reshard_frees_what_a_forward_pass_gathered,
 )
 
 
 def test_one_process_needs_none_of_it():
-    world, tensor, model = distributed.World(), torch.arange(3.0), tiny_model()
+    world, model = distributed.World(), tiny_model()
     assert (world.rank, world.count, world.first) == (0, 1, True)
-    world.check(None, 1, True)
-    world.shard(model, torch.bfloat16, "cpu")
-    world.reshard(model)
-    assert world.gather_model(model) is model and world.gather_state({"a": tensor})["a"] is tensor
-    assert world.sum(tensor) is tensor and torch.equal(
-        world.place(tensor, model.head_weight), tensor
-    )
+    assert world.sum_gradients(model.parameters()) == []
     with distributed.join() as world:
         assert type(world) is distributed.World
 

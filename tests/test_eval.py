@@ -13,7 +13,7 @@ from conftest import PAIR_ROWS, tiny_model, write_rows
 
 import eval as evaluation
 import train
-from data import Pair, Pairs, load_pairs, make_batches
+from data import Pair, Pairs, load_pairs
 from eval import (
     answer_logps,
     information,
@@ -86,18 +86,13 @@ def test_log_probs_are_those_of_single_sequences_in_order():
     assert pair_logps(model, Pairs(), 64, 256, torch.float32).shape == (0, 2)
 
 
-def test_a_prompt_may_have_any_number_of_answers_and_other_processes_compute_some_rows():
+def test_a_prompt_may_have_any_number_of_answers():
     model = tiny_model(initializer_range=0.15)
     rows = [([256, 5], [1, 2], [3], [4, 5, 6]), ([256], [7]), ([256, 8, 9], [10], [11, 12])]
-
-    def batches(rows, index, *layout):
-        return make_batches(rows, [i for i in index if i != 1], *layout)
-
-    logps = answer_logps(model, rows, 8, 16, torch.float32, batches)
-    for (prompt, *answers), found in zip(rows[::2], logps[::2]):
+    logps = answer_logps(model, rows, 8, 16, torch.float32)
+    for (prompt, *answers), found in zip(rows, logps, strict=True):
         expected = [single_logp(model, prompt, answer) for answer in answers]
         assert found.tolist() == pytest.approx(expected, rel=1e-5)
-    assert logps[1].tolist() == [0]
 
 
 # --- Preference metrics ---------------------------------------------------------------------------

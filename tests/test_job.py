@@ -14,7 +14,7 @@ from runs import metrics, refused, run
 from safetensors.torch import load_file, save_file
 
 import train
-from data import Pair, Pairs, load_pairs
+from data import Pair, Pairs, load_pairs, make_batches
 from mio import LOSSES
 from support import job as job_module
 from support import weights
@@ -65,7 +65,10 @@ def test_steps_epochs_and_evaluations(checkpoint, pairs_file):
     job = job_of(checkpoint, pairs_file, "--batch_size", 7, "--max_steps", 2, "--eval_every", 4)
     assert (job.per_epoch, job.steps, job.stop, job.options.eval_every) == (3, 3, 2, 4)
     job = job_of(checkpoint, pairs_file, "--batch_size", 7, "--max_steps", 9, "--row_tokens", 99)
-    assert (job.steps, job.stop, job.layout) == (3, 3, (99, 4096, False))
+    index = list(range(len(job.pairs)))
+    expected = make_batches(job.pairs, index, 99, 4096)
+    assert [b.index for b in job.batches(job.pairs, index)] == [b.index for b in expected]
+    assert (job.steps, job.stop) == (3, 3)
 
 
 def test_checkpointing_and_compile_reach_the_model(checkpoint, pairs_file):

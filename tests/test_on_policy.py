@@ -10,7 +10,7 @@ from conftest import write_rows
 from runs import metrics, refused
 
 import train
-from data import Pair, StepData, make_batches
+from data import Pair, StepData
 from support import on_policy
 from support.distributed import World
 from support.job import load_job
@@ -90,7 +90,7 @@ def test_rlhf_is_the_policy_gradient_with_a_leave_one_out_baseline(argv):
     assert drawn.metrics["kl"] == pytest.approx(sum(kl) / 12, abs=1e-5)
     assert drawn.metrics["num_drawn"] == sum(len(a) for pair in drawn.pairs for a in pair[1:])
     expected = torch.autograd.grad(loss, model.head_weight)[0]
-    batches, gradients = make_batches(drawn.pairs, list(range(6)), *job.layout), []
+    batches, gradients = job.batches(drawn.pairs, list(range(6))), []
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     optimizer.step = lambda: gradients.append(model.head_weight.grad / 6)
     data = StepData(batches, drawn.ref_logps.double(), drawn.advantages.double())

@@ -184,19 +184,6 @@ def test_a_gpu_needs_what_its_kernels_need():
     assert compiled.activations - recomputed.activations > 2 * 2 * 7680
 
 
-def test_gpus_share_what_stays_and_gather_what_is_at_work():
-    step = tiny_config(), options_of(), [99], [40, 40]
-    one, two, four = (step_cost(*step, gpus=gpus) for gpus in (1, 2, 4))
-    assert (two.gradients, two.moments) == (one.gradients / 2, one.moments / 2)
-    # Embedding, head and last norm; two blocks; the gradient of a block twice.
-    gathered = 4 * (2 * 8256 + 32) + 2 * 4 * 7744 + 2 * 4 * 7744
-    assert (two.weights, four.weights) == (128128 / 2 + gathered, 128128 / 4 + gathered)
-    half = step_cost(tiny_config(), options_of(dtype="bfloat16"), [99], [40, 40], gpus=2)
-    assert half.weights == two.weights - 4 * 7744  # blocks travel in bfloat16
-    frozen = step_cost(tiny_config(), options_of(dtype="bfloat16", **LORA), [99], [40, 40], gpus=2)
-    assert frozen.activations < half.activations  # no rounded weights
-
-
 def test_gradients_of_earlier_passes_wait():
     """With a vocabulary of 50,000 the gradient of the head is larger than all activations."""
     config = tiny_config(vocab_size=50_000)
@@ -216,14 +203,12 @@ def test_pairs_are_as_long_as_they_may_be_and_passes_are_padded():
     config = tiny_config(max_position_embeddings=4096)
     flags = {"max_length": 100, "batch_size": 10, "micro_tokens": 500}
     options = options_of(**flags, compile="off")
-    found = cost_of_longest_pairs(config, options, gpus=1)  # 3 pairs in a pass, 4 passes
+    found = cost_of_longest_pairs(config, options)  # 3 pairs in a pass, 4 passes
     assert found == step_cost(config, options, [148] * 3, [50] * 6, passes=4)
-    found = cost_of_longest_pairs(config, options, gpus=4)  # 3 pairs in a GPU, in one pass
-    assert found == step_cost(config, options, [148] * 3, [50] * 6, passes=1, gpus=4)
-    options = options_of(**flags | {"max_length": 101})  # 50 + 2 * 50, and answers of 51
-    found = cost_of_longest_pairs(config, options, gpus=16)  # one pair in each of ten
-    assert found == step_cost(config, options, [150, 350], [51] * 2, passes=1, gpus=16)
-    recomputed = cost_of_longest_pairs(config, options, gpus=16, checkpointing="on")
+    options = options_of(**flags | {"max_length": 101, "batch_size": 1})
+    found = cost_of_longest_pairs(config, options)  # 50 + 2 * 50, and answers of 51
+    assert found == step_cost(config, options, [150, 350], [51] * 2, passes=1)
+    recomputed = cost_of_longest_pairs(config, options, checkpointing="on")
     assert recomputed.activations < found.activations
 
 
@@ -246,7 +231,7 @@ def table_of(lines: list[str]) -> list[list[str]]:
 def test_presets_have_their_makers_count_of_parameters():
     assert list(PRESETS) == list(TOTALS)
     for name, config in PRESETS.items():
-        found = cost_of_longest_pairs(config, options_of(batch_size=32, max_length=1024), gpus=1)
+        found = cost_of_longest_pairs(config, options_of(batch_size=32, max_length=1024))
         assert found.parameters == TOTALS[name]
 
 
@@ -267,19 +252,14 @@ def test_the_text_of_a_plan(capsys):
     for row, (lora_rank, dtype, checkpointing) in zip(table, settings, strict=True):
         changes = {"lora_rank": lora_rank, "dtype": dtype, "checkpointing": checkpointing}
         changes |= {"lora_targets": "all"}
-        need = {
-            gpus: cost_of_longest_pairs(PRESETS["llama-3.1-8b"], options, gpus, **changes)
-            for gpus in (1, 2, 4, 8, 16, 32)
-        }
-        assert row[2:8] == [f"{part / 1e9:.1f}" for part in need[1][1:7]]
-        assert row[8] == f"{need[1].flops / 1e15:.2f}"
+        cost = cost_of_longest_pairs(PRESETS["llama-3.1-8b"], options, **changes)
+        assert row[2:8] == [f"{part / 1e9:.1f}" for part in cost[1:7]]
+        assert row[8] == f"{cost.flops / 1e15:.2f}"
         # An H100 computes 67 or 989 TFLOP/s, of which 40 % are reached.
         speed = 0.4 * (67e12 if dtype == "float32" else 989e12)
-        assert row[9] == f"{need[1].flops / speed:.1f}"
-        fewest = int(row[10])
-        assert 1.1 * need[fewest].peak <= 80e9
-        assert fewest == 1 or 1.1 * need[fewest // 2].peak > 80e9
-    assert [row[10] for row in table] == ["16", "4", "8", "4", "2", "1", "1", "1"]
+        assert row[9] == f"{cost.flops / speed:.1f}"
+        assert row[10] == ("yes" if 1.1 * cost.peak <= 80e9 else "no")
+    assert [row[10] for row in table] == 5 * ["no"] + 3 * ["yes"]
 
 
 def test_the_given_flags_are_marked(capsys):
@@ -287,8 +267,6 @@ def test_the_given_flags_are_marked(capsys):
     table = table_of(printed(capsys, "llama-3.1-70b", *adapters))
     assert [row[0] for row in table] == [" "] * 7 + [">"]
     assert table[6][1] == "rank 8 bfloat16"
-    table = table_of(printed(capsys, "llama-3.1-70b", *adapters, "--batch_size", "1"))
-    assert {row[10] for row in table} == {"-"}  # a single pair is not split over GPUs
 
 
 def test_a_plan_reads_config_json_alone_and_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -299,7 +277,7 @@ def test_a_plan_reads_config_json_alone_and_writes_nothing(tmp_path, capsys, mon
     lines = printed(capsys, "--init", "init", "--gpu", "rtx4090", "--batch_size", "3")
     assert lines[0] == "init: 32,032 parameters,"
     assert lines[1] == "3 pairs of up to 1024 tokens in a step on one rtx4090 of 24 GB"
-    assert {row[10] for row in table_of(lines)} == {"1"}
+    assert {row[10] for row in table_of(lines)} == {"yes"}
     assert [path.name for path in tmp_path.rglob("*")] == ["init", "config.json"]
 
 

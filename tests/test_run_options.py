@@ -258,3 +258,13 @@ def test_a_new_loss_brings_its_own_flag(checkpoint, pairs_file, tmp_path, monkey
     assert fresh.Options().tilt is None
     with pytest.raises(SystemExit):
         fresh.main([*inputs, "--loss", "mio", "--tilt", "0.2"])
+
+
+def test_several_processes_refuse_what_one_process_must_do(monkeypatch):
+    monkeypatch.setattr(World, "count", 2)
+    checkpoint = ["--init", "x", "--data", "y"]
+    for flags in ([], ["--loss", "rlhf"], [*checkpoint, "--on_policy"]):
+        assert "without torchrun" in refused(*flags)
+    error = refused(*checkpoint, "--batch_size", "1")
+    assert "--batch_size must be at least 2, the number of processes" in error
+    assert parse(*checkpoint, "--batch_size", "2").batch_size == 2
