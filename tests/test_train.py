@@ -190,7 +190,7 @@ def test_learning_rate_schedules():
 
 
 def test_the_options_of_a_loss_are_those_that_were_set_for_it():
-    assert LOSSES["mio"].arguments(Options(beta=0.3)) == {"beta": 0.3}
+    assert LOSSES["mio"].arguments(Options(beta=0.3)) == {"beta": 0.3, "average_logps": False}
     assert LOSSES["simpo"].arguments(Options(beta=2, gamma=0.0)) == {"beta": 2, "gamma": 0.0}
     assert LOSSES["rpo"].arguments(Options(beta=1, gamma=3.0)) == {"beta": 1, "alpha": 1.0}
 
