@@ -42,7 +42,7 @@ def answer_logps(model: Llama, items: Sequence, row_tokens, micro_tokens, dtype)
     An item holds the ids of a prompt and any number of answers. Items are packed as in training."""
     device, pad = model.head_weight.device, needs_fixed_length(model)
     logps = [torch.zeros(len(item) - 1) for item in items]
-    with tqdm(total=len(items), desc="log-probs", unit="item", leave=False) as bar:
+    with tqdm(total=len(items), desc="log-probs", unit="item", leave=False, disable=None) as bar:
         for start in range(0, len(items), 256):  # packs 256 items at a time
             index = list(range(start, min(start + 256, len(items))))
             for batch in make_batches(items, index, row_tokens, micro_tokens, pad):
@@ -74,7 +74,7 @@ def pair_logps(model: Llama, pairs: Pairs, *layout) -> Tensor:
 
 def reward_scale(lengths: Tensor, loss: str, beta: float, average_logps: bool, **_):
     """Returns the ratio of an answer's reward to its log-ratio: beta, or beta divided by the tokens
-    of the answer if the loss averages log-ratios. lengths: (pairs, 2). Keywords: a run's options."""
+    of the answer if the loss averages log-ratios. lengths: (pairs, 2). Keywords: run options."""
     averages = find_loss(loss).uses == "means" and find_loss(loss).needs_reference
     return beta / lengths.clamp(min=1) if averages or average_logps else beta
 

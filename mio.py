@@ -558,7 +558,9 @@ def _residual_of_rows(logits: Tensor, targets: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled_residual_of_rows() -> Callable:
-    return torch.compile(_residual_of_rows, dynamic=True)  # imports the compiler, which takes seconds
+    return torch.compile(
+        _residual_of_rows, dynamic=True
+    )  # imports the compiler, which takes seconds
 
 
 def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, overwrite: bool) -> None:

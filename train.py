@@ -189,6 +189,10 @@ def learning_rate(options: Options, step: int, steps: int) -> float:
 # Progress (support/run_folder.py) is what a checkpoint restores: step, num_tokens, AdamW's moments,
 # ref_logps (training pairs under the reference) and start_logps (held-out pairs at step 0).
 
+# Metrics that the progress bar shows -> their labels.
+BAR = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy",
+       "reward": "reward"}  # fmt: skip
+
 
 def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dict]:
     """Trains job.model in place from `progress` on, and stops early after a signal. Returns the
@@ -207,8 +211,9 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
         if progress.step == 0:
             log(row)
         unchecked, clock, clock_tokens = [], time.perf_counter(), tokens
-        bar = {"initial": progress.step, "total": job.stop, "desc": options.loss, "unit": "step"}
-        for step in tqdm(remaining, leave=False, **bar):
+        bar = tqdm(remaining, options.loss, job.stop, leave=False, disable=None, unit="step",
+                   initial=progress.step)  # fmt: skip
+        for step in bar:
             data = step_data(job, progress, step)
             lr = learning_rate(options, step, job.steps)
             for group in optimizer.param_groups:
@@ -224,7 +229,8 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
             is_last = step == job.stop
             is_logged = evaluate or step % options.log_every == 0
             stopped = len(world.gather([torch.tensor(signals, dtype=torch.long)])) > 0
-            save = stopped or (options.save_every and (is_last or step % options.save_every == 0))
+            save = options.save_every and (is_last or step % options.save_every == 0)
+            save = save or stopped or (is_last and goes_on_later(job))
             if not (is_logged or save or is_last):
                 continue  # does not read the losses, because the CPU would wait for the GPU
             for each in unchecked:
@@ -234,6 +240,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
             row |= {"learning_rate": lr, "step_seconds": seconds / len(unchecked)}
             row |= {"tokens_per_second": (tokens - clock_tokens) / seconds}
             row |= training_metrics(job, data, losses, logps.cpu(), grad_norm)
+            bar.set_postfix({label: f"{row[x]:.3g}" for x, label in BAR.items() if x in row})
             held_out = {}
             if evaluate or is_last:
                 held_out_logps = logps_of(job, job.held_out)
@@ -251,6 +258,12 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
             unchecked, clock, clock_tokens = [], time.perf_counter(), tokens
     check_weights(job, row["step"])
     return held_out_logps, row
+
+
+def goes_on_later(job: Job) -> bool:
+    """Tells whether the last step is saved without --save_every: if --max_steps ends the run early,
+    and in the demonstration, whose last evaluation takes longer than a checkpoint."""
+    return job.stop < job.steps or builtin_task.is_demonstration(job.options.init)
 
 
 def step_data(job: Job, progress: Progress, step: int) -> StepData:

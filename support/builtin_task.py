@@ -114,7 +114,7 @@ def _train_base(model, tokenizer, options, make_optimizer, train_step) -> tuple[
     optimizer, lr, seed = make_optimizer(model, options), BASE["lr"], options.seed
     prompts = problems("validation", BASE["problems"], seed=0)
     steps = range(1, BASE["max_steps"] + 1)
-    bar = tqdm(steps, desc="supervised", unit="step", leave=False, total=float("inf"))
+    bar = tqdm(steps, "supervised", float("inf"), leave=False, disable=None, unit="step")
     for step in bar:
         texts = problems("train", BASE["batch_size"], seed=[seed, step - 1])
         examples = [Example("solution", text, solution(text), None) for text in texts]

@@ -241,7 +241,7 @@ def catch_signals():
         if received:
             os._exit(128 + number)
         received.append(number)
-        os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+        os.write(2, b"\nstopping once the run is saved; a second signal stops at once\n")
 
     with contextlib.ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):

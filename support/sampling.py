@@ -107,8 +107,9 @@ def sample_ids(model, prompts, max_new_tokens, *, seed=0, is_done=None, **kwargs
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
     quick = len(prompts) <= GENERATION_ROWS and max_new_tokens <= ANSWER_TOKENS
-    with tqdm(total=len(order), desc="answers", unit="answer", leave=None, disable=quick) as bar:
-        kwargs["progress"] = lambda answer: bar.update()
+    bar = {"desc": "answers", "unit": "answer", "leave": False, "disable": quick or None}
+    with tqdm(total=len(order), **bar) as progress:
+        kwargs["progress"] = lambda answer: progress.update()
         for start in range(0, len(order), GENERATION_ROWS):
             part = order[start : start + GENERATION_ROWS]
             ids = [prompts[i] for i in part]
