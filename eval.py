@@ -95,19 +95,18 @@ def information(rewards: Tensor) -> dict[str, Column]:
 
     `dv` and `nwj` are the negated losses of the same names; both are lower bounds and at most
     log 2. `js` is log 4 minus the mio loss; it estimates twice the Jensen-Shannon divergence and is
-    at most 0.4315. All three are 0 if the policy equals the reference."""
+    at most 0.4315. All three are 0 if the policy equals the reference. With c = log_mean_exp fixed,
+    the values of `dv` have its mean and its influence function, so its error is that of a mean."""
 
-    def bound(name: str, rewards: Tensor) -> Tensor:
-        zero = torch.zeros(len(rewards), dtype=torch.float64)
-        return -pair_loss(name, *rewards.unbind(dim=1), zero, zero, beta=1.0)  # (pairs,)
+    def bound(name: str, **options) -> Tensor:
+        return -pair_loss(name, *rewards.unbind(dim=1), zero, zero, beta=1.0, **options)  # (pairs,)
 
-    rewards = rewards.double()
-    js, nwj = math.log(4) + bound("mio", rewards), bound("nwj", rewards)
-    return {
-        "dv": Column(rewards.numpy(), lambda values: bound("dv", torch.from_numpy(values)).mean()),
-        "js": Column(js.numpy()),
-        "nwj": Column(nwj.numpy()),
-    }
+    rewards, zero = rewards.double(), torch.zeros(len(rewards), dtype=torch.float64)
+    critics = rewards[~rewards.isnan().any(dim=1)].flatten()  # of pairs with both answers
+    c = critics.logsumexp(dim=0) - math.log(max(len(critics), 1))
+    c = torch.where(c.isfinite(), c, torch.nan)  # dv is then inf - inf, for every pair
+    bounds = {"dv": bound("dv", shared=c), "js": math.log(4) + bound("mio"), "nwj": bound("nwj")}
+    return {name: Column(values.numpy()) for name, values in bounds.items()}
 
 
 def preference_metrics(logps: Tensor, ref_logps: Tensor, beta: float) -> dict[str, float]:
@@ -169,7 +168,7 @@ def critic_columns(columns: dict[str, Column]) -> dict[str, Column]:
     """Returns `information` of the rewards in `columns`; each name ends with the upper bound."""
     rewards = np.stack([columns[f"T {side}"].values for side in ("chosen", "rejected")], axis=1)
     estimates = information(torch.from_numpy(rewards))  # from (pairs, 2)
-    _, _, prompts, names = columns["margin"]
+    _, prompts, names = columns["margin"]
     limits = {"dv ≤0.693": "dv", "nwj ≤0.693": "nwj", "js ≤0.4315": "js"}
     return {c: estimates[n]._replace(prompts=prompts, names=names) for c, n in limits.items()}
 

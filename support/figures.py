@@ -2,12 +2,10 @@
 
 import math
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-RESAMPLES = 2000  # number of resamples of the bootstrap
 # Columns whose names begin as in RATES are shown in percent, as in SMALL with three decimals.
 RATES = ("greedy", "pass@", "cut", "acc", "reward", "strict", "flexible", "math", "exact", "letter")
 SMALL = ("Δ/token", "dv", "nwj", "js")
@@ -28,8 +26,14 @@ LEGEND = {  # pattern that matches the start of a column's name -> explanation b
 }
 
 
+# The 97.5 % quantiles of the t distribution by degrees of freedom, exact to four decimals. Between
+# them, linear interpolation in 1 / freedom gives values that are at most 0.08 % too large.
+FREEDOM = np.array([1, 2, 3, 4, 5, 6, 8, 12, 24, math.inf])
+T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3060, 2.1788, 2.0639, 1.9600)
+
+
 class Estimate(NamedTuple):
-    """The statistic of n items and its standard error (None if all items share one prompt)."""
+    """The mean of n items and its standard error (None if all items share one prompt)."""
 
     mean: float
     error: float | None
@@ -37,7 +41,7 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The difference of a statistic between two runs on n common items, and its 95 % interval."""
+    """The mean difference between two runs on n common items, and its 95 % interval."""
 
     mean: float
     low: float
@@ -49,55 +53,62 @@ Row = dict[str, Estimate | Difference]  # name of a column -> its cell in one ro
 
 
 class Column(NamedTuple):
-    """The values of a run's items (pairs or questions), and the statistic that summarizes them.
-    Items of one prompt are not independent, so errors and intervals are computed over prompts."""
+    """The values of a run's items (pairs or questions), which the mean summarizes. Items of one
+    prompt are not independent, so errors and intervals are computed over prompts."""
 
-    values: np.ndarray  # (items,) or (items, parts); NaN marks an item without a value
-    statistic: Callable[[np.ndarray], float] = np.mean  # maps the values to a number
+    values: np.ndarray  # (items,); NaN marks an item without a value
     prompts: np.ndarray | None = None  # (items,) the prompt of each item; None if all differ
     names: np.ndarray | None = None  # (items,) identify items in all runs; None: their positions do
 
     def known(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the values that are not NaN, and for each the number of its prompt, from 0 on."""
-        present = ~np.isnan(self.values).any(axis=tuple(range(1, self.values.ndim)))
+        """Returns the values that are not NaN, and the prompt of each of these values."""
+        present = ~np.isnan(self.values)
         prompts = np.arange(len(present)) if self.prompts is None else self.prompts
-        return self.values[present], np.unique(prompts[present], return_inverse=True)[1]
+        return self.values[present], prompts[present]
+
+    def mean(self) -> float:
+        """Returns the mean of the known values, or NaN if there are none."""
+        return self.estimate().mean
 
     @np.errstate(invalid="ignore")  # log-probs may be infinite, and inf - inf is NaN
-    def mean(self) -> float:
-        """Returns the statistic of the known values, or NaN if there are none."""
-        values, _ = self.known()
-        return float(self.statistic(values)) if len(values) else math.nan
-
-    @np.errstate(invalid="ignore")
     def estimate(self) -> Estimate:
-        """Returns the statistic and its standard error, clustered by prompt (arXiv 2411.00640)."""
+        """Returns the mean and its standard error, clustered by prompt (arXiv 2411.00640)."""
         values, prompts = self.known()
-        n, G, mean, error = len(values), len(set(prompts)), self.mean(), None
-        if G > 1 and self.statistic is np.mean:
-            # Var(mean) = G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2 / n^2; s^2 / n if G = n
-            residuals = np.bincount(prompts, values - mean)  # (G,)
-            error = math.sqrt(G / (G - 1) * (residuals**2).sum()) / n
-        elif G > 1:
-            error = float(resample(values, self.statistic, prompts).std(ddof=1))
+        n, error = len(values), None
+        mean = float(values.mean()) if n else math.nan
+        if len(set(prompts)) > 1:
+            error = math.sqrt(clustered_variance((values - mean) / n, prompts))
         return Estimate(mean, error, n)
 
     @np.errstate(invalid="ignore")
     def difference(self, first: "Column") -> Difference | None:
-        """Returns the difference from `first` on common items, or None for under 2 prompts."""
-        names = [range(len(c.values)) if c.names is None else c.names for c in (self, first)]
-        place = {name: i for i, name in enumerate(names[1])}
-        mine = [i for i, name in enumerate(names[0]) if name in place]
-        theirs = [place[names[0][i]] for i in mine]
-        both = np.stack((self.values[mine], first.values[theirs]), axis=-1)  # (items, ..., 2)
-        prompts = None if self.prompts is None else self.prompts[mine]
-        summary = self.statistic
-        change = Column(both, lambda two: summary(two[..., 0]) - summary(two[..., 1]), prompts)
-        values, prompts = change.known()
-        if len(set(prompts)) < 2:
+        """Returns the mean difference from `first` on common items, or None for under 2 prompts.
+        The 95 % interval is that of a t distribution, with G - 1 degrees of freedom for G prompts.
+        """
+        names = [np.arange(len(c.values)) if c.names is None else c.names for c in (self, first)]
+        _, mine, theirs = np.intersect1d(*names, return_indices=True)
+        known = ~np.isnan(self.values[mine]) & ~np.isnan(first.values[theirs])
+        mine, theirs = mine[known], theirs[known]
+        changes = self.values[mine] - first.values[theirs]  # (common items,)
+        prompts = mine if self.prompts is None else self.prompts[mine]
+        n, G = len(changes), len(set(prompts))
+        if G < 2:
             return None
-        interval = np.percentile(resample(values, change.statistic, prompts), (2.5, 97.5))
-        return Difference(change.mean(), *interval.tolist(), len(values))
+        mean = float(changes.mean())
+        half = t_quantile(G - 1) * math.sqrt(clustered_variance((changes - mean) / n, prompts))
+        return Difference(mean, mean - half, mean + half, n)
+
+
+def clustered_variance(residuals: np.ndarray, clusters: np.ndarray) -> float:
+    """Returns the variance of a mean, where only items of one cluster depend on each other.
+    residuals: (items,) value minus mean, times the weight of the item; clusters: (items,)."""
+    sums = np.bincount(np.unique(clusters, return_inverse=True)[1], residuals)  # (G,)
+    return float(len(sums) / (len(sums) - 1) * (sums**2).sum())  # s^2 / n if all clusters differ
+
+
+def t_quantile(freedom: int) -> float:
+    """Returns the 97.5 % quantile of the t distribution with `freedom` degrees of freedom."""
+    return float(np.interp(-1 / freedom, -1 / FREEDOM, T_QUANTILES))  # x must increase
 
 
 def task_row(values: dict[str, list[float]]) -> Row:
@@ -105,16 +116,8 @@ def task_row(values: dict[str, list[float]]) -> Row:
     return {name: Column(np.array(value)).estimate() for name, value in values.items()}
 
 
-def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np.ndarray:
-    """Returns RESAMPLES bootstrap values of the statistic. Each resample draws G of the G prompts
-    with replacement and takes all their items. prompts: (items,) prompt numbers, 0 to G - 1."""
-    random, G = np.random.default_rng(0), prompts.max() + 1
-    draws = (np.bincount(random.integers(0, G, G), minlength=G) for _ in range(RESAMPLES))  # (G,)
-    return np.array([statistic(np.repeat(values, drawn[prompts], axis=0)) for drawn in draws])
-
-
 def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
-    """Returns a table's rows: statistics of all runs, then their differences from the first run."""
+    """Returns a table's rows: the means of all runs, then their differences from the first run."""
     rows: dict[str, Row] = {n: {c: x.estimate() for c, x in run.items()} for n, run in runs.items()}
     (first, base), *others = runs.items()
     for name, run in others:
@@ -138,7 +141,7 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
     legend = [text for key, text in LEGEND.items() if any(re.match(key, c) for c in columns)]
     legend.append("±: standard error over prompts")
     if any(isinstance(cell, Difference) for row in rows.values() for cell in row.values()):
-        legend[-1] += "; [...]: 95 % bootstrap interval, paired"
+        legend.append("[...]: 95 % interval, paired; covers the choice of prompts, not of seeds")
     if not all(rows.values()):
         legend.append("-: the two runs have no items in common")
     if markdown:
@@ -157,7 +160,7 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
 def _cell(column: str, cell: Estimate | Difference) -> str:
     scale, sign, form = (100, "", ".1f") if column.startswith(RATES) else (1, "+", ".2f")
     form = ".3f" if column.startswith(SMALL) else form
-    form = ".2g" if abs(cell.mean) > 1e4 else form  # the statistic has diverged
+    form = ".2g" if abs(cell.mean) > 1e4 else form  # the mean has diverged
     if isinstance(cell, Difference):
         mean, low, high = (f"{scale * x:+{form}}" for x in cell[:3])
         return f"{mean} [{low}, {high}]"

@@ -26,17 +26,11 @@ from eval import (
 )
 from mio import LOSSES, pair_loss
 from model import Llama
-from support import figures
 from support.curves import read_curves
 from support.tokenizers import byte_tokenizer
 
 torch.set_num_threads(1)  # more threads do not speed up such small models
 SIDES = ("chosen", "rejected")
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    monkeypatch.setattr(figures, "RESAMPLES", 20)  # test_figures.py tests the bootstrap
 
 
 @torch.no_grad()
@@ -144,6 +138,18 @@ def test_mutual_information_by_its_formulas():
     )
 
 
+def test_the_error_of_dv_is_that_of_the_jackknife():
+    """The jackknife leaves out one pair at a time and knows nothing of influence functions."""
+    rewards = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)).double()
+    rewards[:, 0] += 0.5
+    without = [information(rewards[torch.arange(400) != i])["dv"].mean() for i in range(400)]
+    column, nan = information(rewards)["dv"], torch.full((3, 2), torch.nan)
+    assert column.estimate().error == pytest.approx(np.std(without) * math.sqrt(399), rel=0.02)
+    nan[0, 0] = 9.0  # a pair without a rejected answer does not count
+    assert information(torch.cat([rewards, nan]))["dv"].estimate() == column.estimate()
+    assert math.isnan(information(nan)["dv"].mean())
+
+
 def test_metrics_are_means_over_all_pairs():
     logps = torch.tensor([[-3.0, -5.0], [-4.0, -4.0], [-8.0, -1.0]])
     metrics = preference_metrics(logps, torch.full((3, 2), -4.0), beta=1.0)
@@ -203,7 +209,7 @@ def columns_by_title(models, file, title="x", kl_samples=0, beta=1.0, **training
     return pair_columns(models[0], tokenizer, models[1], file, title, pairs, options, training)
 
 
-def test_information_of_a_file_has_the_rewards_as_critic_and_bootstrap_errors(pairs_file):
+def test_information_of_a_file_has_the_rewards_as_critic_and_errors(pairs_file):
     by_title = columns_by_title((tiny_model(), tiny_model(seed=1)), pairs_file, beta=0.01)
     assert list(by_title) == ["x", "x: critic"]
     rewards = [torch.from_numpy(by_title["x"][f"T {side}"].values) for side in SIDES]
