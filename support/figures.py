@@ -9,6 +9,7 @@ import numpy as np
 # Columns whose names begin as in RATES are shown in percent, as in SMALL with three decimals.
 RATES = ("greedy", "pass@", "cut", "acc", "reward", "strict", "flexible", "math", "exact", "letter")
 SMALL = ("Δ/token", "dv", "nwj", "js")
+Row = dict[str, "Estimate | Difference"]  # name of a column -> its cell in one row of a table
 LEGEND = {  # pattern that matches the start of a column's name -> explanation below a table
     "greedy": "greedy: the greedy answer is right; pass@k: at least one of k samples is right",
     "strict": "strict: graded by the number after ####; flexible: by the last number",
@@ -24,12 +25,6 @@ LEGEND = {  # pattern that matches the start of a column's name -> explanation b
     "js": "js: estimates twice the Jensen-Shannon divergence; ≤: the largest possible value",
     "KL": "KL: log-ratio to the reference, in nats, on answers sampled from the run",
 }
-
-
-# The 97.5 % quantiles of the t distribution by degrees of freedom, exact to four decimals. Between
-# them, linear interpolation in 1 / freedom gives values that are at most 0.08 % too large.
-FREEDOM = np.array([1, 2, 3, 4, 5, 6, 8, 12, 24, math.inf])
-T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3060, 2.1788, 2.0639, 1.9600)
 
 
 class Estimate(NamedTuple):
@@ -49,71 +44,75 @@ class Difference(NamedTuple):
     n: int
 
 
-Row = dict[str, Estimate | Difference]  # name of a column -> its cell in one row of a table
-
-
 class Column(NamedTuple):
-    """The values of a run's items (pairs or questions), which the mean summarizes. Items of one
-    prompt are not independent, so errors and intervals are computed over prompts."""
+    """The values of a run's items (pairs or questions). Only items of one prompt are dependent."""
 
     values: np.ndarray  # (items,); NaN marks an item without a value
-    prompts: np.ndarray | None = None  # (items,) the prompt of each item; None if all differ
+    prompts: np.ndarray | None = None  # (items,) identify prompts in all runs; None if all differ
     names: np.ndarray | None = None  # (items,) identify items in all runs; None: their positions do
 
-    def known(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the values that are not NaN, and the prompt of each of these values."""
-        present = ~np.isnan(self.values)
-        prompts = np.arange(len(present)) if self.prompts is None else self.prompts
-        return self.values[present], prompts[present]
-
-    def mean(self) -> float:
-        """Returns the mean of the known values, or NaN if there are none."""
-        return self.estimate().mean
+    def known(self) -> "Column":
+        """Returns the column of the items that have a value, with names and prompts filled in."""
+        known = ~np.isnan(self.values)
+        names = (np.arange(len(known)) if self.names is None else self.names)[known]
+        prompts = names if self.prompts is None else self.prompts[known]
+        return Column(self.values[known], prompts, names)
 
     @np.errstate(invalid="ignore")  # log-probs may be infinite, and inf - inf is NaN
     def estimate(self) -> Estimate:
         """Returns the mean and its standard error, clustered by prompt (arXiv 2411.00640)."""
-        values, prompts = self.known()
-        n, error = len(values), None
-        mean = float(values.mean()) if n else math.nan
-        if len(set(prompts)) > 1:
-            error = math.sqrt(clustered_variance((values - mean) / n, prompts))
-        return Estimate(mean, error, n)
+        values, prompts, _ = self.known()
+        n, mean = len(values), float(values.mean()) if len(values) else math.nan
+        sums = np.bincount(np.unique(prompts, return_inverse=True)[1], (values - mean) / n)  # (G,)
+        return Estimate(mean, math.sqrt(squares(sums)[0]) if len(sums) > 1 else None, n)
 
-    @np.errstate(invalid="ignore")
     def difference(self, first: "Column") -> Difference | None:
-        """Returns the mean difference from `first` on common items, or None for under 2 prompts.
-        The 95 % interval is that of a t distribution, with G - 1 degrees of freedom for G prompts.
-        """
-        names = [np.arange(len(c.values)) if c.names is None else c.names for c in (self, first)]
-        _, mine, theirs = np.intersect1d(*names, return_indices=True)
-        known = ~np.isnan(self.values[mine]) & ~np.isnan(first.values[theirs])
-        mine, theirs = mine[known], theirs[known]
-        changes = self.values[mine] - first.values[theirs]  # (common items,)
-        prompts = mine if self.prompts is None else self.prompts[mine]
-        n, G = len(changes), len(set(prompts))
-        if G < 2:
-            return None
-        mean = float(changes.mean())
-        half = t_quantile(G - 1) * math.sqrt(clustered_variance((changes - mean) / n, prompts))
-        return Difference(mean, mean - half, mean + half, n)
+        """Returns the mean difference from `first` on common items, or None for under 2 prompts."""
+        return paired_difference([(self, first)])
 
 
-def clustered_variance(residuals: np.ndarray, clusters: np.ndarray) -> float:
-    """Returns the variance of a mean, where only items of one cluster depend on each other.
-    residuals: (items,) value minus mean, times the weight of the item; clusters: (items,)."""
-    sums = np.bincount(np.unique(clusters, return_inverse=True)[1], residuals)  # (G,)
-    return float(len(sums) / (len(sums) - 1) * (sums**2).sum())  # s^2 / n if all clusters differ
+def squares(sums: np.ndarray) -> tuple[float, float]:
+    """Returns the squares of a mean's standard error and of half the width of its 95 % interval.
+    sums: (G,) for each independent cluster of items, the sum of weight times (value - mean)."""
+    variance = len(sums) / (len(sums) - 1) * (sums**2).sum()  # s^2 / n for clusters of one item
+    # Quantiles of the t distribution; interpolation in 1 / freedom is at most 0.08 % too large.
+    freedom = np.array([1, 2, 3, 4, 5, 6, 8, 12, 24, math.inf])
+    quantiles = 12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3060, 2.1788, 2.0639, 1.9600
+    return variance, np.interp(-1 / (len(sums) - 1), -1 / freedom, quantiles) ** 2 * variance
 
 
-def t_quantile(freedom: int) -> float:
-    """Returns the 97.5 % quantile of the t distribution with `freedom` degrees of freedom."""
-    return float(np.interp(-1 / freedom, -1 / FREEDOM, T_QUANTILES))  # x must increase
+@np.errstate(invalid="ignore")
+def paired_difference(runs: list[tuple[Column, Column]]) -> Difference | None:
+    """Returns the mean over seeds of the mean difference between two runs on common items, or None
+    if a seed has no common items or all items share one prompt. `runs` holds the columns of both
+    runs for each seed. With several seeds, the interval covers other seeds as well as prompts."""
+    changes, prompts = [], []  # for each seed: (its common items,)
+    for run, first in [(run.known(), first.known()) for run, first in runs]:
+        _, i, j = np.intersect1d(run.names, first.names, return_indices=True)
+        changes.append(run.values[i] - first.values[j])
+        prompts.append(run.prompts[i])
+    found, n, S = np.unique(np.concatenate(prompts)), [len(x) for x in changes], len(runs)
+    if len(found) < 2 or min(n) == 0:
+        return None
+    mean = float(np.mean([x.mean() for x in changes]))
+    sums = np.zeros((S, len(found)))  # (S, G)
+    for row, x, labels in zip(sums, changes, prompts):
+        np.add.at(row, np.searchsorted(found, labels), (x - mean) / (S * len(x)))
+    square = squares(sums.sum(axis=0))[1]
+    if S > 1:
+        # Two-way clusters: V = V_seed + V_prompt - V_both (Cameron, Gelbach and Miller 2011), where
+        # V_seed has its own t quantile (Banerjee 1960), and S / (S - 1) makes the rest unbiased.
+        rest = max(square - squares(sums.ravel())[1], 0)
+        square = squares(sums.sum(axis=1))[1] + S / (S - 1) * rest
+    return Difference(mean, mean - math.sqrt(square), mean + math.sqrt(square), sum(n))
 
 
-def task_row(values: dict[str, list[float]]) -> Row:
-    """Returns a row of a table: for each column, the mean of its values and the standard error."""
-    return {name: Column(np.array(value)).estimate() for name, value in values.items()}
+@np.errstate(invalid="ignore")
+def over_seeds(estimates: list[Estimate]) -> Estimate:
+    """Returns the mean and standard deviation over seeds (or one seed's error) and the sum of n."""
+    means = [estimate.mean for estimate in estimates]
+    error = float(np.std(means, ddof=1)) if len(means) > 1 else estimates[0].error
+    return Estimate(float(np.mean(means)), error, sum(estimate.n for estimate in estimates))
 
 
 def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
@@ -121,17 +120,15 @@ def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
     rows: dict[str, Row] = {n: {c: x.estimate() for c, x in run.items()} for n, run in runs.items()}
     (first, base), *others = runs.items()
     for name, run in others:
-        differences = {c: run[c].difference(base[c]) for c in run if c in base}
-        # Two long names would leave no room for cells in 80 characters.
-        label = f"{name} - {first if len(name + first) < 48 else 'first'}"
-        if differences:
-            rows[label] = {c: d for c, d in differences.items() if d is not None}
+        label = f"{name} - {first if len(name + first) < 48 else 'first'}"  # leaves room for cells
+        if common := [c for c in run if c in base]:
+            rows[label] = {c: d for c in common if (d := run[c].difference(base[c]))}
     return rows
 
 
-def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
-    """Returns a table as text: a line for each row, a line with the numbers of items, and a legend.
-    Without `markdown`, columns that do not fit `width` characters continue in a table below."""
+def table(rows: dict[str, Row], width: int = 80, markdown: bool = False, seeds: int = 1) -> str:
+    """Returns a table as text: a line for each row, a line with the numbers of items, and a legend
+    for `seeds` seeds. Without `markdown`, columns that exceed `width` continue in a table below."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     grid = [["", *(f"{column} %" if column.startswith(RATES) else column for column in columns)]]
     for name, row in rows.items():
@@ -139,11 +136,11 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
     counts = [sorted({row[c].n for row in rows.values() if c in row}) for c in columns]
     grid.append(["n", *(f"{n[0]}-{n[-1]}" if len(n) > 1 else f"{n[0]}" for n in counts)])
     legend = [text for key, text in LEGEND.items() if any(re.match(key, c) for c in columns)]
-    legend.append("±: standard error over prompts")
+    legend += [f"±: standard {'deviation over seeds' if seeds > 1 else 'error over prompts'}"]
     if any(isinstance(cell, Difference) for row in rows.values() for cell in row.values()):
-        legend.append("[...]: 95 % interval, paired; covers the choice of prompts, not of seeds")
+        legend += [f"[...]: 95 % interval, paired, over {'seeds and ' if seeds > 1 else ''}prompts"]
     if not all(rows.values()):
-        legend.append("-: the two runs have no items in common")
+        legend += ["-: the two runs have no items in common"]
     if markdown:
         head, *lines = [f"| {' | '.join(line)} |" for line in grid]
         return "\n".join([head, "|---" * len(grid[0]) + "|", *lines, "", *legend])
