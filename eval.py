@@ -94,32 +94,29 @@ def preference_values(logps: Tensor, ref_logps: Tensor | None, beta) -> dict[str
     return values
 
 
-def information(rewards: Tensor) -> dict[str, Column]:
-    """Returns three estimates of mutual information in nats, with the rewards (pairs, 2) as critic.
+def information(rewards: Tensor) -> dict[str, Tensor]:
+    """Returns values (pairs,) whose means estimate mutual information by the rewards (pairs, 2).
 
-    `dv` and `nwj` are the negated losses of the same names; both are lower bounds and at most
-    log 2. `js` is log 4 minus the mio loss; it estimates twice the Jensen-Shannon divergence and is
-    at most 0.4315. All three are 0 if the policy equals the reference."""
+    `dv` and `nwj` are the negated losses of the same names, in nats; both are lower bounds and at
+    most log 2. `js` is log 4 minus the mio loss; it estimates twice the Jensen-Shannon divergence
+    and is at most 0.4315. All three are 0 if the policy equals the reference. The values of `dv`,
+    less their mean, are its influence function (see mio.dv), so its error is that of a mean."""
 
-    def bound(name: str, rewards: Tensor) -> Tensor:
-        zero = torch.zeros(len(rewards), dtype=torch.float64)
-        return -pair_loss(name, *rewards.unbind(dim=1), zero, zero, beta=1.0)  # (pairs,)
+    def bound(name: str, **options) -> Tensor:
+        return -pair_loss(name, *rewards.unbind(dim=1), zero, zero, beta=1.0, **options)  # (pairs,)
 
-    rewards = rewards.double()
-    js, nwj = math.log(4) + bound("mio", rewards), bound("nwj", rewards)
-    return {
-        "dv": Column(rewards.numpy(), lambda values: bound("dv", torch.from_numpy(values)).mean()),
-        "js": Column(js.numpy()),
-        "nwj": Column(nwj.numpy()),
-    }
+    rewards, zero = rewards.double(), torch.zeros(len(rewards), dtype=torch.float64)
+    critics = rewards[~rewards.isnan().any(dim=1)].flatten()  # of pairs with both answers
+    c = critics.logsumexp(dim=0) - math.log(max(len(critics), 1))
+    c = torch.where(c.isfinite(), c, torch.nan)  # dv is then inf - inf, for every pair
+    return {"dv": bound("dv", shared=c), "js": math.log(4) + bound("mio"), "nwj": bound("nwj")}
 
 
 def preference_metrics(logps: Tensor, ref_logps: Tensor, beta) -> dict[str, float]:
     """Returns the means of preference_values, and mi/dv, mi/js and mi/nwj from `information`."""
     values = preference_values(logps, ref_logps, beta)
-    means = {name: Column(value.double().numpy()).mean() for name, value in values.items()}
-    estimates = information(beta * (logps - ref_logps))
-    return means | {f"mi/{name}": column.mean() for name, column in estimates.items()}
+    values |= {f"mi/{n}": v for n, v in information(beta * (logps - ref_logps)).items()}
+    return {n: Column(v.double().numpy()).estimate().mean for n, v in values.items()}
 
 
 def preference_columns(
@@ -127,8 +124,8 @@ def preference_columns(
 ) -> dict[str, Column]:
     """Returns table columns from log-probs (pairs, 2): the accuracy and margin of the rewards, the
     rewards T, log-ratios Δ per answer and per token, and log-probs. Missing answers are NaN."""
-    lengths, number, columns = torch.from_numpy(pairs.lengths()[:, 1:]), {}, {}
-    prompts = np.array([number.setdefault(tuple(pair.prompt), len(number)) for pair in pairs])
+    lengths, first, columns = torch.from_numpy(pairs.lengths()[:, 1:]), {}, {}
+    prompts = np.array([first.setdefault(tuple(pair.prompt), i) for i, pair in enumerate(pairs)])
     logps = torch.where(lengths > 0, logps, torch.nan)
     values, sides = preference_values(logps, ref_logps, beta), {"": logps}
     if ref_logps is not None:
@@ -138,7 +135,7 @@ def preference_columns(
     for name, side in sides.items():
         columns |= {f"{name}chosen": side[:, 0], f"{name}rejected": side[:, 1]}
     columns = {n: Column(v.double().numpy(), prompts=prompts) for n, v in columns.items()}
-    return {name: column for name, column in columns.items() if len(column.known()[0])}
+    return {name: column for name, column in columns.items() if column.estimate().n}
 
 
 def preference_row(logps: Tensor, ref_logps: Tensor, pairs: Pairs) -> Row:
@@ -159,10 +156,10 @@ def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options
     ref_logps = pair_logps(reference, pairs, *layout) if reference else None
     scale = reward_scale(torch.from_numpy(pairs.lengths()[:, 1:]), **training)
     columns, critic = preference_columns(logps, ref_logps, pairs, scale), {}
-    # File and line identify a pair in two runs, even if the runs have different tokenizers.
+    # File and line identify a pair in all runs, even if the runs have different tokenizers.
     file = digest_file(path)[:16]
     names = np.array([f"{file}:{line}" for line in pairs.lines])
-    columns = {name: column._replace(names=names) for name, column in columns.items()}
+    columns = {n: c._replace(prompts=names[c.prompts], names=names) for n, c in columns.items()}
     if "margin" in columns:
         critic = critic_columns(columns)
     if reference and options.kl_samples:
@@ -173,10 +170,9 @@ def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options
 def critic_columns(columns: dict[str, Column]) -> dict[str, Column]:
     """Returns `information` of the rewards in `columns`; each name ends with the upper bound."""
     rewards = np.stack([columns[f"T {side}"].values for side in ("chosen", "rejected")], axis=1)
-    estimates = information(torch.from_numpy(rewards))  # from (pairs, 2)
-    _, _, prompts, names = columns["margin"]
+    bounds = information(torch.from_numpy(rewards))  # from (pairs, 2)
     limits = {"dv ≤0.693": "dv", "nwj ≤0.693": "nwj", "js ≤0.4315": "js"}
-    return {c: estimates[n]._replace(prompts=prompts, names=names) for c, n in limits.items()}
+    return {c: columns["margin"]._replace(values=bounds[n].numpy()) for c, n in limits.items()}
 
 
 def kl_column(model, reference, tokenizer, pairs: Pairs, names, layout, options) -> Column:

@@ -33,7 +33,7 @@ from model import Llama
 from support import builtin_task, lora, run_folder
 from support.cli import option, stage
 from support.distributed import World, join
-from support.figures import table, task_row
+from support.figures import table
 from support.files import locked, write_json
 from support.job import Job, TrainingError, describe, first_progress, load_job, logps_of
 from support.on_policy import draw_pairs, is_on_policy, is_rlhf, prompts_per_step
@@ -388,7 +388,7 @@ def finish(job: Job, start_logps: Tensor, logps: Tensor, row: dict, started: flo
             notes.append(f"results in {folder / 'summary.json'}")
         # Both models answered the same problems, so the change is a mean of paired differences.
         change = {name: np.subtract(after[name], before[name]) for name in after}
-        before, after, change = map(task_row, (before, after, change))
+        before, after, change = map(builtin_task.task_row, (before, after, change))
         rows = {"base": before, options.loss: after | rows[options.loss], "change": change}
     printed = {name: {k: f._asdict() for k, f in row.items()} for name, row in rows.items()}
     metrics = json.loads(run_folder.strict_json({"seconds": time.perf_counter() - started, **row}))

@@ -45,7 +45,7 @@ log-prob on held-out pairs during training.
 {table}
 
 The next table shows the accuracy of each loss minus the accuracy of mio on the same test problems,
-averaged over the {count} seeds, with a 95 % bootstrap interval of the paired differences:
+averaged over the {count} seeds, with a 95 % interval of the paired differences:
 
 | loss | accuracy minus that of mio, points |
 |---|---|

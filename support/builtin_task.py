@@ -12,6 +12,7 @@ from tqdm import tqdm
 from data import StepData, encode_example, make_batches
 from model import Llama, ModelConfig
 from support.cli import stage
+from support.figures import Column, Row
 from support.files import digest, locked, read_json, write_json, write_rows
 from support.grading import pass_at_k, powers_of_two
 from support.rows import Example
@@ -175,6 +176,11 @@ def task_values(model, tokenizer, count: int = TEST_PROBLEMS, samples: int = SAM
     for k in (1, SAMPLES) if samples == SAMPLES else powers_of_two(samples):
         values[f"pass@{k}"] = [pass_at_k(c, samples, k) for c in correct]
     return values
+
+
+def task_row(values: dict[str, list[float]]) -> Row:
+    """Returns a row of a table: for each column, the mean of its values and the standard error."""
+    return {name: Column(np.array(value)).estimate() for name, value in values.items()}
 
 
 def base_values(folder: Path, device: str) -> dict:

@@ -2,15 +2,14 @@
 
 import math
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-RESAMPLES = 2000  # number of resamples of the bootstrap
 # Columns whose names begin as in RATES are shown in percent, as in SMALL with three decimals.
 RATES = ("greedy", "pass@", "cut", "acc", "reward", "strict", "flexible", "math", "exact", "letter")
 SMALL = ("Δ/token", "dv", "nwj", "js")
+Row = dict[str, "Estimate | Difference"]  # name of a column -> its cell in one row of a table
 LEGEND = {  # pattern that matches the start of a column's name -> explanation below a table
     "greedy": "greedy: the greedy answer is right; pass@k: at least one of k samples is right",
     "strict": "strict: graded by the number after ####; flexible: by the last number",
@@ -29,7 +28,7 @@ LEGEND = {  # pattern that matches the start of a column's name -> explanation b
 
 
 class Estimate(NamedTuple):
-    """The statistic of n items and its standard error (None if all items share one prompt)."""
+    """The mean of n items and its standard error (None if all items share one prompt)."""
 
     mean: float
     error: float | None
@@ -37,7 +36,7 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The difference of a statistic between two runs on n common items, and its 95 % interval."""
+    """The mean difference between two runs on n common items, and its 95 % interval."""
 
     mean: float
     low: float
@@ -45,90 +44,91 @@ class Difference(NamedTuple):
     n: int
 
 
-Row = dict[str, Estimate | Difference]  # name of a column -> its cell in one row of a table
-
-
 class Column(NamedTuple):
-    """The values of a run's items (pairs or questions), and the statistic that summarizes them.
-    Items of one prompt are not independent, so errors and intervals are computed over prompts."""
+    """The values of a run's items (pairs or questions). Only items of one prompt are dependent."""
 
-    values: np.ndarray  # (items,) or (items, parts); NaN marks an item without a value
-    statistic: Callable[[np.ndarray], float] = np.mean  # maps the values to a number
-    prompts: np.ndarray | None = None  # (items,) the prompt of each item; None if all differ
+    values: np.ndarray  # (items,); NaN marks an item without a value
+    prompts: np.ndarray | None = None  # (items,) identify prompts in all runs; None if all differ
     names: np.ndarray | None = None  # (items,) identify items in all runs; None: their positions do
 
-    def known(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the values that are not NaN, and for each the number of its prompt, from 0 on."""
-        present = ~np.isnan(self.values).any(axis=tuple(range(1, self.values.ndim)))
-        prompts = np.arange(len(present)) if self.prompts is None else self.prompts
-        return self.values[present], np.unique(prompts[present], return_inverse=True)[1]
+    def known(self) -> "Column":
+        """Returns the column of the items that have a value, with names and prompts filled in."""
+        known = ~np.isnan(self.values)
+        names = (np.arange(len(known)) if self.names is None else self.names)[known]
+        prompts = names if self.prompts is None else self.prompts[known]
+        return Column(self.values[known], prompts, names)
 
     @np.errstate(invalid="ignore")  # log-probs may be infinite, and inf - inf is NaN
-    def mean(self) -> float:
-        """Returns the statistic of the known values, or NaN if there are none."""
-        values, _ = self.known()
-        return float(self.statistic(values)) if len(values) else math.nan
-
-    @np.errstate(invalid="ignore")
     def estimate(self) -> Estimate:
-        """Returns the statistic and its standard error, clustered by prompt (arXiv 2411.00640)."""
-        values, prompts = self.known()
-        n, G, mean, error = len(values), len(set(prompts)), self.mean(), None
-        if G > 1 and self.statistic is np.mean:
-            # Var(mean) = G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2 / n^2; s^2 / n if G = n
-            residuals = np.bincount(prompts, values - mean)  # (G,)
-            error = math.sqrt(G / (G - 1) * (residuals**2).sum()) / n
-        elif G > 1:
-            error = float(resample(values, self.statistic, prompts).std(ddof=1))
-        return Estimate(mean, error, n)
+        """Returns the mean and its standard error, clustered by prompt (arXiv 2411.00640)."""
+        values, prompts, _ = self.known()
+        n, mean = len(values), float(values.mean()) if len(values) else math.nan
+        sums = np.bincount(np.unique(prompts, return_inverse=True)[1], (values - mean) / n)  # (G,)
+        return Estimate(mean, math.sqrt(squares(sums)[0]) if len(sums) > 1 else None, n)
 
-    @np.errstate(invalid="ignore")
     def difference(self, first: "Column") -> Difference | None:
-        """Returns the difference from `first` on common items, or None for under 2 prompts."""
-        names = [range(len(c.values)) if c.names is None else c.names for c in (self, first)]
-        place = {name: i for i, name in enumerate(names[1])}
-        mine = [i for i, name in enumerate(names[0]) if name in place]
-        theirs = [place[names[0][i]] for i in mine]
-        both = np.stack((self.values[mine], first.values[theirs]), axis=-1)  # (items, ..., 2)
-        prompts = None if self.prompts is None else self.prompts[mine]
-        summary = self.statistic
-        change = Column(both, lambda two: summary(two[..., 0]) - summary(two[..., 1]), prompts)
-        values, prompts = change.known()
-        if len(set(prompts)) < 2:
-            return None
-        interval = np.percentile(resample(values, change.statistic, prompts), (2.5, 97.5))
-        return Difference(change.mean(), *interval.tolist(), len(values))
+        """Returns the mean difference from `first` on common items, or None for under 2 prompts."""
+        return paired_difference([(self, first)])
 
 
-def task_row(values: dict[str, list[float]]) -> Row:
-    """Returns a row of a table: for each column, the mean of its values and the standard error."""
-    return {name: Column(np.array(value)).estimate() for name, value in values.items()}
+def squares(sums: np.ndarray) -> tuple[float, float]:
+    """Returns the squares of a mean's standard error and of half the width of its 95 % interval.
+    sums: (G,) for each independent cluster of items, the sum of weight times (value - mean)."""
+    variance = len(sums) / (len(sums) - 1) * (sums**2).sum()  # s^2 / n for clusters of one item
+    # Quantiles of the t distribution; interpolation in 1 / freedom is at most 0.08 % too large.
+    freedom = np.array([1, 2, 3, 4, 5, 6, 8, 12, 24, math.inf])
+    quantiles = 12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3060, 2.1788, 2.0639, 1.9600
+    return variance, np.interp(-1 / (len(sums) - 1), -1 / freedom, quantiles) ** 2 * variance
 
 
-def resample(values: np.ndarray, statistic: Callable, prompts: np.ndarray) -> np.ndarray:
-    """Returns RESAMPLES bootstrap values of the statistic. Each resample draws G of the G prompts
-    with replacement and takes all their items. prompts: (items,) prompt numbers, 0 to G - 1."""
-    random, G = np.random.default_rng(0), prompts.max() + 1
-    draws = (np.bincount(random.integers(0, G, G), minlength=G) for _ in range(RESAMPLES))  # (G,)
-    return np.array([statistic(np.repeat(values, drawn[prompts], axis=0)) for drawn in draws])
+@np.errstate(invalid="ignore")
+def paired_difference(runs: list[tuple[Column, Column]]) -> Difference | None:
+    """Returns the mean over seeds of the mean difference between two runs on common items, or None
+    if a seed has no common items or all items share one prompt. `runs` holds the columns of both
+    runs for each seed. With several seeds, the interval covers other seeds as well as prompts."""
+    changes, prompts = [], []  # for each seed: (its common items,)
+    for run, first in [(run.known(), first.known()) for run, first in runs]:
+        _, i, j = np.intersect1d(run.names, first.names, return_indices=True)
+        changes.append(run.values[i] - first.values[j])
+        prompts.append(run.prompts[i])
+    found, n, S = np.unique(np.concatenate(prompts)), [len(x) for x in changes], len(runs)
+    if len(found) < 2 or min(n) == 0:
+        return None
+    mean = float(np.mean([x.mean() for x in changes]))
+    sums = np.zeros((S, len(found)))  # (S, G)
+    for row, x, labels in zip(sums, changes, prompts):
+        np.add.at(row, np.searchsorted(found, labels), (x - mean) / (S * len(x)))
+    square = squares(sums.sum(axis=0))[1]
+    if S > 1:
+        # Two-way clusters: V = V_seed + V_prompt - V_both (Cameron, Gelbach and Miller 2011), where
+        # V_seed has its own t quantile (Banerjee 1960), and S / (S - 1) makes the rest unbiased.
+        rest = max(square - squares(sums.ravel())[1], 0)
+        square = squares(sums.sum(axis=1))[1] + S / (S - 1) * rest
+    return Difference(mean, mean - math.sqrt(square), mean + math.sqrt(square), sum(n))
+
+
+@np.errstate(invalid="ignore")
+def over_seeds(estimates: list[Estimate]) -> Estimate:
+    """Returns the mean and standard deviation over seeds (or one seed's error) and the sum of n."""
+    means = [estimate.mean for estimate in estimates]
+    error = float(np.std(means, ddof=1)) if len(means) > 1 else estimates[0].error
+    return Estimate(float(np.mean(means)), error, sum(estimate.n for estimate in estimates))
 
 
 def compared(runs: dict[str, dict[str, Column]]) -> dict[str, Row]:
-    """Returns a table's rows: statistics of all runs, then their differences from the first run."""
+    """Returns a table's rows: the means of all runs, then their differences from the first run."""
     rows: dict[str, Row] = {n: {c: x.estimate() for c, x in run.items()} for n, run in runs.items()}
     (first, base), *others = runs.items()
     for name, run in others:
-        differences = {c: run[c].difference(base[c]) for c in run if c in base}
-        # Two long names would leave no room for cells in 80 characters.
-        label = f"{name} - {first if len(name + first) < 48 else 'first'}"
-        if differences:
-            rows[label] = {c: d for c, d in differences.items() if d is not None}
+        label = f"{name} - {first if len(name + first) < 48 else 'first'}"  # leaves room for cells
+        if common := [c for c in run if c in base]:
+            rows[label] = {c: d for c in common if (d := run[c].difference(base[c]))}
     return rows
 
 
-def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
-    """Returns a table as text: a line for each row, a line with the numbers of items, and a legend.
-    Without `markdown`, columns that do not fit `width` characters continue in a table below."""
+def table(rows: dict[str, Row], width: int = 80, markdown: bool = False, seeds: int = 1) -> str:
+    """Returns a table as text: a line for each row, a line with the numbers of items, and a legend
+    for `seeds` seeds. Without `markdown`, columns that exceed `width` continue in a table below."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     grid = [["", *(f"{column} %" if column.startswith(RATES) else column for column in columns)]]
     for name, row in rows.items():
@@ -136,11 +136,11 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
     counts = [sorted({row[c].n for row in rows.values() if c in row}) for c in columns]
     grid.append(["n", *(f"{n[0]}-{n[-1]}" if len(n) > 1 else f"{n[0]}" for n in counts)])
     legend = [text for key, text in LEGEND.items() if any(re.match(key, c) for c in columns)]
-    legend.append("±: standard error over prompts")
+    legend += [f"±: standard {'deviation over seeds' if seeds > 1 else 'error over prompts'}"]
     if any(isinstance(cell, Difference) for row in rows.values() for cell in row.values()):
-        legend[-1] += "; [...]: 95 % bootstrap interval, paired"
+        legend += [f"[...]: 95 % interval, paired, over {'seeds and ' if seeds > 1 else ''}prompts"]
     if not all(rows.values()):
-        legend.append("-: the two runs have no items in common")
+        legend += ["-: the two runs have no items in common"]
     if markdown:
         head, *lines = [f"| {' | '.join(line)} |" for line in grid]
         return "\n".join([head, "|---" * len(grid[0]) + "|", *lines, "", *legend])
@@ -157,7 +157,7 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False) -> str:
 def _cell(column: str, cell: Estimate | Difference) -> str:
     scale, sign, form = (100, "", ".1f") if column.startswith(RATES) else (1, "+", ".2f")
     form = ".3f" if column.startswith(SMALL) else form
-    form = ".2g" if abs(cell.mean) > 1e4 else form  # the statistic has diverged
+    form = ".2g" if abs(cell.mean) > 1e4 else form  # the mean has diverged
     if isinstance(cell, Difference):
         mean, low, high = (f"{scale * x:+{form}}" for x in cell[:3])
         return f"{mean} [{low}, {high}]"

@@ -20,6 +20,7 @@ from support.builtin_task import (
     problems,
     solution,
     split_of,
+    task_row,
     task_values,
 )
 from support.tokenizers import byte_tokenizer
@@ -247,6 +248,10 @@ def test_a_prompt_has_at_most_as_many_pairs_as_asked_for(base, monkeypatch):
     rows = rows_of(base / "pairs.jsonl")
     assert len(rows) == 10
     assert [(row["chosen"][0], row["rejected"]) for row in rows] == [("a", "1"), ("b", "2")] * 5
+
+
+def test_the_row_of_a_task_holds_means_and_standard_errors():
+    assert task_row({"greedy": [0.0, 1.0]}) == {"greedy": (0.5, pytest.approx(0.5), 2)}
 
 
 def test_task_values_grade_greedy_and_sampled_answers(monkeypatch):

@@ -16,6 +16,7 @@ import train
 from data import Pair, Pairs, load_pairs
 from eval import (
     answer_logps,
+    critic_columns,
     information,
     pair_columns,
     pair_logps,
@@ -26,18 +27,13 @@ from eval import (
 )
 from mio import LOSSES, pair_loss
 from model import Llama
-from support import figures
 from support.curves import read_curves
+from support.figures import Column
 from support.tokenizers import byte_tokenizer
 from support.trained_run import TRAINING
 
 torch.set_num_threads(1)  # more threads do not speed up such small models
 SIDES = ("chosen", "rejected")
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    monkeypatch.setattr(figures, "RESAMPLES", 20)  # test_figures.py tests the bootstrap
 
 
 @torch.no_grad()
@@ -112,7 +108,7 @@ def test_preference_values_by_hand():
 
 def estimates(chosen, rejected) -> dict[str, float]:
     found = information(torch.stack((chosen, rejected), dim=1))
-    return {name: column.mean() for name, column in found.items()}
+    return {name: values.mean().item() for name, values in found.items()}
 
 
 def test_mutual_information_is_zero_at_the_reference_and_below_its_ceilings():
@@ -133,11 +129,24 @@ def test_mutual_information_by_its_formulas():
     mixture = (chosen.exp().mean() + rejected.exp().mean()).item() / 2
     assert found["dv"] == pytest.approx(0.15 - math.log(mixture))
     assert found["nwj"] == pytest.approx(1.15 - mixture)
-    columns = information(torch.stack((chosen, rejected), dim=1))
-    assert columns.keys() == {"dv", "js", "nwj"} and columns.keys() - {"js"} < LOSSES.keys()
-    assert columns["js"].values.tolist() == pytest.approx(
+    values = information(torch.stack((chosen, rejected), dim=1))
+    assert values.keys() == {"dv", "js", "nwj"} and values.keys() - {"js"} < LOSSES.keys()
+    assert values["js"].tolist() == pytest.approx(
         (math.log(4) - pair_loss("mio", chosen, rejected, zero, zero, beta=1.0)).tolist()
     )
+
+
+def test_the_error_of_dv_is_that_of_the_jackknife():
+    """The jackknife leaves out one pair at a time and knows nothing of influence functions."""
+    rewards = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)).double()
+    rewards[:, 0] += 0.5
+    without = [information(rewards[torch.arange(400) != i])["dv"].mean() for i in range(400)]
+    values, nan = information(rewards)["dv"], torch.full((3, 2), torch.nan)
+    error = Column(values.numpy()).estimate().error
+    assert error == pytest.approx(np.std(without) * math.sqrt(399), rel=0.02)
+    nan[0, 0] = 9.0  # a pair without a rejected answer does not count
+    assert torch.equal(information(torch.cat([rewards, nan]))["dv"][:400], values)
+    assert information(nan)["dv"].isnan().all()
 
 
 def test_metrics_are_means_over_all_pairs():
@@ -183,8 +192,8 @@ def test_infinite_log_probs_cause_no_warnings():
     ref[3, 0] = -math.inf
     assert math.isnan(preference_metrics(logps, ref, beta=1.0)["mi/dv"])  # inf - inf
     columns = preference_columns(logps, ref, Pairs([Pair([i], [2], [3]) for i in range(4)]), 1.0)
-    rewards = torch.stack([torch.from_numpy(columns[f"T {s}"].values) for s in SIDES], dim=1)
-    for column in (columns | information(rewards)).values():
+    columns |= critic_columns(columns)
+    for column in columns.values():
         column.estimate(), column.difference(column)
 
 
@@ -199,7 +208,7 @@ def columns_by_title(models, file, title="x", kl_samples=0, beta=1.0, **training
     return pair_columns(models[0], tokenizer, models[1], file, title, pairs, options, training)
 
 
-def test_information_of_a_file_has_the_rewards_as_critic_and_bootstrap_errors(pairs_file):
+def test_information_of_a_file_has_the_rewards_as_critic_and_errors(pairs_file):
     by_title = columns_by_title((tiny_model(), tiny_model(seed=1)), pairs_file, beta=0.01)
     assert list(by_title) == ["x", "x: critic"]
     rewards = [torch.from_numpy(by_title["x"][f"T {side}"].values) for side in SIDES]
@@ -207,7 +216,7 @@ def test_information_of_a_file_has_the_rewards_as_critic_and_bootstrap_errors(pa
     assert list(critic) == ["dv ≤0.693", "nwj ≤0.693", "js ≤0.4315"]
     for name, value in estimates(*rewards).items():
         (column,) = (column for title, column in critic.items() if title.startswith(name))
-        assert column.mean() == pytest.approx(value) and 0 < column.estimate().error < 1
+        assert column.estimate().mean == pytest.approx(value) and 0 < column.estimate().error < 1
         assert column.prompts is by_title["x"]["margin"].prompts
         assert column.names.tolist() == by_title["x"]["margin"].names.tolist()
     assert len(set(column.names)) == 23 and column.names[0].endswith(":1")

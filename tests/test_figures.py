@@ -11,9 +11,9 @@ from support.figures import (
     Difference,
     Estimate,
     compared,
-    resample,
+    over_seeds,
+    paired_difference,
     table,
-    task_row,
 )
 
 
@@ -23,21 +23,21 @@ def test_an_estimate_is_the_mean_with_its_standard_error():
         pytest.approx(math.sqrt(1 / 3) / 2),  # the sample's standard deviation over sqrt(4)
         4,
     )
-    column = Column(np.array([3.0, np.nan, 5.0]))
-    assert column.mean() == 4.0 and column.estimate().n == 2
-    assert task_row({"greedy": [0.0, 1.0]}) == {"greedy": (0.5, pytest.approx(0.5), 2)}
+    assert Column(np.array([3.0, np.nan, 5.0])).estimate()[::2] == (4.0, 2)
 
 
-def test_bootstrap_of_a_mean_agrees_with_the_closed_form():
+def test_the_interval_of_a_difference_is_that_of_a_paired_t_test():
+    # The table of Student's t that textbooks print, by degrees of freedom.
+    published = {1: 12.706, 2: 4.303, 3: 3.182, 5: 2.571, 7: 2.365, 9: 2.262, 10: 2.228, 15: 2.131,
+                 20: 2.086, 30: 2.042, 40: 2.021, 60: 2.000, 120: 1.980, 10**5: 1.960}  # fmt: skip
     random = np.random.default_rng(1)
-    values, noise = random.normal(0, 1, 400), random.normal(0, 0.1, 400)
-    assert len(resample(values, np.mean, np.arange(400))) == 2000
-    error = resample(values, np.mean, np.arange(400)).std()
-    assert error == pytest.approx(values.std() / 20, rel=0.05)
-    mean, low, high, n = Column(values + 0.05 + noise).difference(Column(values))
-    error = noise.std(ddof=1) / 20  # an unpaired difference would have 14 times this error
-    assert n == 400 and mean == pytest.approx(0.05 + noise.mean())
-    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
+    for freedom, quantile in published.items():
+        n = freedom + 1
+        values, noise = random.normal(0, 1, n), random.normal(0, 0.1, n)
+        mean, low, high, items = Column(values + 0.05 + noise).difference(Column(values))
+        half = quantile * noise.std(ddof=1) / math.sqrt(n)
+        assert items == n and mean == pytest.approx(0.05 + noise.mean())
+        assert (low, high) == pytest.approx((mean - half, mean + half), abs=1e-3 * half)
 
 
 def test_a_difference_pairs_the_items_of_the_same_name():
@@ -47,7 +47,7 @@ def test_a_difference_pairs_the_items_of_the_same_name():
     column, other = Column(values, names=names), Column(others, names=names)
     by_position = Column(others).difference(Column(values))
     assert by_position.mean == pytest.approx((others - values).mean())
-    assert other.difference(column) == by_position
+    assert other.difference(column) == pytest.approx(by_position)
     half = Column(values[::-2], names=names[::-2])  # every second item, in reverse order
     assert half.difference(column)[:3] == (0, 0, 0) and column.difference(half).n == 20
     gaps = Column(np.where(np.arange(40) < 10, np.nan, values), names=names)
@@ -75,32 +75,98 @@ def test_items_of_one_prompt_are_not_independent():
     assert one_prompt.estimate().error is None and one_prompt.difference(one_prompt) is None
 
 
-def test_a_statistic_of_several_parts_has_a_bootstrap_error():
+# --- Several seeds --------------------------------------------------------------------------------
+
+
+def seed_columns(seeds, items, shared, effects, random) -> list[tuple[Column, Column]]:
+    """Columns of two runs on each seed, whose mean difference is 0. The items are the same on all
+    seeds if `shared`. effects: the standard deviations over seeds, items and both together."""
+    of_seed, of_item, of_both = effects
+    common, couples = random.normal(0, of_item, items), []
+    for seed in range(seeds):
+        own = common if shared else random.normal(0, of_item, items)
+        changes = random.normal(0, of_seed) + own + random.normal(0, of_both, items)
+        names = np.array([f"{0 if shared else seed}:{i}" for i in range(items)])
+        first = random.normal(0, 1, items)
+        couples.append((Column(first + changes, names=names), Column(first, names=names)))
+    return couples
+
+
+@pytest.mark.parametrize(
+    "seeds, shared, effects",
+    [
+        (3, False, (0.0, 0.3, 0.5)),  # with 1.96 in place of the t quantile it would be 80 %
+        (3, False, (0.1, 0.3, 0.5)),  # an interval over items alone would contain it in 80 %
+        (3, True, (0.0, 0.3, 0.05)),  # an interval over seeds alone would contain it in 30 %
+        (5, True, (0.05, 0.3, 0.5)),
+    ],
+)
+def test_an_interval_over_seeds_contains_the_difference_in_95_percent_of_simulations(
+    seeds, shared, effects
+):
+    random, hits = np.random.default_rng(1), 0
+    for _ in range(800):
+        _, low, high, n = paired_difference(seed_columns(seeds, 50, shared, effects, random))
+        hits += low <= 0 <= high
+    assert n == seeds * 50 and 0.93 <= hits / 800 <= 0.98
+
+
+def test_seeds_count_equally_and_with_items_of_their_own_the_interval_is_that_of_their_means():
     random = np.random.default_rng(0)
-    values, prompts = random.normal(2, 1, 300), np.arange(300) // 3
-    doubled = np.stack([values, values], axis=1)  # (items, parts)
-    doubled[7, 1] = np.nan  # an item without one of its parts is not used
-    column = Column(doubled, lambda parts: parts[:, 0].mean() + 2 * parts[:, 1].mean(), prompts)
-    mean, error, n = column.estimate()
-    expected = Column(np.delete(values, 7), prompts=np.delete(prompts, 7)).estimate()
-    assert (mean, n) == (pytest.approx(3 * expected.mean), 299)
-    assert error == pytest.approx(3 * expected.error, rel=0.1)
-    lower, _, _, n = column.difference(column._replace(values=doubled - 1))
-    assert (lower, n) == (pytest.approx(3), 299)
-    maximum = Column(values, np.max)  # not linear: a statistic of a difference would be wrong
-    assert maximum.difference(Column(-values)).mean == pytest.approx(values.max() + values.min())
+    couples = [
+        couple
+        for size in (20, 40, 90)
+        for couple in seed_columns(1, size, False, (0.2, 0.5, 0.5), random)
+    ]
+    for i, couple in enumerate(couples):
+        couples[i] = tuple(c._replace(names=np.char.add(f"{i} ", c.names)) for c in couple)
+    means = [run.difference(first).mean for run, first in couples]
+    mean, low, high, n = paired_difference(couples)
+    half = 4.303 * np.std(means, ddof=1) / math.sqrt(3)  # two degrees of freedom
+    assert mean == pytest.approx(np.mean(means)) and n == 150
+    assert (low, high) == pytest.approx((mean - half, mean + half), rel=0.01)
+    run, first = couples[0]
+    assert paired_difference([(run, first)]) == run.difference(first)
+    assert paired_difference([*couples, (run, couples[1][1])]) is None  # no common items
+    up, down, zero = (Column(np.array(x)) for x in ([1.0, -1.0], [-1.0, 1.0], [0.0, 0.0]))
+    assert paired_difference([(up, zero), (down, zero)]) == (0, 0, 0, 4)
+
+
+def test_pairs_of_one_prompt_are_one_cluster_on_all_seeds():
+    """Each item stands twice, under one prompt, in the columns of every seed."""
+    random = np.random.default_rng(0)
+    couples = seed_columns(4, 30, True, (0.1, 0.3, 0.2), random)
+
+    def twice(column: Column) -> Column:
+        names = np.concatenate([np.char.add(side, column.names) for side in ("a", "b")])
+        values, prompts = np.tile(column.values, 2), np.tile(column.names, 2)
+        order = random.permutation(len(names))
+        return Column(values[order], prompts[order], names[order])
+
+    once = paired_difference(couples)
+    doubled = paired_difference([(twice(run), twice(first)) for run, first in couples])
+    assert doubled[:3] == pytest.approx(once[:3]) and doubled.n == 2 * once.n
+
+
+def test_estimates_over_seeds_have_the_standard_deviation_over_seeds():
+    one, other = Estimate(0.5, 0.1, 30), Estimate(0.7, None, 20)
+    assert over_seeds([one, other]) == pytest.approx((0.6, math.sqrt(0.02), 50))
+    assert over_seeds([one]) == one and over_seeds([other]) == other
 
 
 @pytest.mark.filterwarnings("error")
 def test_infinite_and_missing_values_cause_no_warnings():
     values = np.array([1.0, -math.inf, 2.0, math.inf])
-    assert Column(values[:3]).mean() == -math.inf
-    for statistic in (np.mean, lambda x: x.mean() - x.max()):
-        column = Column(values, statistic)
-        assert math.isnan(column.mean()) and math.isnan(column.estimate().error)
-        assert math.isnan(column.difference(Column(values)).mean)
-    no_values = Column(np.array([math.nan, math.nan]))
-    assert math.isnan(no_values.mean()) and no_values.estimate()[1:] == (None, 0)
+    assert Column(values[:3]).estimate().mean == -math.inf
+    column = Column(values)
+    assert math.isnan(column.estimate().mean) and math.isnan(column.estimate().error)
+    assert all(map(math.isnan, column.difference(column)[:3]))
+    zero, infinite = Column(np.zeros(4)), Estimate(math.inf, None, 1)
+    assert paired_difference([(Column(values[:3]), zero)] * 2).mean == -math.inf
+    assert math.isnan(paired_difference([(column, zero), (zero, zero)]).mean)
+    assert math.isnan(over_seeds([infinite, infinite]).error)
+    mean, *others = Column(np.array([math.nan, math.nan])).estimate()
+    assert math.isnan(mean) and others == [None, 0]
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -184,7 +250,11 @@ def test_legend_explains_what_the_table_shows():
         lines = table({"mio": {name: Estimate(1.0, 1.0, 9)}}).splitlines()
         assert lines[3:] == [*(LEGEND[key] for key in keys), "±: standard error over prompts"]
     rows = {"mio": {"cut": Estimate(1.0, 1.0, 9)}, "a - b": {"cut": Difference(0.0, 0.0, 0.0, 9)}}
-    assert "[...]: 95 % bootstrap interval" in table(rows).splitlines()[-1]
+    assert table(rows).splitlines()[-1] == "[...]: 95 % interval, paired, over prompts"
+    assert table(rows, seeds=5).splitlines()[-2:] == [
+        "±: standard deviation over seeds",
+        "[...]: 95 % interval, paired, over seeds and prompts",
+    ]
     lines = table(rows | {"c - b": {}}).splitlines()
     assert lines[-1] == "-: the two runs have no items in common"
     assert max(map(len, [*LEGEND.values(), *lines])) <= 80
