@@ -24,10 +24,10 @@ from tqdm import tqdm
 from data import LAYOUT, Batch, Pairs, answer_states, autocast, make_batches, needs_fixed_length
 from mio import chunked_logps, find_loss, pair_loss
 from model import Llama
-from support.builtin_task import SAMPLES, TEST_PROBLEMS, task_values
+from support.builtin_task import SAMPLES, TEST_PROBLEMS, task_columns
 from support.cli import Parser, add_options, check_value, option, pick_device
-from support.curves import plot
-from support.figures import Column, Row, compared, table
+from support.curves import by_experiment, plot
+from support.figures import Column, compared, table
 from support.files import digest_file, write_json
 from support.questions import answer_columns, choice_columns, choice_rows, examples, read_items
 from support.sampling import sample_ids
@@ -120,12 +120,15 @@ def preference_metrics(logps: Tensor, ref_logps: Tensor, beta) -> dict[str, floa
 
 
 def preference_columns(
-    logps: Tensor, ref_logps: Tensor | None, pairs: Pairs, beta
+    logps: Tensor, ref_logps: Tensor | None, pairs: Pairs, beta, path
 ) -> dict[str, Column]:
     """Returns table columns from log-probs (pairs, 2): the accuracy and margin of the rewards, the
-    rewards T, log-ratios Δ per answer and per token, and log-probs. Missing answers are NaN."""
+    rewards T, log-ratios Δ per answer and per token, and log-probs. Missing answers are NaN. A hash
+    of the file `path` and a line name a pair in all runs, even if their tokenizers differ."""
     lengths, first, columns = torch.from_numpy(pairs.lengths()[:, 1:]), {}, {}
-    prompts = np.array([first.setdefault(tuple(pair.prompt), i) for i, pair in enumerate(pairs)])
+    file = digest_file(path)[:16] if pairs else ""
+    names = np.array([f"{file}:{line}" for line in pairs.lines])
+    prompts = np.array([first.setdefault(tuple(p.prompt), name) for p, name in zip(pairs, names)])
     logps = torch.where(lengths > 0, logps, torch.nan)
     values, sides = preference_values(logps, ref_logps, beta), {"": logps}
     if ref_logps is not None:
@@ -134,16 +137,8 @@ def preference_columns(
         sides = {"T ": beta * ratios, "Δ ": ratios, "Δ/token ": ratios / lengths} | sides
     for name, side in sides.items():
         columns |= {f"{name}chosen": side[:, 0], f"{name}rejected": side[:, 1]}
-    columns = {n: Column(v.double().numpy(), prompts=prompts) for n, v in columns.items()}
+    columns = {n: Column(v.double().numpy(), prompts, names) for n, v in columns.items()}
     return {name: column for name, column in columns.items() if column.estimate().n}
-
-
-def preference_row(logps: Tensor, ref_logps: Tensor, pairs: Pairs) -> Row:
-    """Returns a table row: the mean of logps - ref_logps, (pairs, 2) in nats, for chosen and for
-    rejected answers, and the share of pairs in which the chosen answer has the larger value."""
-    columns = preference_columns(logps, ref_logps, pairs, beta=1.0)
-    names = [name for name in ("Δ chosen", "Δ rejected", "reward") if name in columns]
-    return {name: columns[name].estimate() for name in names}
 
 
 def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options, training) -> dict:
@@ -155,11 +150,8 @@ def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options
     logps = pair_logps(model, pairs, *layout)
     ref_logps = pair_logps(reference, pairs, *layout) if reference else None
     scale = reward_scale(torch.from_numpy(pairs.lengths()[:, 1:]), **training)
-    columns, critic = preference_columns(logps, ref_logps, pairs, scale), {}
-    # File and line identify a pair in all runs, even if the runs have different tokenizers.
-    file = digest_file(path)[:16]
-    names = np.array([f"{file}:{line}" for line in pairs.lines])
-    columns = {n: c._replace(prompts=names[c.prompts], names=names) for n, c in columns.items()}
+    columns, critic = preference_columns(logps, ref_logps, pairs, scale, path), {}
+    names = columns["chosen"].names if "chosen" in columns else columns["rejected"].names
     if "margin" in columns:
         critic = critic_columns(columns)
     if reference and options.kl_samples:
@@ -214,8 +206,7 @@ def evaluate(run: Run, shots: dict[str, str], options: "Options") -> tuple[dict,
             by_title[title], answers[title] = answer_columns(*questions, options)
     if run.is_demonstration:
         samples = options.n if options.n > 1 else SAMPLES
-        values = task_values(*load(torch.float32), TEST_PROBLEMS, samples)
-        columns = {name: Column(np.array(value)) for name, value in values.items()}
+        columns = task_columns(*load(torch.float32), TEST_PROBLEMS, samples)
         by_title = {"problems": columns} | by_title
     return by_title, answers
 
@@ -296,7 +287,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
                              "kind and grade; change --shots or --data")  # fmt: skip
         parsed = {name: read_run(Path(run), files) for name, run in names.items()}
         if options.plot:
-            plot({name: Path(run) for name, run in names.items()}, Path(options.plot))
+            folders = {name: Path(run) for name, run in names.items()}
+            plot(by_experiment(folders), Path(options.plot))
         results = {name: evaluate(run, shots, options) for name, run in parsed.items()}
     except (OSError, ValueError) as error:
         parser.error(error)

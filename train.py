@@ -2,6 +2,7 @@
 
     python train.py --loss mio                                    the built-in demonstration
     python train.py --loss mio --init FOLDER --data FILE.jsonl    your model and your pairs
+    python train.py --loss mio,dpo --seed 0,1,2 --jobs 2          a grid of runs, compared
     python train.py --resume --out out/mio                        continue a run
 
 rows -> pairs -> packed batch -> hidden states (N, D) -> log-probs (2B,) -> losses (B,) -> AdamW
@@ -20,7 +21,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
@@ -33,13 +33,14 @@ from model import Llama
 from support import builtin_task, lora, run_folder
 from support.cli import option, stage
 from support.distributed import World, join
-from support.figures import table
+from support.figures import Column, table, write_columns
 from support.files import locked, write_json
+from support.grid import find_grid, run_grid
 from support.job import Job, TrainingError, describe, first_progress, load_job, logps_of
 from support.on_policy import draw_pairs, is_on_policy, is_rlhf, prompts_per_step
 from support.plan import GPUS, PRESETS, plan
 from support.run_folder import MAY_CHANGE, Progress
-from support.run_options import parse_options
+from support.run_options import make_options, read_flags
 
 
 # fmt: off
@@ -76,7 +77,8 @@ class RunOptions:
                            choices=("cosine", "linear", "constant"))
     weight_decay: float = option(0.0, "AdamW's weight decay, for matrices only", least=0)
     grad_clip: float = option(1.0, "clip the gradient to this norm; 0 for no limit", least=0)
-    seed: int = option(0, "seed of the data order, held-out split and demonstration", least=0)
+    seed: int = option(0, "seed of the data order, of samples and of the demonstration", least=0)
+    split_seed: int = option(0, "seed of the choice of held-out pairs (--eval_fraction)", least=0)
     dtype: str = option("float32", "precision of matrix products", choices=("float32", "bfloat16"))
     compile: str = option("auto", "compile the transformer blocks; auto compiles on a GPU",
                           choices=("auto", "on", "off"))
@@ -85,6 +87,8 @@ class RunOptions:
     log_every: int = option(1, "steps between rows of metrics.jsonl", least=1)
     save_every: int | None = option(None, "steps between checkpoints", least=1)
     keep: int = option(2, "number of checkpoints to keep", least=1)
+    jobs: int | None = option(None, "runs of a grid at a time, which share the CPU (default: 1)",
+                              least=1)
     resume: bool = option(False, "continue from the newest checkpoint in --out; these flags may "
                           f"change: --{', --'.join(MAY_CHANGE)}")
     overwrite: bool = option(False, "replace the run in --out")
@@ -380,16 +384,24 @@ def finish(job: Job, start_logps: Tensor, logps: Tensor, row: dict, started: flo
         print(f"  adapter merged in {options.dtype}: log-probs change by at most {change:.1e} nats")
     job.model.save_pretrained(folder)
     job.tokenizer.save(folder)
-    rows = {options.loss: evaluation.preference_row(logps, start_logps, job.held_out)}
+    lengths = torch.from_numpy(job.held_out.lengths()[:, 1:])
+    scale = evaluation.reward_scale(lengths, **vars(options))
+    path = options.eval_data or options.data
+    columns = evaluation.preference_columns(logps, start_logps, job.held_out, scale, path)
+    columns = {n: columns[n] for n in ("Δ chosen", "Δ rejected", "reward") if n in columns}
+    found = {"run": columns}
     if builtin_task.is_demonstration(init):
-        before = builtin_task.base_values(init, options.device)
+        base = builtin_task.base_columns(init, options.device)
         with stage("evaluation: the trained model on the held-out problems") as notes:
-            after = builtin_task.task_values(job.model, job.tokenizer)
+            trained = builtin_task.task_columns(job.model, job.tokenizer)
             notes.append(f"results in {folder / 'summary.json'}")
-        # Both models answered the same problems, so the change is a mean of paired differences.
-        change = {name: np.subtract(after[name], before[name]) for name in after}
-        before, after, change = map(builtin_task.task_row, (before, after, change))
-        rows = {"base": before, options.loss: after | rows[options.loss], "change": change}
+        found = {"base": base, "run": trained | columns}
+    write_columns(folder / "items.json", found)
+    rows = {n: {c: x.estimate() for c, x in row.items()} for n, row in found.items()}
+    rows[options.loss] = rows.pop("run")
+    if "base" in found:  # both models answered the same problems, so the differences are paired
+        change = {n: Column(trained[n].values - base[n].values) for n in trained}
+        rows["change"] = {name: column.estimate() for name, column in change.items()}
     printed = {name: {k: f._asdict() for k, f in row.items()} for name, row in rows.items()}
     metrics = json.loads(run_folder.strict_json({"seconds": time.perf_counter() - started, **row}))
     write_json(folder / "summary.json", {**metrics, "table": printed})
@@ -401,9 +413,12 @@ def main(argv: list[str] | None = None) -> Path:
     """Runs the command and returns the run folder. Bad input ends the process with status 2."""
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(join())
-        parser, options = parse_options(argv, Options, __doc__, world)
-        folder, started = Path(options.out), time.perf_counter()
+        parser, flags = read_flags(argv, Options, __doc__)
         try:
+            if grid := find_grid(flags, Options):
+                return run_grid(grid, Options)
+            options = make_options(flags, Options, world)
+            folder, started = Path(options.out), time.perf_counter()
             if options.plan:
                 print(plan(options))
                 parser.exit()

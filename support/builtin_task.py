@@ -12,7 +12,7 @@ from tqdm import tqdm
 from data import StepData, encode_example, make_batches
 from model import Llama, ModelConfig
 from support.cli import stage
-from support.figures import Column, Row
+from support.figures import Column
 from support.files import digest, locked, read_json, write_json, write_rows
 from support.grading import pass_at_k, powers_of_two
 from support.rows import Example
@@ -165,9 +165,11 @@ def make_pairs(folder: Path, seed: int, device: str) -> None:
         write_json(folder / "pairs.json", {"key": key})
 
 
-def task_values(model, tokenizer, count: int = TEST_PROBLEMS, samples: int = SAMPLES) -> dict:
-    """Returns the lists "greedy" (accuracy) and "pass@k", with a number for each test problem. k is
-    1 or SAMPLES if `samples` equals SAMPLES; otherwise, k is one of powers_of_two(samples)."""
+def task_columns(
+    model, tokenizer, count: int = TEST_PROBLEMS, samples: int = SAMPLES
+) -> dict[str, Column]:
+    """Returns the columns "greedy" (accuracy) and "pass@k", with a value for each test problem. k
+    is 1 or SAMPLES if `samples` equals SAMPLES; otherwise, k is one of powers_of_two(samples)."""
     questions = problems("test", count, seed=0)
     greedy = sample_answers(model, tokenizer, questions, temperature=0)
     sampled = sample_answers(model, tokenizer, questions, samples=samples)
@@ -175,23 +177,22 @@ def task_values(model, tokenizer, count: int = TEST_PROBLEMS, samples: int = SAM
     values = {"greedy": [float(is_correct(q, answer)) for q, (answer,) in zip(questions, greedy)]}
     for k in (1, SAMPLES) if samples == SAMPLES else powers_of_two(samples):
         values[f"pass@{k}"] = [pass_at_k(c, samples, k) for c in correct]
-    return values
+    return {name: Column(np.array(value)) for name, value in values.items()}
 
 
-def task_row(values: dict[str, list[float]]) -> Row:
-    """Returns a row of a table: for each column, the mean of its values and the standard error."""
-    return {name: Column(np.array(value)).estimate() for name, value in values.items()}
-
-
-def base_values(folder: Path, device: str) -> dict:
-    """Returns `task_values` of the base model, which eval.json stores until the model changes."""
+def base_columns(folder: Path, device: str) -> dict[str, Column]:
+    """Returns `task_columns` of the base model, which eval.json stores until the model changes."""
     record, key = folder / "eval.json", _hash(folder, TEST_PROBLEMS, SAMPLES)
-    if not _up_to_date(record, key):
-        with stage("evaluation: the base model on the held-out problems") as notes:
-            model = Llama.from_pretrained(folder, device=device)
-            write_json(record, {"key": key} | task_values(model, load_tokenizer(folder)))
-            notes.append(f"in {record}")
-    return {name: values for name, values in read_json(record).items() if name != "key"}
+    with locked(folder, "waiting for another run that evaluates this base model"):
+        if not _up_to_date(record, key):
+            with stage("evaluation: the base model on the held-out problems") as notes:
+                model = Llama.from_pretrained(folder, device=device)
+                columns = task_columns(model, load_tokenizer(folder))
+                write_json(
+                    record, {"key": key} | {n: c.values.tolist() for n, c in columns.items()}
+                )
+                notes.append(f"in {record}")
+    return {name: Column(np.array(x)) for name, x in read_json(record).items() if name != "key"}
 
 
 def _hash(folder: Path, *recipe) -> str:

@@ -25,41 +25,48 @@ STYLES = ("-", "--", "-.", ":")
 IGNORED = {*MAY_CHANGE, *PROVENANCE, "config", "resume", "overwrite"} - {"epochs", "max_steps"}
 
 
-def read_curves(folders: dict[str, Path]) -> dict[str, list[dict[str, np.ndarray]]]:
-    """Returns a dict from labels to lists of runs that differ only in their seed. A run is a dict
-    from metrics to arrays (2, points) of steps and values, on held-out pairs or else on training
-    pairs. Skips folders without a run. Raises ValueError if a step or value is not a number."""
+def read_curves(folder: Path) -> dict[str, np.ndarray]:
+    """Returns a dict from metrics to arrays (2, points) of steps and values, on held-out pairs or
+    else on training pairs; {} without a metrics.jsonl. Raises ValueError if one is no number."""
+    file, curves = folder / "metrics.jsonl", {}
+    rows = [row for _, row in read_rows(file)] if file.is_file() else []
+    prefix = "eval_" if any("eval_loss" in row for row in rows) else ""
+    for metric in chain(*PANELS.values()):
+        column = prefix + metric
+        points = [(row.get("step"), row[column]) for row in rows if row.get(column) is not None]
+        if not all(isinstance(x, int | float) for point in points for x in point):
+            raise ValueError(f"{file}: step and {column} must be numbers; restore the file")
+        if points:
+            curves[metric] = np.array(points, dtype=float).T  # (2, points)
+    return curves
+
+
+def by_experiment(folders: dict[str, Path]) -> dict[str, list[Path]]:
+    """Groups run folders that differ only in their seed. Returns a dict from the name of each
+    group's first run to the group; skips folders without a run."""
     groups: dict[str, tuple[str, list]] = {}
     for name, folder in folders.items():
-        file, config_file = folder / "metrics.jsonl", folder / "train_config.json"
-        if not (file.is_file() and config_file.is_file()):
-            continue
-        config = {k: v for k, v in read_json(config_file).items() if k not in IGNORED}
-        seed = config.pop("seed", None)
-        # The names of the demonstration's base model and pairs contain the seed, too.
-        experiment = re.sub(rf"-?seed{seed}\b", "", json.dumps(config, sort_keys=True))
-        rows, curves = [row for _, row in read_rows(file)], {}
-        prefix = "eval_" if any("eval_loss" in row for row in rows) else ""
-        for metric in chain(*PANELS.values()):
-            column = prefix + metric
-            points = [(row.get("step"), row[column]) for row in rows if row.get(column) is not None]
-            if not all(isinstance(x, int | float) for point in points for x in point):
-                raise ValueError(f"{file}: step and {column} must be numbers; restore the file")
-            if points:
-                curves[metric] = np.array(points, dtype=float).T  # (2, points)
-        if curves:
-            groups.setdefault(experiment, (name, []))[1].append(curves)
-    return {f"{n} ({len(runs)} seeds)" if len(runs) > 1 else n: runs for n, runs in groups.values()}
+        if (file := folder / "train_config.json").is_file():
+            config = {k: v for k, v in read_json(file).items() if k not in IGNORED}
+            seed = config.pop("seed", None)
+            # The names of the demonstration's base model and pairs contain the seed, too.
+            experiment = re.sub(rf"-?seed{seed}\b", "", json.dumps(config, sort_keys=True))
+            groups.setdefault(experiment, (name, []))[1].append(folder)
+    return dict(groups.values())
 
 
-def plot(folders: dict[str, Path], file: Path):
-    """Plots runs to `file` and returns the figure. Runs that differ only in their seed appear as
-    mean and range over common steps. Raises ValueError if curves or matplotlib are missing."""
+def plot(groups: dict[str, list[Path]], file: Path):
+    """Plots groups of runs to `file` and returns the figure. A group appears as mean and range over
+    the steps that its runs have in common. Raises ValueError without curves or matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot needs matplotlib; pip install -r requirements-dev.txt") from None
-    if not (curves_of := read_curves(folders)):
+    curves_of = {}
+    for name, folders in groups.items():
+        if runs := [curves for folder in folders if (curves := read_curves(folder))]:
+            curves_of[f"{name} ({len(runs)} seeds)" if len(runs) > 1 else name] = runs
+    if not curves_of:
         raise ValueError(f"--plot {file}: no run has metrics in metrics.jsonl; leave out --plot")
     figure, lines = Figure(figsize=(11, 6), layout="constrained"), {}  # label -> one of its lines
     for axis, (title, metrics) in zip(figure.subplots(2, 3).flat, PANELS.items()):

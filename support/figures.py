@@ -1,10 +1,14 @@
 """Statistics with standard errors, paired comparisons of runs, and the tables that show both."""
 
+import json
 import math
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from support.files import read_json, write_json
 
 # Columns whose names begin as in RATES are shown in percent, as in SMALL with three decimals.
 RATES = ("greedy", "pass@", "cut", "acc", "reward", "strict", "flexible", "math", "exact", "letter")
@@ -105,6 +109,23 @@ def paired_difference(runs: list[tuple[Column, Column]]) -> Difference | None:
         rest = max(square - squares(sums.ravel())[1], 0)
         square = squares(sums.sum(axis=1))[1] + S / (S - 1) * rest
     return Difference(mean, mean - math.sqrt(square), mean + math.sqrt(square), sum(n))
+
+
+def write_columns(file: Path, rows: dict[str, dict[str, Column]]) -> None:
+    """Writes the columns of a table's rows as JSON, with null for NaN."""
+    lists = {
+        row: {name: [x if x is None else x.tolist() for x in column] for name, column in cs.items()}
+        for row, cs in rows.items()
+    }
+    write_json(file, json.loads(json.dumps(lists), parse_constant=lambda nan: None))
+
+
+def read_columns(file: Path) -> dict[str, dict[str, Column]]:
+    def column(values, *labels) -> Column:
+        labels = (None if label is None else np.array(label) for label in labels)
+        return Column(np.array(values, dtype=float), *labels)
+
+    return {r: {n: column(*c) for n, c in row.items()} for r, row in read_json(file).items()}
 
 
 @np.errstate(invalid="ignore")

@@ -80,7 +80,7 @@ def load_job(options, world) -> Job:
     else:
         pairs = load_pairs(options.data, tokenizer, options.max_length)
         if not options.eval_data:
-            pairs, held_out = split_pairs(pairs, options.eval_fraction, options.seed)
+            pairs, held_out = split_pairs(pairs, options.eval_fraction, options.split_seed)
         check_answers(pairs, loss.answers, options.data, options.loss)
         check_answers(held_out, loss.answers, options.eval_data or options.data, options.loss)
     if options.beta is None:  # --average_logps without --beta

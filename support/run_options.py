@@ -22,31 +22,34 @@ LOSS_OPTIONS = options_of_losses().keys()
 LORA_FLAGS = {"lora_rank", "lora_alpha", "lora_targets", "lora_rslora"}
 
 
-def parse_options(argv: list[str] | None, cls: type, description: str, world):
-    """Returns the parser and the options, an instance of the dataclass `cls`. Flags take precedence
-    over the file of --config. Bad input exits with a one-line error."""
+def read_flags(argv: list[str] | None, cls: type, description: str):
+    """Returns the parser and a dict from the flags given to their texts. A flag is a field of the
+    dataclass `cls`. Prints the losses and exits for --loss help."""
     parser = cli.Parser("train.py", description)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
     cli.add_options(parser, cls, SHOWN)
     flags = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     if flags.get("loss") == "help":
         print(loss_table())
         parser.exit()
-    try:
-        if "config" in flags:
-            found, skipped = files.read_json(Path(flags["config"])), {*run_folder.PROVENANCE}
-            for name in found.keys() - fields.keys() - skipped:
-                raise ValueError(f"{flags['config']}: there is no option {name!r}; remove this key")
-            if "loss" in flags and flags["loss"] != found.get("loss", flags["loss"]):
-                skipped |= {"beta", "out", *LOSS_OPTIONS}  # the file's values are for another loss
-            flags = {name: x for name, x in found.items() if name not in skipped} | flags
-        flags = {name: cli.check_value(fields[name], value) for name, value in flags.items()}
-        if flags.get("resume"):
-            folder = Path(flags.get("out") or default_out(cls(**flags)))
-            flags = run_folder.resumed_options(flags, cls, folder)
-        return parser, resolve(cls(**flags), world)
-    except (OSError, ValueError) as error:
-        parser.error(error)
+    return parser, flags
+
+
+def make_options(flags: dict, cls: type, world):
+    """Returns the options, an instance of the dataclass `cls`. Flags take precedence over the file
+    of --config. Raises OSError or ValueError for bad input."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if "config" in flags:
+        found, skipped = files.read_json(Path(flags["config"])), {*run_folder.PROVENANCE}
+        for name in found.keys() - fields.keys() - skipped:
+            raise ValueError(f"{flags['config']}: there is no option {name!r}; remove this key")
+        if "loss" in flags and flags["loss"] != found.get("loss", flags["loss"]):
+            skipped |= {"beta", "out", *LOSS_OPTIONS}  # the file's values are for another loss
+        flags = {name: x for name, x in found.items() if name not in skipped} | flags
+    flags = {name: cli.check_value(fields[name], value) for name, value in flags.items()}
+    if flags.get("resume"):
+        folder = Path(flags.get("out") or default_out(cls(**flags)))
+        flags = run_folder.resumed_options(flags, cls, folder)
+    return resolve(cls(**flags), world)
 
 
 def loss_table() -> str:
@@ -107,6 +110,8 @@ def check_together(options) -> None:
     if not options.plan and ("init" in given) != ("data" in given):
         missing = "--data FILE.jsonl" if options.init else "--init FOLDER"
         raise ValueError(f"{missing} is missing; give both --init and --data, or neither")
+    if options.jobs:
+        raise ValueError("--jobs needs a flag with several values, such as --seed 0,1,2; add one")
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run and --overwrite replaces it; choose one")
     if options.tensorboard and not importlib.util.find_spec("tensorboard"):

@@ -11,7 +11,7 @@ from support.questions import Item, read_items
 from support.tokenizers import load_tokenizer
 
 # The keys of train_config.json that evaluation reads, and their values if there is no such file.
-TRAINING = {"init": None, "init_adapter": None, "data": None, "eval_data": None, "seed": 0,
+TRAINING = {"init": None, "init_adapter": None, "data": None, "eval_data": None, "split_seed": 0,
             "eval_fraction": 0.0, "max_length": 1024, "loss": "mio", "beta": 1.0,
             "average_logps": False, "dtype": "float32"}  # fmt: skip
 
@@ -42,7 +42,7 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
     if not files and training["eval_data"]:
         files = {training["eval_data"]: None}
     elif not files and path and fraction and read_items(path) is None:
-        _, held_out = split_pairs(load_pairs(path, **kwargs), fraction, training["seed"])
+        _, held_out = split_pairs(load_pairs(path, **kwargs), fraction, training["split_seed"])
         data[f"{Path(path).name}, held out"] = path, held_out
     names = [Path(path).name for path in files]
     for path, items in files.items():

@@ -1,0 +1,219 @@
+"""Runs a grid: one run of train.py for each combination of the flags that have several values."""
+
+import dataclasses
+import importlib.util
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from mio import find_loss
+from support import curves
+from support.cli import check_value
+from support.distributed import World
+from support.figures import Row, over_seeds, paired_difference, read_columns, table
+from support.files import locked, read_json, write_json
+from support.run_folder import catch_signals, newest_checkpoint
+from support.run_options import LOSS_OPTIONS, make_options
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+ONE_VALUE = ("out", "config", "plan", "gpu", "mfu", "device", "jobs")  # flags that cannot vary
+MAX_RUNS = 1000
+
+
+class Run(NamedTuple):
+    """A run of a grid."""
+
+    folder: Path
+    setting: str  # the values of the flags that vary, except the seed
+    seed: int
+    flags: dict  # name -> value
+
+
+class Grid(NamedTuple):
+    """The flags of a grid's command."""
+
+    axes: dict[str, list]  # the flags that vary -> their values, two or more
+    fixed: dict  # the other flags
+    out: Path
+    jobs: int  # number of runs at a time
+
+    def command(self) -> str:
+        return shlex.join(["python", "train.py", *arguments(self.fixed | self.axes)])
+
+    def runs(self) -> list[Run]:
+        """Returns the runs; the seed varies fastest. A run leaves out flags that its loss does not
+        use, so that --beta may vary in a grid of --loss mio,sft."""
+        names, found = sorted(self.axes, key="seed".__eq__), {}
+        for values in product(*map(self.axes.get, names)):
+            flags = self.fixed | dict(zip(names, values))
+            if "loss" in self.axes:
+                loss = find_loss(flags["loss"])
+                used = loss.options.keys() | ({"beta"} if loss.uses_beta else set())
+                unused = (LOSS_OPTIONS | {"beta"}) - used
+                flags = {name: value for name, value in flags.items() if name not in unused}
+            parts = {n: f"{n}={flags[n]}".replace(os.sep, "_") for n in names if n in flags}
+            folder = self.out / ",".join(parts.values())
+            setting = ",".join(part for name, part in parts.items() if name != "seed")
+            found[folder] = Run(folder, setting or "all", int(flags.get("seed", 0)), flags)
+        return list(found.values())
+
+
+def arguments(flags: dict) -> list[str]:
+    """Returns flags as arguments of a command; a list of values is separated by commas."""
+    texts = {n: ",".join(map(str, x)) if isinstance(x, list) else str(x) for n, x in flags.items()}
+    return [part for n, x in flags.items() for part in ([f"--{n}"] + [texts[n]] * (x is not True))]
+
+
+def find_grid(flags: dict, options: type) -> Grid | None:
+    """Returns the grid that the flags of a command describe, or None if no flag has several values.
+    Raises ValueError for an empty or repeated value and for a flag that cannot vary."""
+    axes = {}
+    for field in dataclasses.fields(options):
+        name, text = field.name, flags.get(field.name)
+        # --lora_targets lists names, and a path may contain a comma, as those of a grid's runs do.
+        if not isinstance(text, str) or "," not in text or name == "lora_targets":
+            continue
+        if Path(text).exists():
+            continue
+        if name in ONE_VALUE:
+            raise ValueError(f"--{name} {text}: takes one value; write it without a comma")
+        parts = text.split(",")
+        axes[name] = [check_value(field, part) for part in parts if part]
+        if len({*axes[name]}) < len(parts):
+            raise ValueError(f"--{name} {text}: a value is empty or repeated; remove it")
+    fixed = {name: value for name, value in flags.items() if name not in axes}
+    if not axes:
+        return None
+    for name in fixed.keys() & {"resume", "overwrite"}:
+        raise ValueError(f"--{name}: a grid goes on by itself where it stopped; leave out --{name}")
+    (jobs,) = (field for field in dataclasses.fields(options) if field.name == "jobs")
+    at_a_time = check_value(jobs, fixed.pop("jobs", 1))
+    return Grid(axes, fixed, Path(fixed.pop("out", "out/grid")), at_a_time)
+
+
+def run_grid(grid: Grid, options: type) -> Path:
+    """Makes the runs that are not finished, writes grid.json, grid.md and, with matplotlib,
+    grid.png, and returns the folder. Raises ValueError, before any run starts, for flags that a run
+    refuses and for a folder that holds something else. Exits with status 1 if a run fails."""
+    runs = grid.runs()
+    if len(runs) > MAX_RUNS:
+        raise ValueError(f"the grid has {len(runs)} runs, but may have {MAX_RUNS}; remove values")
+    for run in runs:
+        make_options(run.flags | {"out": str(run.folder)}, options, World())
+    for name in grid.fixed.keys() | grid.axes.keys():
+        if not any(name in run.flags for run in runs):
+            raise ValueError(f"--{name}: no loss of the grid uses it; leave out --{name}")
+    file, flags = grid.out / "grid.json", {"axes": grid.axes, "fixed": grid.fixed}
+    _check_folder(grid, file)
+    with locked(grid.out), catch_signals() as signals:
+        write_json(file, (read_json(file) if file.exists() else {}) | flags)
+        failed = _make_runs(grid, runs, signals)
+        if signals:
+            print(f"stopped; the same command continues the grid: {grid.command()}")
+            sys.exit(128 + signals[0])
+        finished = [run for run in runs if run.folder not in failed]
+        rows, seeds = summarize(finished)
+        text = f"`{grid.command()}`\n\n{table(rows, markdown=True, seeds=seeds)}\n"
+        (grid.out / "grid.md").write_text(text, encoding="utf-8")
+        cells = {name: {c: cell._asdict() for c, cell in row.items()} for name, row in rows.items()}
+        write_json(file, flags | {"runs": [str(r.folder) for r in finished], "rows": cells})
+        print(f"\n{table(rows, seeds=seeds)}")
+        settings = dict.fromkeys(run.setting for run in finished)
+        groups = {s: [run.folder for run in finished if run.setting == s] for s in settings}
+        if importlib.util.find_spec("matplotlib") and groups:
+            curves.plot(groups, grid.out / "grid.png")
+    if failed:
+        sys.exit(1)
+    return grid.out
+
+
+def _check_folder(grid: Grid, file: Path) -> None:
+    """Raises ValueError if --out holds other files, or a grid with other flags or more values."""
+    out = grid.out
+    if not file.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out {out}: holds other files, but no grid; choose an empty folder")
+        return
+    old = read_json(file)
+    axes = old.get("axes") or {}
+    kept = all(set(values) <= set(grid.axes.get(name, ())) for name, values in axes.items())
+    if old.get("fixed") != grid.fixed or axes.keys() != grid.axes.keys() or not kept:
+        raise ValueError(f"--out {out}: holds another grid ({file}); choose another --out")
+
+
+def _make_runs(grid: Grid, runs: list[Run], signals: list[int]) -> dict[Path, str]:
+    """Makes the runs, `grid.jobs` at a time. Returns the last line of each run that failed."""
+    for run in runs:  # a run may outlive the command that started it
+        with locked(run.folder, "waiting for a run that an earlier command started"):
+            pass
+    waiting = [run for run in runs if not (run.folder / "summary.json").is_file()]
+    sizes = " x ".join(f"{len(values)} {name}" for name, values in grid.axes.items())
+    print(f"{len(runs)} runs ({sizes}) in {grid.out}; {len(runs) - len(waiting)} are finished")
+    threads = max(1, torch.get_num_threads() // grid.jobs)
+    env, failed, active, told = os.environ | {"OMP_NUM_THREADS": str(threads)}, {}, [], False
+    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=None)
+    with bar:
+        while active or (waiting and not signals):
+            while waiting and len(active) < grid.jobs and not signals:
+                run = waiting.pop(0)
+                active.append((run, _start(run, env), time.monotonic()))
+            if signals and not told:  # the runs save a checkpoint and stop
+                told = [process.send_signal(signal.SIGTERM) for _, process, _ in active]
+            time.sleep(0.1)
+            for run, process, start in [each for each in active if each[1].poll() is not None]:
+                active.remove((run, process, start))
+                seconds, result = time.monotonic() - start, "finished"
+                if process.returncode and not signals:
+                    result = failed[run.folder] = _log(run).read_text().strip().split("\n")[-1]
+                tqdm.write(f"  {run.folder.name}: {seconds:.0f} s, {result}")
+                if bar.update() and bar.n == bar.initial + 1 and waiting:
+                    rest = seconds * (len(waiting) + len(active)) / grid.jobs / 60
+                    tqdm.write(
+                        f"  the other {len(waiting) + len(active)} take about {rest:.1f} min"
+                    )
+    return failed
+
+
+def _start(run: Run, env: dict[str, str]) -> subprocess.Popen:
+    """Starts or resumes a run in a process of its own, whose output goes to a file."""
+    how = {"resume": True} if newest_checkpoint(run.folder) else run.flags | {"overwrite": True}
+    command = [sys.executable, str(TRAIN), *arguments(how | {"out": run.folder})]
+    with open(_log(run), "wb") as log:
+        # In a session of its own, the run gets Ctrl-C only from this process.
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+
+
+def _log(run: Run) -> Path:
+    return run.folder.with_name(f"{run.folder.name}.log")
+
+
+def summarize(runs: list[Run]) -> tuple[dict[str, Row], int]:
+    """Returns a table's rows and the largest number of seeds of a row. A setting's row holds means
+    over seeds; its difference from the first setting is paired over the seeds of both."""
+    found: dict[str, dict[int, dict]] = {}  # setting, or "base" -> seed -> column's name -> Column
+    for run in runs:
+        for name, columns in read_columns(run.folder / "items.json").items():
+            found.setdefault(name if name == "base" else run.setting, {})[run.seed] = columns
+    rows, settings = {}, [setting for setting in found if setting != "base"]
+    for setting, seeds in found.items():
+        names = dict.fromkeys(name for columns in seeds.values() for name in columns)
+        estimates = {n: [c[n].estimate() for c in seeds.values() if n in c] for n in names}
+        rows[setting] = {name: over_seeds(each) for name, each in estimates.items()}
+    for setting in settings[1:]:
+        first = found[settings[0]]
+        both = [(found[setting][seed], first[seed]) for seed in found[setting] if seed in first]
+        names = [name for name in rows[setting] if all(name in c for two in both for c in two)]
+        cells = {n: paired_difference([(a[n], b[n]) for a, b in both]) for n in names if both}
+        short = len(setting + settings[0]) < 48  # leaves room for the cells of a table
+        label = f"{setting} - {settings[0] if short else 'first'}"
+        rows[label] = {name: cell for name, cell in cells.items() if cell}
+    return rows, max(map(len, found.values()), default=1)
