@@ -4,10 +4,10 @@ import dataclasses
 import importlib.util
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -152,48 +152,46 @@ def _check_folder(grid: Grid, file: Path) -> None:
 
 def _make_runs(grid: Grid, runs: list[Run], signals: list[int]) -> dict[Path, str]:
     """Makes the runs, `grid.jobs` at a time. Returns the last line of each run that failed."""
-    for run in runs:  # a run may outlive the command that started it
-        with locked(run.folder, "waiting for a run that an earlier command started"):
-            pass
-    waiting = [run for run in runs if not (run.folder / "summary.json").is_file()]
+    left = [run for run in runs if not (run.folder / "summary.json").is_file()]
     sizes = " x ".join(f"{len(values)} {name}" for name, values in grid.axes.items())
-    print(f"{len(runs)} runs ({sizes}) in {grid.out}; {len(runs) - len(waiting)} are finished")
-    threads = max(1, torch.get_num_threads() // grid.jobs)
-    env, failed, active, told = os.environ | {"OMP_NUM_THREADS": str(threads)}, {}, [], False
-    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=None)
-    with bar:
-        while active or (waiting and not signals):
-            while waiting and len(active) < grid.jobs and not signals:
-                run = waiting.pop(0)
-                active.append((run, _start(run, env), time.monotonic()))
-            if signals and not told:  # the runs save a checkpoint and stop
-                told = [process.send_signal(signal.SIGTERM) for _, process, _ in active]
-            time.sleep(0.1)
-            for run, process, start in [each for each in active if each[1].poll() is not None]:
-                active.remove((run, process, start))
-                seconds, result = time.monotonic() - start, "finished"
-                if process.returncode and not signals:
-                    result = failed[run.folder] = _log(run).read_text().strip().split("\n")[-1]
-                tqdm.write(f"  {run.folder.name}: {seconds:.0f} s, {result}")
-                if bar.update() and bar.n == bar.initial + 1 and waiting:
-                    rest = seconds * (len(waiting) + len(active)) / grid.jobs / 60
-                    tqdm.write(
-                        f"  the other {len(waiting) + len(active)} take about {rest:.1f} min"
-                    )
+    print(f"{len(runs)} runs ({sizes}) in {grid.out}; {len(runs) - len(left)} are finished")
+    env, failed = dict(os.environ), {}
+    if grid.jobs > 1:
+        env["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // grid.jobs))
+    bar = {"total": len(runs), "initial": len(runs) - len(left), "unit": "run", "disable": None}
+    with ThreadPoolExecutor(grid.jobs) as pool, tqdm(**bar) as progress:
+        futures = {pool.submit(_make_run, run, env, signals): run for run in left}
+        for done, future in enumerate(as_completed(futures), start=1):
+            run, (seconds, error) = futures[future], future.result()
+            progress.update()
+            if error:
+                failed[run.folder] = error
+            if not signals:
+                tqdm.write(f"  {run.folder.name}: {error or f'{seconds:.0f} s'}")
+                if done == 1 < len(left):
+                    minutes = seconds * (len(left) - 1) / grid.jobs / 60
+                    tqdm.write(f"  the other {len(left) - 1} runs take about {minutes:.0f} min")
     return failed
 
 
-def _start(run: Run, env: dict[str, str]) -> subprocess.Popen:
-    """Starts or resumes a run in a process of its own, whose output goes to a file."""
-    how = {"resume": True} if newest_checkpoint(run.folder) else run.flags | {"overwrite": True}
+def _make_run(run: Run, env: dict[str, str], signals: list[int]) -> tuple[float, str]:
+    """Makes or resumes a run in a process of its own, whose output goes to a file. After a signal,
+    the run saves a checkpoint and stops. Returns its seconds and, if it failed, its last line."""
+    start = time.monotonic()
+    with locked(run.folder, "waiting for this run, which an earlier command started"):
+        how = {"resume": True} if newest_checkpoint(run.folder) else run.flags | {"overwrite": True}
+    if signals or (run.folder / "summary.json").is_file():
+        return 0.0, ""
     command = [sys.executable, str(TRAIN), *arguments(how | {"out": run.folder})]
-    with open(_log(run), "wb") as log:
-        # In a session of its own, the run gets Ctrl-C only from this process.
-        return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-
-
-def _log(run: Run) -> Path:
-    return run.folder.with_name(f"{run.folder.name}.log")
+    file = run.folder.with_name(f"{run.folder.name}.log")
+    with open(file, "wb") as log:  # in a session of its own, the run does not receive Ctrl-C
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    while process.poll() is None and not signals:
+        time.sleep(0.1)
+    if process.poll() is None:
+        process.terminate()
+    failed = process.wait() and not signals
+    return time.monotonic() - start, file.read_text().strip().split("\n")[-1] if failed else ""
 
 
 def summarize(runs: list[Run]) -> tuple[dict[str, Row], int]:
