@@ -2,6 +2,7 @@
 
     python eval.py out/base out/mio out/dpo               the demonstration's runs, side by side
     python eval.py out/mio BASE --data gsm8k-test.jsonl   a file of questions, choices or pairs
+    python eval.py out/base out/mio --prompt "7+9-3+5"    what the runs answer, side by side
 
 A table shows the mean and the standard error of each column over the items of a file. The value of
 every item is kept, so that two runs are compared on the same items.
@@ -236,16 +237,19 @@ class Options:
 # fmt: on
 
 
-def parse_options(argv: list[str] | None) -> tuple[Parser, list[str], list[str], Options]:
-    """Returns the parser, the runs, the --data files, and the options with defaults filled in."""
+def parse_options(argv: list[str] | None) -> tuple:
+    """Returns the parser, the runs, the files of --data, the texts of --prompt (None without the
+    flag), and the Options with defaults filled in."""
     parser = Parser("eval.py", __doc__)
     help = "run or checkpoint folders; all are compared with the first"
     parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=help)
     help = "files of questions, of questions with choices, or of pairs"
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE.jsonl", help=help)
+    help = "show the runs' answers to texts, or to the lines of standard input if there is no TEXT"
+    parser.add_argument("--prompt", nargs="*", action="extend", metavar="TEXT", help=help)
     add_options(parser, Options)
     flags = vars(parser.parse_args(argv))
-    runs, data = flags.pop("runs"), flags.pop("data")
+    runs, data, prompts = flags.pop("runs"), flags.pop("data"), flags.pop("prompt")
     fields = {field.name: field for field in dataclasses.fields(Options)}
     try:
         flags = {name: check_value(fields[name], v) for name, v in flags.items() if v is not None}
@@ -254,6 +258,10 @@ def parse_options(argv: list[str] | None) -> tuple[Parser, list[str], list[str],
         temperature = float(options.n > 1) if temperature is None else temperature
         if options.n > 1 and temperature == 0:
             raise ValueError(f"--n {options.n}: all greedy answers are equal; use --temperature 1")
+        if prompts is not None and (data or options.shots or options.out or options.plot):
+            raise ValueError(
+                "--prompt only shows answers; leave out --data, --shots, --out, --plot"
+            )
         if options.k and not options.shots:
             raise ValueError("-k needs --shots FILE.jsonl; add --shots or leave out -k")
         folders = [Path(run).resolve() for run in runs]
@@ -268,16 +276,22 @@ def parse_options(argv: list[str] | None) -> tuple[Parser, list[str], list[str],
         parser.error(error)
     filled = {"temperature": temperature, "k": options.k or 5, "device": device}
     filled["dtype"] = options.dtype or ("float32" if device == "cpu" else "bfloat16")
-    return parser, runs, data, dataclasses.replace(options, **filled)
+    return parser, runs, data, prompts, dataclasses.replace(options, **filled)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Evaluates and compares runs, prints tables and writes results. Returns a dict from runs to
     dicts from columns to means. With several files, the columns are called "FILE: column"."""
-    parser, runs, data, options = parse_options(argv)
+    parser, runs, data, prompts, options = parse_options(argv)
     names = {Path(run).name: run for run in runs}
     names = names if len(names) == len(runs) else {run: run for run in runs}
     try:
+        if prompts is not None:
+            from support.examples import side_by_side  # imports this file
+
+            prompts = prompts or [line.strip() for line in sys.stdin if line.strip()]
+            print(side_by_side(names, prompts, options))
+            return {}
         files = {path: read_items(path) for path in data}
         shots = {
             p: examples(options.shots, options.k, items) for p, items in files.items() if items

@@ -33,6 +33,7 @@ from model import Llama
 from support import builtin_task, lora, run_folder
 from support.cli import option, stage
 from support.distributed import World, join
+from support.examples import what_happened
 from support.figures import Column, table, write_columns
 from support.files import locked, write_json
 from support.grid import find_grid, run_grid
@@ -407,6 +408,8 @@ def finish(job: Job, start_logps: Tensor, logps: Tensor, row: dict, started: flo
     write_json(folder / "summary.json", {**metrics, "table": printed})
     if job.held_out:
         print(table(rows))
+    if "base" in found and sys.stdout.isatty():
+        print(what_happened(folder, init, job.model, job.tokenizer, options.loss))
 
 
 def main(argv: list[str] | None = None) -> Path:

@@ -75,6 +75,12 @@ def is_demonstration(init) -> bool:
     return init is None or (Path(init) / "base.json").is_file()
 
 
+def solves_problems(folder) -> bool:
+    """Tells whether a folder holds the demonstration's base model or one of its runs."""
+    config = Path(folder) / "train_config.json"
+    return is_demonstration(read_json(config).get("init", "") if config.is_file() else folder)
+
+
 def prepare(options, drawn: bool, make_optimizer, train_step):
     """Makes the base model and preference pairs unless they exist. Returns the options with their
     paths: `data` is problems.jsonl if the policy draws the answers (`drawn`), else pairs.jsonl."""

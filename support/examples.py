@@ -1,0 +1,84 @@
+"""Shows answers of models side by side: eval.py --prompt, and the end of the demonstration. Imports
+data.py, eval.py and model.py."""
+
+import shlex
+import textwrap
+from pathlib import Path
+
+import torch
+
+from data import LAYOUT
+from eval import answer_logps
+from model import Llama
+from support import builtin_task
+from support.curves import read_curves
+from support.questions import Item
+from support.sampling import sample_answers, sample_ids
+from support.trained_run import load_checkpoint
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def answers_of(folder, prompts: list[str], options) -> list[list[str]]:
+    """Returns options.n answers of the model in a folder to each prompt. With a chat template, a
+    prompt is a user's message. Raises OSError or ValueError for a bad folder or a long prompt."""
+    model, tokenizer = load_checkpoint(folder, options.device, getattr(torch, options.dtype))
+    if tokenizer.template:
+        items = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    else:  # a problem of the built-in task ends with a newline
+        newline = "\n" if builtin_task.solves_problems(folder) else ""
+        items = [prompt + newline for prompt in prompts]
+    ids = [Item(0, item, "", None).ids(tokenizer, "") for item in items for _ in range(options.n)]
+    room = model.config.max_position_embeddings - max(map(len, ids))
+    if room < 1:
+        raise ValueError("--prompt: fills the model's context; shorten it")
+    kwargs = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
+    kwargs |= {"rows": options.batch_size, "stop_ids": tokenizer.stop_ids}
+    answers = sample_ids(model, ids, min(options.max_new_tokens, room), **kwargs)
+    texts = [tokenizer.decode(a[:-1] if a[-1] in tokenizer.stop_ids else a) for a in answers]
+    return [texts[i : i + options.n] for i in range(0, len(texts), options.n)]
+
+
+def side_by_side(runs: dict[str, Path], prompts: list[str], options) -> str:
+    """Returns text of at most 80 columns: each prompt, and below it the answers of each run."""
+    answers, lines = {name: answers_of(run, prompts, options) for name, run in runs.items()}, []
+    width = min(max(map(len, runs)), 30)
+    for i, prompt in enumerate(prompts):
+        lines += textwrap.wrap(prompt, 80) + [""]
+        for name, of_prompts in answers.items():
+            for text in of_prompts[i]:
+                parts = [x for line in text.splitlines() for x in textwrap.wrap(line, 76 - width)]
+                lines += [f"  {name[-width:]:{width}}  {x}" for x in parts[:1] or ["(empty)"]]
+                lines += [f"  {'':{width}}  {x}" for x in parts[1:]]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def what_happened(run: Path, base: Path, model: Llama, tokenizer, loss: str) -> str:
+    """Returns text on a run of the demonstration: the first three test problems that the base and
+    the trained model answer differently, log-probs over training, and two commands to try next."""
+    before = Llama.from_pretrained(base, device=model.head_weight.device)
+    models, lines = {"base": before, loss: model}, ["", "Greedy answers that changed:"]
+    questions = builtin_task.problems("test", 200, seed=0)
+    found = [sample_answers(m, tokenizer, questions, temperature=0) for m in models.values()]
+    changed = [i for i, (a, b) in enumerate(zip(*found)) if a != b and all(a + b)]
+    for i in changed[:3]:
+        lines.append(f"  {questions[i].strip()}")
+        for (name, of_run), answers in zip(models.items(), found):
+            (text,) = answers[i]
+            ids = tokenizer.prompt_ids(questions[i]), [*tokenizer.encode(text), tokenizer.end_id]
+            (logp,) = answer_logps(of_run, [ids], *LAYOUT, torch.float32)[0].tolist()
+            verdict = "right" if builtin_task.is_correct(questions[i], text) else "wrong"
+            line = " | ".join(text.splitlines())
+            lines.append(f"    {name[:9]:9} {line:42.42} {verdict}, log-prob {logp:.1f}")
+    curves = {side: read_curves(run)[f"logps/{side}"][1] for side in ("chosen", "rejected")}
+    changes = {side: values - values[0] for side, values in curves.items()}
+    low = min(values.min() for values in changes.values())
+    scale = 7 / max(max(values.max() for values in changes.values()) - low, 1e-9)
+    lines += ["", "Mean log-prob of held-out answers over training, in nats, on one scale:"]
+    for side, change in changes.items():
+        blocks = "".join(BLOCKS[round(scale * (x - low))] for x in change)
+        lines.append(f"  {side:9} {curves[side][0]:6.2f} {blocks} {curves[side][-1]:.2f}")
+    grid = f"python train.py --loss {shlex.quote(','.join(dict.fromkeys((loss, 'dpo', 'sft'))))}"
+    lines += ["", "Next:", f'  python eval.py {base} {shlex.quote(str(run))} --prompt "7+9-3+5"']
+    return "\n".join([*lines, f"  {grid} --seed 0,1,2 --jobs 2"])
