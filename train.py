@@ -196,7 +196,7 @@ def learning_rate(options: Options, step: int, steps: int) -> float:
 
 # Metrics that the progress bar shows -> their labels.
 BAR = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy",
-       "reward": "reward"}  # fmt: skip
+       "reward": "reward", "cut": "cut off"}  # fmt: skip
 
 
 def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dict]:

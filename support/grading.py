@@ -83,8 +83,10 @@ def read_letter(text: str) -> str | None:
     return next((found[-1] for form in LETTERS if (found := re.findall(form, text))), None)
 
 
-# grade -> a function that reads the key, and named readers of an answer's result (None: not found)
-GRADERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
+# grade -> a function that reads the key, and named readers of an answer's result (None: not found).
+# A grader of your own is a function of the key and an answer's text that returns a score from 0 to
+# 1; add it here under its grade. Evaluation, --on_policy and rlhf then use it.
+GRADERS: dict[str, tuple[Callable, dict[str, Callable]] | Callable[[str, str], float]] = {
     "gsm8k": (read_gsm8k_key, {"strict": read_strict, "flexible": read_flexible}),
     "math": (lambda key: normalize_formula(find_formula(key) or key), {"math": read_math}),
     "exact": (str.strip, {"exact": str.strip}),
@@ -105,7 +107,10 @@ def powers_of_two(n: int) -> list[int]:
 def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
     """Grades the answers to a question with each function that GRADERS names for the grade. The
     value of a single answer is 1 if right, else 0. The values of n answers are pass@k for each k in
-    powers_of_two(n), and maj@n: 1 if the most frequent result (the first if tied) is right."""
+    powers_of_two(n), and maj@n: 1 if the most frequent result (the first if tied) is right. With a
+    grader of your own, the value is the mean score."""
+    if callable(GRADERS[grade]):
+        return {grade: sum(float(GRADERS[grade](key, text)) for text in texts) / len(texts)}
     read_key, readings = GRADERS[grade]
     gold, n, values = read_key(key), len(texts), {}
     for name, read in readings.items():
@@ -120,7 +125,7 @@ def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
 
 
 def grade_answer(item, tokenizer, answer: list[int]) -> float:
-    """Returns the reward of an answer (ids) to a `questions.Item`: 1 if the grade's first function
-    in GRADERS finds the right result and the answer ends with a stop id, otherwise 0."""
+    """Returns the reward of an answer (ids) to a `questions.Item`: its first value (see above) if
+    the answer ends with a stop id, otherwise 0."""
     right, *_ = grade_values(item.grade, item.key, [tokenizer.decode(answer[:-1])]).values()
     return right if answer[-1] in tokenizer.stop_ids else 0.0

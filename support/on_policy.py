@@ -1,9 +1,11 @@
 """Samples answers from the policy at each step. Imports mio.py, data.py and eval.py."""
 
 import copy
+import functools
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data import Pair, Pairs, StepData
 from eval import pair_logps
@@ -46,14 +48,18 @@ def load_questions(options, model, tokenizer) -> list[Item]:
     return items
 
 
+say_once = functools.cache(tqdm.write)
+
+
 def draw_pairs(job, step: int, rows: list[int]) -> StepData:
     """Samples and grades --samples answers to each question job.questions[i], i in `rows`. The
     result depends only on the weights, the seed, the step and the rows.
 
-    For rlhf, all answers form pairs. With --on_policy, the first right and the first wrong answer
-    to a prompt form a pair. The metrics are the mean grade, the number of sampled tokens and, for
-    rlhf, the KL in nats. An answer's return is grade - beta log(pi / ref); the advantage is the
-    return minus the mean return of the prompt's other answers (RLOO, arXiv 2402.14740)."""
+    For rlhf, all answers form pairs. With --on_policy, the first answer with the best grade and the
+    first with the worst form a pair, if the grades differ. The metrics are the mean grade, the
+    share of answers without an end, the number of sampled tokens and, for rlhf, the KL in nats. An
+    answer's return is grade - beta log(pi / ref); the advantage is the return minus the mean return
+    of the prompt's other answers (RLOO, arXiv 2402.14740)."""
     options, model, tokenizer, k = job.options, job.model, job.tokenizer, job.options.samples
     dtype, pairs = getattr(torch, options.dtype), Pairs()
     items = [job.questions[i] for i in rows for _ in range(k)]  # one for each answer
@@ -63,12 +69,18 @@ def draw_pairs(job, step: int, rows: list[int]) -> StepData:
     kwargs = {"stop_ids": tokenizer.stop_ids, "seed": seed}
     answers = sample_ids(policy, prompts, options.max_new_tokens, **kwargs)
     grades = [grade_answer(item, tokenizer, answer) for item, answer in zip(items, answers)]
-    metrics = {"reward": sum(grades) / len(grades), "num_drawn": sum(map(len, answers))}
+    cut = sum(answer[-1] not in tokenizer.stop_ids for answer in answers) / len(answers)
+    metrics = {"reward": sum(grades) / len(grades), "cut": cut}
+    metrics["num_drawn"] = sum(map(len, answers))
+    if not any(len(set(grades[i : i + k])) > 1 for i in range(0, len(grades), k)):
+        say_once("  in this step the answers to each prompt have equal rewards, which give no "
+                 "gradient; metrics.jsonl shows the reward and the share cut off")  # fmt: skip
     for start in range(0, len(answers), k):
         drawn = range(start, start + k)  # the answers to one prompt
         first, second = drawn[0::2], drawn[1::2]
         if options.on_policy:
-            first, second = ([i for i in drawn if grades[i] == grade][:1] for grade in (1, 0))
+            best, worst = (choice(drawn, key=grades.__getitem__) for choice in (max, min))
+            first, second = ([best], [worst]) if grades[best] > grades[worst] else ([], [])
         for i, j in zip(first, second):
             pairs.append(Pair(prompts[i], answers[i], answers[j]), items[i].line)
     layout = options.row_tokens, options.micro_tokens, dtype

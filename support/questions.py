@@ -57,7 +57,7 @@ def read_item(line: int, row: dict) -> Item:
     key, grade = text_of(row, "answer"), row["grade"]
     if not isinstance(grade, str) or grade not in GRADERS:
         raise ValueError(f"the grade {grade!r:.40} is unknown; choose from {', '.join(GRADERS)}")
-    if not key.strip() or GRADERS[grade][0](key) is None:
+    if not key.strip() or not (callable(GRADERS[grade]) or GRADERS[grade][0](key) is not None):
         raise ValueError(f"grade {grade} finds no result in {key!r:.40}; change answer or grade")
     return Item(line, prompt, key, grade, _texts_of(row, "stop"))
 
