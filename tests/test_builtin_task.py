@@ -10,7 +10,9 @@ from conftest import tiny_model
 from runs import refused
 
 import train
-from support import builtin_task
+from data import load_pairs
+from mio import LOSSES
+from support import builtin_task, sampling
 from support.builtin_task import (
     base_values,
     is_correct,
@@ -30,8 +32,8 @@ WRONG = "1+1=2\n#### 1000"
 
 def shrink(monkeypatch, **base) -> None:
     """A base model that is checked every second step, and a few pairs."""
-    base = {"batch_size": 8, "check_every": 2, "problems": 10, "max_steps": 12} | base
-    monkeypatch.setattr(builtin_task, "BASE", builtin_task.BASE | base)
+    small = {"batch_size": 8, "first_check": 2, "check_every": 2, "problems": 10, "max_steps": 12}
+    monkeypatch.setattr(builtin_task, "BASE", builtin_task.BASE | small | base)
     pairs = {"prompts": 40, "held_out": 9, "samples": 3, "per_prompt": 2}
     monkeypatch.setattr(builtin_task, "PAIRS", pairs)
 
@@ -93,7 +95,7 @@ class Training:
     def train_step(self, model, optimizer, data, options):
         self.rates.append(optimizer.param_groups[0]["lr"])
         self.batches.append([batch.targets for batch in data.batches])
-        self.weights.append(float(model.model["norm"].weight[0]))
+        self.weights.append(model.model["norm"].weight[0].item())
         with torch.no_grad():
             model.model["norm"].weight.add_(1)
 
@@ -119,7 +121,7 @@ def assert_trained_on_new_problems(training: Training, seed: int) -> None:
 
 def test_the_base_model_trains_up_to_its_target_accuracy(tmp_path, monkeypatch, capsys):
     shrink(monkeypatch)
-    training = Training(monkeypatch, 0.0, 0.5, 0.6)
+    training = Training(monkeypatch, 0.0, 0.4, 0.6)
     record = training.make(tmp_path / "base")
     assert (record["steps"], record["validation_accuracy"]) == (6, 0.6)
     assert training.questions == problems("validation", 10, seed=0)
@@ -130,7 +132,7 @@ def test_the_base_model_trains_up_to_its_target_accuracy(tmp_path, monkeypatch, 
     training.make(tmp_path / "base")  # the finished base is found, so nothing is trained
     assert capsys.readouterr().out == f"base model: found in {tmp_path / 'base'}\n"
     (tmp_path / "base" / "model.safetensors").unlink()
-    again = Training(monkeypatch, 0.55)
+    again = Training(monkeypatch, 0.5)  # the target itself is enough
     assert again.make(tmp_path / "base")["steps"] == 2
     tiny_model().save_pretrained(tmp_path / "base")  # other weights count as another model
     assert Training(monkeypatch, 0.55).make(tmp_path / "base")["steps"] == 2
@@ -144,13 +146,9 @@ def test_the_base_model_trains_up_to_its_target_accuracy(tmp_path, monkeypatch, 
     assert not torch.equal(other.model.head_weight, again.model.head_weight)
 
 
-def test_a_jump_over_the_limit_goes_back_to_the_last_check_at_half_the_rate(tmp_path, monkeypatch):
-    shrink(monkeypatch)
-    training = Training(monkeypatch, 0.5, 0.9, 0.9, 0.6)
-    assert training.make(tmp_path / "base")["steps"] == 8
-    assert training.weights == [1, 2, 3, 4, 3, 4, 3, 4]
-    paces = [rate / min(1, (step + 1) / 50) for step, rate in enumerate(training.rates)]
-    assert paces == pytest.approx([2e-3] * 4 + [1e-3] * 2 + [5e-4] * 2)
+def test_accuracy_is_not_measured_before_the_first_check(tmp_path, monkeypatch):
+    shrink(monkeypatch, first_check=7)
+    assert Training(monkeypatch, 0.4, 0.9).make(tmp_path / "base")["steps"] == 10  # after step 8
 
 
 def test_after_many_steps_the_rate_is_constant(tmp_path, monkeypatch):
@@ -250,6 +248,38 @@ def test_a_prompt_has_at_most_as_many_pairs_as_asked_for(base, monkeypatch):
     assert [(row["chosen"][0], row["rejected"]) for row in rows] == [("a", "1"), ("b", "2")] * 5
 
 
+def test_answers_that_are_no_utf8_give_no_pair_and_the_others_keep_their_tokens(
+    base, monkeypatch, capsys
+):
+    """Each pair of the file is encoded as exactly the ids that the base model drew."""
+    drawn = {}  # ids of a prompt -> ids of its answers
+
+    def sample_ids(model, prompts, max_new_tokens, **_):
+        answers = []
+        for prompt in prompts:
+            right = solution(bytes(prompt[1:]).decode()).encode()
+            texts = [b"\xff" + right, right + b"\xc3", right, "é\n".encode() + right, b"\r\n 7 "]
+            seen = drawn.setdefault(tuple(prompt), [])
+            seen.append([*texts[len(seen)], 257])
+            answers.append(seen[-1])
+        return answers
+
+    monkeypatch.setattr(sampling, "sample_ids", sample_ids)
+    settings = {"prompts": 6, "held_out": 4, "samples": 5, "per_prompt": 2}
+    monkeypatch.setattr(builtin_task, "PAIRS", settings)
+    make_pairs(base, 0, "cpu")
+    note = capsys.readouterr().out
+    for name, count in (("pairs", 6), ("heldout_pairs", 4)):
+        file = base / f"{name}.jsonl"
+        dropped = f"({2 * count} answers dropped: not UTF-8)"
+        assert f"{count} in {file} {dropped}" in note
+        pairs = load_pairs(file, byte_tokenizer())
+        assert len(pairs) == count and "\ufffd" not in file.read_text()
+        for pair in pairs:
+            answers = drawn[tuple(pair.prompt)]
+            assert [pair.chosen, pair.rejected] == [answers[2], answers[4]]
+
+
 def test_the_row_of_a_task_holds_means_and_standard_errors():
     assert task_row({"greedy": [0.0, 1.0]}) == {"greedy": (0.5, pytest.approx(0.5), 2)}
 
@@ -263,11 +293,11 @@ def test_task_values_grade_greedy_and_sampled_answers(monkeypatch):
         return [[solution(p)] * i + [WRONG] * (samples - i) for i, p in enumerate(prompts)]
 
     monkeypatch.setattr(builtin_task, "sample_answers", answers)
-    values = task_values(None, None, 9)
-    assert values.keys() == {"greedy", "pass@1", "pass@8"}
-    assert values["greedy"] == [0.0, 1.0] * 4 + [0.0]
-    assert values["pass@1"] == pytest.approx(np.arange(9) / 8)
-    assert values["pass@8"] == [0.0] + [1.0] * 8
+    values = task_values(None, None, 5)
+    assert values.keys() == {"greedy", "pass@1", "pass@4"}
+    assert values["greedy"] == [0.0, 1.0] * 2 + [0.0]
+    assert values["pass@1"] == pytest.approx(np.arange(5) / 4)
+    assert values["pass@4"] == [0.0] + [1.0] * 4
     assert list(task_values(None, None, 3, samples=6)) == [
         *("greedy", "pass@1", "pass@2", "pass@4", "pass@6")
     ]
@@ -321,6 +351,10 @@ class Answers:
         return [[WRONG if i % every else solution(p)] * samples for i, p in enumerate(prompts)]
 
 
+def read_table(folder) -> dict:
+    return json.loads((folder / "summary.json").read_text())["table"]
+
+
 def test_the_demonstration_from_end_to_end_in_small(tmp_path, monkeypatch, capsys):
     """Checks which problems are trained on and graded, how answers are drawn, and every sign of the
     table."""
@@ -331,33 +365,41 @@ def test_the_demonstration_from_end_to_end_in_small(tmp_path, monkeypatch, capsy
         assert (example.chosen, example.rejected) == (solution(example.prompt), None)
         return original(example, tokenizer)
 
-    shrink(monkeypatch, target=0.5, upper_limit=1.0)
+    shrink(monkeypatch)
     monkeypatch.setattr(builtin_task, "encode_example", encode)
     monkeypatch.setattr(builtin_task, "sample_answers", answers)
     few = functools.partial(builtin_task.task_values, count=60)
     monkeypatch.setattr(builtin_task, "task_values", few)
-    bar = functools.partial(builtin_task.tqdm, disable=True)  # as TQDM_DISABLE=1 does
-    monkeypatch.setattr(builtin_task, "tqdm", bar)
     out = str(tmp_path / "sft")
     folder = train.main(["--loss", "sft", "--out", out, "--epochs", "1", "--max_steps", "2"])
     assert json.loads((tmp_path / "base" / "base.json").read_text())["steps"] == 2
     assert trained == ["train"] * 16
-    graded = [("test", 1, 0), ("test", 8, 1.0)]
+    graded = [("test", 1, 0), ("test", 4, 1.0)]
     pairs = [("train", 3, 1.0), ("test", 3, 1.0)]
     assert answers.calls == [("validation", 1, 0), *pairs, *graded, *graded]
-    table = json.loads((folder / "summary.json").read_text())["table"]
+    table = read_table(folder)
     assert table["base"]["greedy"]["mean"] == 0.5 and table["sft"]["greedy"]["mean"] == 1.0
     assert table["change"]["greedy"]["mean"] == 0.5
     assert table["sft"]["Δ chosen"]["mean"] > 0  # supervised training on the chosen
     assert table["sft"]["Δ chosen"]["n"] == 9
     config = json.loads((folder / "train_config.json").read_text())
     assert config["init"] == str(tmp_path / "base")
+    # The last step is saved, because the evaluation after it takes longer.
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001"]
 
     capsys.readouterr()
-    train.main(["--loss", "mio", "--out", str(tmp_path / "mio"), "--max_steps", "1"])
+    mio = train.main(["--loss", "mio", "--out", str(tmp_path / "mio"), "--max_steps", "1"])
     text = capsys.readouterr().out
     assert "base model: found" in text and "pairs: found" in text and "beta 1" in text
     assert "the base model on the held-out" not in text
+    # A run from the demonstration's base model has its default of --beta, even with --init.
+    command = ["--config", str(mio / "train_config.json"), "--loss", "dpo"]
+    dpo = train.main([*command, "--out", str(tmp_path / "configured")])
+    text = capsys.readouterr().out
+    assert "beta 0.5" in text and "base model: found" not in text
+    config = json.loads((dpo / "train_config.json").read_text())
+    assert config["beta"] == 5 * LOSSES["dpo"].beta == 0.5
+    assert config["init"] == str(tmp_path / "base") and "base" in read_table(dpo)
     # Another base model has other pairs and other values.
     monkeypatch.setattr(builtin_task, "BASE", builtin_task.BASE | {"batch_size": 4})
     train.main(["--loss", "dpo", "--out", str(tmp_path / "dpo"), "--max_steps", "1"])

@@ -46,13 +46,15 @@ def copied(undisturbed, tmp_path) -> Path:
 
 # --- Exact resumption -----------------------------------------------------------------------------
 
-# Pairwise with a reference, with answers of other rows, without a reference, with adapters.
+# Pairwise with a reference, with answers of other rows, without a reference, with adapters, with a
+# default of --beta that comes from the data.
 KINDS = {
     "mio": ("--loss", "mio"),
     "bfloat16": ("--loss", "mio", "--dtype", "bfloat16"),
     "kto": ("--loss", "kto"),
     "simpo": ("--loss", "simpo"),
     "lora": ("--loss", "mio", "--lora_rank", "2"),
+    "averages": ("--loss", "mio", "--average_logps"),
 }
 
 
@@ -108,6 +110,20 @@ def test_a_run_with_fewer_steps_is_the_beginning_of_a_longer_one(undisturbed, tm
     assert one["table"] == other["table"] and one["loss"] == other["loss"]
     longer = train.main(["--resume", "--out", str(moved), "--epochs", "4"])
     assert metrics(longer)[-1]["step"] == 12 and steps(longer) == [12]
+
+
+def test_a_run_that_max_steps_ended_can_go_on_to_its_end(checkpoint, pairs_file, tmp_path):
+    flags = ("--epochs", "2", "--log_every", "3", "--eval_every", "4")  # 6 steps
+    whole = run(checkpoint, pairs_file, tmp_path / "whole", *flags)
+    half = run(checkpoint, pairs_file, tmp_path / "half", *flags, "--max_steps", "2")
+    assert steps(whole) == [] and steps(half) == [2]
+    train.main(["--resume", "--out", str(half), "--max_steps", "1000"])
+    assert metrics(half) == metrics(whole) and metrics(half)[-1]["step"] == 6
+    assert differences(whole, half) == sorted(
+        str(path.relative_to(half)) for path in half.glob("checkpoints/step-000002/*")
+    )
+    one, other = (json.loads((f / "summary.json").read_text()) for f in (whole, half))
+    assert one["table"] == other["table"]
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(undisturbed, copied):

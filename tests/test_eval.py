@@ -24,6 +24,7 @@ from eval import (
     preference_metrics,
     preference_row,
     preference_values,
+    reward_scale,
 )
 from mio import LOSSES, pair_loss
 from model import Llama
@@ -324,6 +325,28 @@ def test_command_compares_a_run_with_the_model_that_it_started_from(
     assert found[str(checkpoint)] == pytest.approx(dict(zip(SIDES, logps.mean(axis=0))), rel=1e-5)
 
 
+@pytest.mark.parametrize("flags", [["--loss", "ipo"], ["--average_logps", "--beta", "7"]])
+def test_losses_of_means_have_rewards_per_token(flags, checkpoint, pairs_file, tmp_path):
+    """Training and evaluation log beta times the log-ratio per token, as the loss sees it."""
+    data, beta = ["--data", str(pairs_file)], LOSSES["ipo"].beta if "ipo" in flags else 7.0
+    run = trained(checkpoint, pairs_file, tmp_path / "out", *flags, "--eval_data", data[1])
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").open()]
+    pairs = load_pairs(pairs_file, byte_tokenizer())
+    logps = [[[single_logp(model, p.prompt, a) for a in p[1:]] for p in pairs]
+             for model in (tiny_model(), Llama.from_pretrained(run))]  # fmt: skip
+    rewards = beta * (np.array(logps[1]) - np.array(logps[0])) / pairs.lengths()[:, 1:]
+    found = evaluation.main([run, *data, "--kl_samples", "0"])[run]
+    for side, expected in zip(SIDES, rewards.mean(axis=0)):
+        assert rows[-1][f"eval_rewards/{side}"] == pytest.approx(expected, rel=1e-3)
+        assert found[f"T {side}"] == pytest.approx(expected, rel=1e-3)
+        assert found[f"T {side}"] == pytest.approx(beta * found[f"Δ/token {side}"])
+    assert rows[-1]["eval_rewards/margins"] == pytest.approx(found["margin"], rel=1e-3)
+    lengths = torch.tensor([[2, 4], [0, 5]])  # a missing answer has no tokens
+    scale = reward_scale(lengths, loss="ipo", beta=2.0, average_logps=False)
+    assert scale.tolist() == [[1.0, 0.5], [2.0, pytest.approx(0.4)]]
+    assert reward_scale(lengths, loss="dpo", beta=2.0, average_logps=False) == 2.0
+
+
 def test_command_truncates_pairs_as_training_did_and_writes_only_the_file_of_out(
     checkpoint, pairs_file, tmp_path
 ):
@@ -354,7 +377,7 @@ def test_without_data_a_run_is_evaluated_on_the_pairs_that_its_training_held_out
     (checkpoint / "base.json").write_text("{}")  # the mark of the demonstration's base model
     assert evaluation.main([run, "--kl_samples", "0"])[run] == {"greedy": 0.5} | found
     assert evaluation.main([str(checkpoint), "--n", "3"])[str(checkpoint)] == {"greedy": 0.5}
-    assert counts == [(1000, 8), (1000, 3)]
+    assert counts == [(1000, 4), (1000, 3)]
 
 
 def test_command_compares_the_rows_that_two_runs_share(checkpoint, tmp_path, capsys):

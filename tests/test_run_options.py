@@ -51,7 +51,7 @@ def test_defaults_are_those_of_the_loss_and_of_the_kind_of_run(inputs):
     own, demonstration = parse(*inputs), parse()
     names = ("loss", "epochs", "batch_size", "max_length", "lr", "max_new_tokens")
     assert [getattr(own, name) for name in names] == ["mio", 1, 32, 1024, 1e-6, 256]
-    assert [getattr(demonstration, name) for name in names] == ["mio", 3, 64, 96, 1e-4, 48]
+    assert [getattr(demonstration, name) for name in names] == ["mio", 2, 64, 96, 2e-4, 48]
     assert own.lora_alpha is own.lora_targets is own.gpu is own.mfu is own.max_steps is None
     assert own.device == ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -64,6 +64,13 @@ def test_adapters_have_a_higher_learning_rate_and_twice_the_rank_as_alpha(inputs
     assert (options.lr, options.lora_alpha) == (1.0, 3.0)
     options = parse(*inputs, "--init_adapter", tmp_path)
     assert options.lr == pytest.approx(1e-5) and options.lora_alpha is options.lora_targets is None
+
+
+def test_averaged_log_probs_leave_the_default_of_beta_until_the_pairs_are_read(inputs):
+    assert parse("--average_logps").beta is parse(*inputs, "--average_logps").beta is None
+    assert parse("--average_logps", "--beta", 3).beta == 3.0
+    assert parse("--average_logps", "--on_policy", "--beta", 3).beta == 3.0
+    assert parse("--average_logps", "--loss", "rpo").average_logps  # sums and means
 
 
 def test_flags_replace_defaults_even_by_zero(inputs):
@@ -129,6 +136,10 @@ INPUTS = ("--init", "init", "--data", "pairs.jsonl")
         (("--init", "", "--data", "pairs.jsonl"), "--init FOLDER is missing"),
         (("--init", "init", "--data", ""), "--data FILE.jsonl is missing"),
         (("--resume", "--overwrite"), "--resume: there is no run in"),
+        (("--average_logps", "--loss", "simpo"), "--average_logps: has no use with --loss simpo"),
+        (("--average_logps", "--loss", "ipo"), "--average_logps: has no use with --loss ipo"),
+        (("--average_logps", "--loss", "rlhf"), "--average_logps: has no use with --loss rlhf"),
+        (("--average_logps", "--on_policy"), "--average_logps with --on_policy needs a --beta"),
         ((*INPUTS, "--mfu", "0.3"), "--mfu needs --plan; add --plan or leave out --mfu"),
         ((*INPUTS, "--gpu", "h100"), "--gpu needs --plan"),
         (("--eval_data", "x"), "--eval_data needs --data"),
@@ -200,6 +211,10 @@ def test_a_config_file_is_read_and_flags_take_precedence(checkpoint, pairs_file,
     other = parse(*config, "--loss", "simpo")  # beta, options and folder belong to the other loss
     assert (other.beta, other.alpha, other.out) == (LOSSES["simpo"].beta, None, "out/simpo")
     assert (other.data, other.batch_size) == (str(pairs_file), 8)
+    assert parse(*config, "--loss", "dpo").beta == LOSSES["dpo"].beta
+    (checkpoint / "base.json").write_text("{}")  # the mark of the demonstration's base model
+    assert parse(*config, "--loss", "dpo").beta == 5 * LOSSES["dpo"].beta == 0.5
+    assert parse(*config, "--loss", "simpo").beta == LOSSES["simpo"].beta
 
 
 def test_a_config_file_with_bad_options_is_refused(tmp_path):
@@ -217,7 +232,7 @@ def test_a_config_file_with_bad_options_is_refused(tmp_path):
         assert message in refused("--config", file)
     file.write_text(json.dumps({"epochs": None, "lr": 1, "versions": {}, "processes": 4}))
     options = parse("--config", file)
-    assert (options.epochs, options.lr) == (3, 1.0)
+    assert (options.epochs, options.lr) == (2, 1.0)
     file.write_text(json.dumps({"loss": "sft", "beta": 0.1}))  # as the run of sft records it
     assert parse("--config", file).beta == 0.1
 

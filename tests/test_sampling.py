@@ -1,5 +1,7 @@
 """Sampling many prompts: order, seeds, parts, and stop texts."""
 
+import functools
+import sys
 from types import SimpleNamespace
 
 from conftest import tiny_model
@@ -88,13 +90,18 @@ def test_real_answers_do_not_depend_on_rows_and_end_at_their_stop_texts(monkeypa
     assert sample_ids(model, [], 24) == []
 
 
-def test_a_long_draw_shows_a_progress_bar(capsys):
+def test_a_long_draw_shows_a_progress_bar_on_a_terminal(capsys, monkeypatch):
     def generate(prompts, max_new_tokens, progress, **_):
         for _ in prompts:
             progress([1, 2, 3])
         return [[1, 2, 3]] * len(prompts)
 
     model = SimpleNamespace(generate=generate)
+    eager = functools.partial(sampling.tqdm, mininterval=0, miniters=1)  # at each update
+    monkeypatch.setattr(sampling, "tqdm", eager)
+    sample_ids(model, [[1]] * 4, 49)
+    assert capsys.readouterr().err == ""  # a file of output gets no bar
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     sample_ids(model, [[1]] * 4, 48)
     assert capsys.readouterr().err == ""
     sample_ids(model, [[1]] * 4, 49)

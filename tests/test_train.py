@@ -191,8 +191,11 @@ def test_learning_rate_schedules():
 
 def test_the_options_of_a_loss_are_those_that_were_set_for_it():
     assert LOSSES["mio"].arguments(Options(beta=0.3)) == {"beta": 0.3, "average_logps": False}
-    assert LOSSES["simpo"].arguments(Options(beta=2, gamma=0.0)) == {"beta": 2, "gamma": 0.0}
-    assert LOSSES["rpo"].arguments(Options(beta=1, gamma=3.0)) == {"beta": 1, "alpha": 1.0}
+    sums = {"average_logps": False}
+    assert LOSSES["simpo"].arguments(Options(beta=2, gamma=0.0)) == sums | {"beta": 2, "gamma": 0.0}
+    assert LOSSES["rpo"].arguments(Options(beta=1, gamma=3.0)) == sums | {"beta": 1, "alpha": 1.0}
+    means = Options(beta=1, alpha=0.5, average_logps=True)
+    assert LOSSES["rpo"].arguments(means) == {"beta": 1, "alpha": 0.5, "average_logps": True}
 
 
 # --- Checks ---------------------------------------------------------------------------------------
@@ -245,6 +248,9 @@ def test_the_first_step_must_have_rewards_of_zero_and_the_known_loss(capsys):
     start_of("ipo", 25.0)
     start_of("ipo", 1.0, beta=0.5)
     start_of("dpo", mio.LOG2 + 0.05, drift=0.009)  # a drift moves the loss, too
+    exo = (math.log(0.5 / 0.7) + math.log(0.5 / 0.3)) / 2  # q = 1/2, epsilon = 0.3
+    start_of("exo", exo, options={"epsilon": 0.3})
+    start_of("mio+0.5*dpo", mio.LOG4 + mio.LOG2 / 2)
     for changes in (
         {"drift": 0.011},
         {"drift": -0.011},
@@ -253,6 +259,9 @@ def test_the_first_step_must_have_rewards_of_zero_and_the_known_loss(capsys):
         {"loss": mio.LOG2 - 1e-4},
         {"name": "mio"},
         {"name": "ipo", "loss": 25.0, "beta": 0.5},
+        {"name": "exo", "loss": exo},
+        {"name": "exo", "loss": exo, "options": {"epsilon": 0.2}},
+        {"name": "mio+0.5*dpo", "loss": mio.LOG4},
     ):
         with pytest.raises(TrainingError, match="step 0: policy and reference differ"):
             start_of(**changes)
@@ -263,8 +272,8 @@ def test_the_first_step_must_have_rewards_of_zero_and_the_known_loss(capsys):
 
 
 def test_the_first_step_is_not_compared_where_its_loss_is_not_known():
-    start_of("exo", 7.0, options={"epsilon": 0.3})  # depends on an option that was set
     start_of("rpo", 7.0)  # depends on the answers
+    start_of("mio+sft", 7.0)  # so does one of its terms
     start_of("sft", 7.0, drift=5, ref_logps=None)
     start_of("rlhf", 7.0, drift=5, advantages=torch.ones(3, 2))
     start_of(loss=math.nan, drift=5)  # check_finite reports it
@@ -421,6 +430,41 @@ def test_seconds_and_tokens_are_those_since_the_last_row(
         assert row["tokens_per_second"] == pytest.approx(tokens / (6 * steps))
 
 
+def test_averages_have_a_beta_that_the_mean_length_of_the_answers_scales(
+    checkpoint, pairs_file, tmp_path, jobs, capsys
+):
+    """The rewards of an answer of mean length are then those that sums would have."""
+    run(checkpoint, pairs_file, tmp_path / "out", "--average_logps", "--max_steps", "1")
+    lengths = [len(answer) for pair in jobs[0].pairs for answer in pair[1:]]  # not of held-out ones
+    tokens = sum(lengths) / len(lengths)
+    assert jobs[0].options.beta == pytest.approx(0.2 * tokens) and tokens > 10
+    printed = capsys.readouterr().out
+    assert f"beta is 0.2 times {tokens:.1f}, the mean tokens of an answer" in printed
+    assert f"beta {0.2 * tokens:g}" in printed
+    config = read_json(tmp_path / "out" / "train_config.json")
+    assert config["beta"] == jobs[0].options.beta and config["average_logps"] is True
+    own = ("--average_logps", "--beta", "3", "--max_steps", "1", "--overwrite")
+    run(checkpoint, pairs_file, tmp_path / "out", *own)
+    assert jobs[1].options.beta == 3.0 and "mean tokens" not in capsys.readouterr().out
+    sides = [{"prompt": r["prompt"], "completion": r["chosen"], "label": True} for r in PAIR_ROWS]
+    labeled = write_rows(tmp_path / "labeled.jsonl", sides)
+    flags = ("--loss", "kto", "--average_logps", "--max_steps", "1")
+    run(checkpoint, labeled, tmp_path / "kto", *flags)  # missing answers do not count
+    chosen = [len(pair.chosen) for pair in jobs[2].pairs]
+    assert jobs[2].options.beta == pytest.approx(0.1 * sum(chosen) / len(chosen))
+
+
+def test_the_bar_shows_metrics_on_a_terminal(checkpoint, pairs_file, tmp_path, capsys, monkeypatch):
+    run(checkpoint, pairs_file, tmp_path / "file")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(train.sys.stderr, "isatty", lambda: True)
+    row = metrics(run(checkpoint, pairs_file, tmp_path / "terminal"))[-1]
+    shown = capsys.readouterr().err
+    assert "mio: 100%" in shown
+    for label, name in (("loss", "loss"), ("margin", "rewards/margins")):
+        assert f"{label}={row[name]:.3g}" in shown
+
+
 def test_answers_that_are_missing_have_no_value(checkpoint, tmp_path, monkeypatch):
     """Unpaired rows for kto, and single answers for sft: means over the answers that there are."""
     sides = [(row, side) for row in PAIR_ROWS[:9] for side in ("chosen", "rejected")]
@@ -560,6 +604,7 @@ CHANGES = {
     "--max_length": "50", "--lr": "2e-3", "--warmup": "0.9", "--schedule": "constant",
     "--weight_decay": "0.5", "--grad_clip": "0.01", "--seed": "2", "--dtype": "bfloat16",
     "--eval_fraction": "0.4", "--eval_every": "1", "--log_every": "3", "--eval_data": "OTHER",
+    "--average_logps": "",
 }  # fmt: skip
 # Options of losses: a value, and the losses that have the option. A new option is set to 0.3.
 OWN = {f"--{name}": ("0.3", " ".join(losses)) for name, losses in options_of_losses().items()} | {
@@ -588,7 +633,7 @@ def trained(tmp_path):
     data = write_rows(tmp_path / "eight.jsonl", PAIR_ROWS[:8])
 
     def metrics_of(flags: dict[str, str]) -> list[dict]:
-        argv = [word for flag in flags.items() for word in flag]
+        argv = [word for flag in flags.items() for word in flag if word]
         return metrics(run(tmp_path / "init", data, tmp_path / "out", "--overwrite", *argv))
 
     return metrics_of
@@ -613,11 +658,14 @@ def test_every_flag_of_the_mathematics_changes_the_metrics(trained, tmp_path):
 def test_flags_of_memory_and_place_change_no_metric(trained, monkeypatch):
     compiled = []  # records what --compile would compile; real compilation takes a minute
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(f) or f)
-    monkeypatch.setattr(mio, "_compiled_residual_of_rows", mio._residual_of_rows)
+    head = mio._compiled_residual_of_rows.__wrapped__  # without the cache, which outlives the test
+    monkeypatch.setattr(mio, "_compiled_residual_of_rows", head)
     plain = trained(SMALL)
     for flag, value in NO_CHANGE.items():
         rows = trained(SMALL | {flag: value})
-        assert len(compiled) == (flag == "--compile"), flag  # the model's block
+        of_head = mio._residual_of_rows in compiled
+        of_block = any(f is not mio._residual_of_rows for f in compiled)
+        assert of_head == of_block == (flag == "--compile"), flag
         compiled.clear()
         for row, expected in zip(rows, plain, strict=True):
             if row["step"] == 1:  # rewards are rounding errors, of either sign
