@@ -82,7 +82,7 @@ def find_grid(flags: dict, options: type) -> Grid | None:
         # --lora_targets lists names, and a path may contain a comma, as those of a grid's runs do.
         if not isinstance(text, str) or "," not in text or name == "lora_targets":
             continue
-        if Path(text).exists():
+        if os.path.exists(text):
             continue
         if name in ONE_VALUE:
             raise ValueError(f"--{name} {text}: takes one value; write it without a comma")
