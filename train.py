@@ -88,7 +88,6 @@ class RunOptions:
     resume: bool = option(False, "continue from the newest checkpoint in --out; these flags may "
                           f"change: --{', --'.join(MAY_CHANGE)}")
     overwrite: bool = option(False, "replace the run in --out")
-    tensorboard: bool = option(False, "also write TensorBoard event files")
     device: str = option("auto", "cpu, cuda, cuda:N, or auto for a GPU if there is one")
     plan: str | None = option(None, "predict memory and time for --init or a preset, then exit",
                               const="init", choices=("init", *PRESETS))
@@ -201,7 +200,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
     optimizer = make_optimizer(model, options)
     run_folder.restore_moments(model, optimizer, progress.moments)
     remaining = range(progress.step + 1, job.stop + 1)
-    with run_folder.metrics_log(job) as (row, log):
+    with run_folder.metrics_log(options) as (row, log):
         held_out_logps = progress.start_logps
         if progress.step and not remaining:  # a resumed run without further steps
             held_out_logps = logps_of(job, job.held_out)

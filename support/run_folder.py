@@ -26,8 +26,8 @@ from support.tokenizers import TOKENIZER_FILES
 from support.weights import save_tensors
 
 FILES = ("init", "init_adapter", "data", "eval_data")  # may move before a resume, but not change
-MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out",
-              "tensorboard")  # options that a resumed run may change  # fmt: skip
+# Options that a resumed run may change:
+MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out")
 RECORD_KEYS = {"step", "num_tokens", "inputs", "metrics", "options"}  # the keys of training.json
 PROVENANCE = ("commit", "versions", "machine", "processes")  # keys of train_config.json
 RESULTS = ("summary.json", "eval.json", "config.json", "model*.safetensors*", "adapter",
@@ -54,7 +54,7 @@ def begin(options, record: dict, processes: int) -> None:
     """Removes old results and, unless the run resumes from the checkpoint of `record`, also old
     metrics and checkpoints. Writes train_config.json, whose commit is null without git."""
     folder = Path(options.out)
-    for pattern in RESULTS if record else (*RESULTS, "metrics.jsonl", "checkpoints", "tensorboard"):
+    for pattern in RESULTS if record else (*RESULTS, "metrics.jsonl", "checkpoints"):
         for path in list(folder.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if record:
@@ -68,26 +68,12 @@ def begin(options, record: dict, processes: int) -> None:
 
 
 @contextlib.contextmanager
-def metrics_log(job):
-    """Yields the last row of metrics.jsonl, or {}, and a function that appends a row. With
-    --tensorboard, the function also writes events; events after the resumed step are removed."""
-    if not job.world.first:
-        yield {}, lambda row: None
-        return
-    folder, events = Path(job.options.out), contextlib.nullcontext()
-    if job.options.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        events = SummaryWriter(folder / "tensorboard", purge_step=job.record.get("step", -1) + 1)
-
-    def log(row: dict) -> None:
-        print(strict_json(row), file=file, flush=True)
-        for name, value in row.items() if board else ():
-            board.add_scalar(name, value, row["step"])
-
-    with open(folder / "metrics.jsonl", "a+", encoding="utf-8") as file, events as board:
+def metrics_log(options):
+    """Yields the last row of metrics.jsonl, or {}, and a function that appends a row."""
+    with open(Path(options.out) / "metrics.jsonl", "a+", encoding="utf-8") as file:
         file.seek(0)
-        yield json.loads(([*file] or ["{}"])[-1]), log
+        last = json.loads(([*file] or ["{}"])[-1])
+        yield last, lambda row: print(strict_json(row), file=file, flush=True)
 
 
 def strict_json(row: dict) -> str:

@@ -1,7 +1,6 @@
 """Parses train.py's options, fills in defaults and checks combinations of flags. Imports mio.py."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import mio
@@ -109,8 +108,6 @@ def check_together(options) -> None:
         raise ValueError(f"{missing} is missing; give both --init and --data, or neither")
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run and --overwrite replaces it; choose one")
-    if options.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise ValueError("--tensorboard needs a package; run pip install tensorboard")
     for name in given & LORA_FLAGS if options.init_adapter else ():
         raise ValueError(f"--{name}: --init_adapter sets this value; leave out --{name}")
     needed = {"gpu": "plan", "mfu": "plan", "eval_data": "data", "init_adapter": "data"}

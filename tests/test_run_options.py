@@ -173,11 +173,6 @@ def test_losses_without_beta_refuse_it_and_an_option_of_zero_is_refused_too():
     assert "--gamma: --loss mio does not use it" in refused("--gamma", "0")
 
 
-def test_tensorboard_needs_its_package(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "--tensorboard needs a package; run pip install tensorboard" in refused("--tensorboard")
-
-
 def test_resume_and_overwrite_exclude_each_other(tmp_path):
     (tmp_path / "train_config.json").write_text("{}")
     error = refused("--out", tmp_path, "--resume", "--overwrite")

@@ -575,7 +575,7 @@ NO_CHANGE = {
     "--device": "cpu", "--save_every": "2", "--keep": "1",
 }  # fmt: skip
 ELSEWHERE = (
-    "init data out config resume overwrite tensorboard on_policy samples max_new_tokens lora_rank "
+    "init data out config resume overwrite on_policy samples max_new_tokens lora_rank "
     "lora_alpha lora_targets lora_rslora init_adapter plan gpu mfu"
 )
 
