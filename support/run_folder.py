@@ -29,7 +29,7 @@ FILES = ("init", "init_adapter", "data", "eval_data")  # may move before a resum
 # Options that a resumed run may change:
 MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out")
 RECORD_KEYS = {"step", "num_tokens", "inputs", "metrics", "options"}  # the keys of training.json
-PROVENANCE = ("commit", "versions", "machine", "processes")  # keys of train_config.json
+PROVENANCE = ("commit", "versions", "machine")  # keys of train_config.json
 RESULTS = ("summary.json", "eval.json", "config.json", "model*.safetensors*", "adapter",
            *TOKENIZER_FILES, "*.partial", "checkpoints/*.partial")  # fmt: skip
 
@@ -50,7 +50,7 @@ def check_out(options, sources: list) -> None:
         raise ValueError(f"--out {folder}: holds a run; use --resume, --overwrite or another --out")
 
 
-def begin(options, record: dict, processes: int) -> None:
+def begin(options, record: dict) -> None:
     """Removes old results and, unless the run resumes from the checkpoint of `record`, also old
     metrics and checkpoints. Writes train_config.json, whose commit is null without git."""
     folder = Path(options.out)
@@ -63,7 +63,7 @@ def begin(options, record: dict, processes: int) -> None:
     commit = subprocess.run(git, capture_output=True).stdout if shutil.which("git") else b""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    values = commit.decode().strip() or None, versions, machine, processes
+    values = commit.decode().strip() or None, versions, machine
     write_json(folder / "train_config.json", recorded(options) | dict(zip(PROVENANCE, values)))
 
 
@@ -122,8 +122,6 @@ def restore_moments(model, optimizer, moments: dict[str, Tensor]) -> None:
 def save_checkpoint(job, optimizer, progress: Progress) -> None:
     """Writes a checkpoint of the run, then removes all but the --keep newest checkpoints.
     After a crash, the new checkpoint is complete or absent, and the older checkpoints remain."""
-    if not job.world.first:
-        return
     folder, options, model = Path(job.options.out), job.options, job.model
     states = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
     tensors = {f"moments.{key}.{n}": x for n, state in states.items() for key, x in state.items()}

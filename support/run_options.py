@@ -1,6 +1,7 @@
 """Parses train.py's options, fills in defaults and checks combinations of flags. Imports mio.py."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import mio
@@ -21,7 +22,7 @@ LOSS_OPTIONS = options_of_losses().keys()
 LORA_FLAGS = {"lora_rank", "lora_alpha", "lora_targets", "lora_rslora"}
 
 
-def parse_options(argv: list[str] | None, cls: type, description: str, world):
+def parse_options(argv: list[str] | None, cls: type, description: str):
     """Returns the parser and the options, an instance of the dataclass `cls`. Flags take precedence
     over the file of --config. Bad input exits with a one-line error."""
     parser = cli.Parser("train.py", description)
@@ -43,7 +44,7 @@ def parse_options(argv: list[str] | None, cls: type, description: str, world):
         if flags.get("resume"):
             folder = Path(flags.get("out") or default_out(cls(**flags)))
             flags = run_folder.resumed_options(flags, cls, folder)
-        return parser, resolve(cls(**flags), world)
+        return parser, resolve(cls(**flags))
     except (OSError, ValueError) as error:
         parser.error(error)
 
@@ -71,7 +72,7 @@ def default_out(options) -> str:
     return f"out/{options.loss}{'-on-policy' if options.on_policy else ''}"
 
 
-def resolve(options, world):
+def resolve(options):
     """Fills in defaults that depend on other options. Raises ValueError for unusable options."""
     check_together(options)
     loss, defaults = find_loss(options.loss), {"out": default_out(options)}
@@ -87,16 +88,13 @@ def resolve(options, world):
     defaults = {name: x for name, x in defaults.items() if getattr(options, name) is None}
     options = dataclasses.replace(options, **defaults, device=cli.pick_device(options.device))
     on_policy.check_draws(options)
-    if world.count > 1 and not options.plan:
-        if on_policy.is_on_policy(options) or not options.init:
-            raise ValueError("the demonstration, --on_policy and rlhf run only without torchrun")
-        if options.batch_size < (count := world.count):
-            raise ValueError(f"--batch_size must be at least {count}, the number of processes")
     return options
 
 
 def check_together(options) -> None:
-    """Raises ValueError for a flag that needs or excludes another flag."""
+    """Raises ValueError for a flag that needs or excludes another flag, and under torchrun."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("train.py trains on one GPU; start it without torchrun")
     loss, shortest = find_loss(options.loss), builtin_task.PAIR_TOKENS
     given = {name for name, x in vars(options).items() if x or type(x) in (int, float)}
     if options.plan and (options.plan == "init") != ("init" in given):

@@ -100,23 +100,23 @@ def test_a_resumed_run_removes_results_and_a_new_run_removes_progress_too(finish
     for name in ("adapter", "checkpoints/step-000007.1.partial"):
         (out / name).mkdir()
     options = train.Options(out=str(out))
-    run_folder.begin(options, {"metrics": {"bytes": 100}}, processes=1)
+    run_folder.begin(options, {"metrics": {"bytes": 100}})
     kept = names | {"metrics.jsonl", "checkpoints"}
     assert {path.name for path in out.iterdir()} == kept
     assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-000002", "step-000003"}
-    run_folder.begin(options, {}, processes=1)
+    run_folder.begin(options, {})
     assert {path.name for path in out.iterdir()} == names
 
 
 def test_a_run_goes_on_from_the_rows_of_its_checkpoint(finished, tmp_path):
     options = train.Options(out=str(shutil.copytree(finished / "out", tmp_path / "out")))
     rows = (tmp_path / "out" / "metrics.jsonl").read_bytes()
-    run_folder.begin(options, {"metrics": {"bytes": 100}}, processes=3)
+    run_folder.begin(options, {"metrics": {"bytes": 100}})
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == rows[:100]
     config = read_json(tmp_path / "out" / "train_config.json")
-    assert config["processes"] == 3 and config["seed"] == 0 and config["commit"] != ""
+    assert config["seed"] == 0 and config["commit"] != ""
     assert set(run_folder.PROVENANCE) == set(config) - set(vars(options))
-    run_folder.begin(options, {}, processes=1)
+    run_folder.begin(options, {})
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 

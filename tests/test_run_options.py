@@ -14,13 +14,12 @@ from runs import metrics, run
 import mio
 import train
 from mio import LOSSES, Loss
-from support.distributed import World
 from support.run_options import loss_table, parse_options
 from train import Options
 
 
 def parse(*argv) -> Options:
-    return parse_options([str(arg) for arg in argv], Options, "", World())[1]
+    return parse_options([str(arg) for arg in argv], Options, "")[1]
 
 
 def refused(*argv) -> str:
@@ -210,7 +209,7 @@ def test_a_config_file_with_bad_options_is_refused(tmp_path):
     ):
         file.write_text(json.dumps(content))
         assert message in refused("--config", file)
-    file.write_text(json.dumps({"epochs": None, "lr": 1, "versions": {}, "processes": 4}))
+    file.write_text(json.dumps({"epochs": None, "lr": 1, "versions": {}}))
     options = parse("--config", file)
     assert (options.epochs, options.lr) == (3, 1.0)
     file.write_text(json.dumps({"loss": "sft", "beta": 0.1}))  # as the run of sft records it
@@ -255,11 +254,9 @@ def test_a_new_loss_brings_its_own_flag(checkpoint, pairs_file, tmp_path, monkey
         fresh.main([*inputs, "--loss", "mio", "--tilt", "0.2"])
 
 
-def test_several_processes_refuse_what_one_process_must_do(monkeypatch):
-    monkeypatch.setattr(World, "count", 2)
-    checkpoint = ["--init", "x", "--data", "y"]
-    for flags in ([], ["--loss", "rlhf"], [*checkpoint, "--on_policy"]):
-        assert "without torchrun" in refused(*flags)
-    error = refused(*checkpoint, "--batch_size", "1")
-    assert "--batch_size must be at least 2, the number of processes" in error
-    assert parse(*checkpoint, "--batch_size", "2").batch_size == 2
+def test_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for flags in ((), ("--init", "x", "--data", "y"), ("--plan", "llama-3.2-1b")):
+        assert "train.py trains on one GPU; start it without torchrun" in refused(*flags)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert parse("--init", "x", "--data", "y").init == "x"
