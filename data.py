@@ -192,7 +192,7 @@ class StepData(NamedTuple):
     advantages: Tensor | None = None  # (pairs, 2), for rlhf
     mismatched: tuple[list[Batch], Tensor] | None = None  # for kto: batches and their ref_logps
     pairs: Pairs = ()
-    index: Sequence[int] = ()  # Batch.index of all batches of all processes
+    index: Sequence[int] = ()  # Batch.index of all batches
     metrics: dict[str, float] = {}  # metrics of the answers that the policy draws
 
 

@@ -1,9 +1,8 @@
 """A transformer of the Llama family with Hugging Face's parameter names.
 
-The file goes bottom up: configuration, rotary embedding, attention, block, model. Losses, adapters
-and distributed training are in other files. Shapes in comments use these letters: B rows, T tokens,
-S tokens that can be attended to, D hidden size, H query heads, K key-value heads, E head size,
-V vocabulary size.
+The file goes bottom up: configuration, rotary embedding, attention, block, model. Losses and
+adapters are in other files. Shapes in comments use these letters: B rows, T tokens, S tokens that
+can be attended to, D hidden size, H query heads, K key-value heads, E head size, V vocabulary size.
 """
 
 import dataclasses

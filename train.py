@@ -32,7 +32,6 @@ from mio import OPTION_BOUNDS, Answers, find_loss, fused_pair_loss, options_of_l
 from model import Llama
 from support import builtin_task, lora, run_folder
 from support.cli import option, stage
-from support.distributed import World, join
 from support.examples import what_happened
 from support.figures import Column, table, write_columns
 from support.files import locked, write_json
@@ -93,7 +92,6 @@ class RunOptions:
     resume: bool = option(False, "continue from the newest checkpoint in --out; these flags may "
                           f"change: --{', --'.join(MAY_CHANGE)}")
     overwrite: bool = option(False, "replace the run in --out")
-    tensorboard: bool = option(False, "also write TensorBoard event files")
     device: str = option("auto", "cpu, cuda, cuda:N, or auto for a GPU if there is one")
     plan: str | None = option(None, "predict memory and time for --init or a preset, then exit",
                               const="init", choices=("init", *PRESETS))
@@ -116,7 +114,7 @@ Options = dataclasses.make_dataclass("Options", [
 
 def train_step(
     model: Llama, optimizer: torch.optim.Optimizer, data: StepData, options: Options,
-    world: World = World(), check: Callable[[Tensor, Tensor], None] | None = None,  # noqa: B008
+    check: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Makes one optimizer step on the pairs of `data`. check(losses, logps) runs before the update.
 
@@ -125,7 +123,7 @@ def train_step(
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     losses, logps, loss_arguments = [], [], find_loss(options.loss).arguments(options)
     if not find_loss(options.loss).pairwise:
-        loss_arguments["shared"] = shared_term(model, data, options, world)
+        loss_arguments["shared"] = shared_term(model, data, options)
     for batch in data.batches:
         ref_logps = of_answers(data.ref_logps, batch, device)  # (2b,) for the b pairs of a batch
         advantages = of_answers(data.advantages, batch, device)  # (2b,)
@@ -139,11 +137,11 @@ def train_step(
         loss.sum().backward()
         losses.append(loss.detach())
         logps.append(logp.view(-1, 2))  # (b, 2)
-    losses, logps = world.gather(losses), world.gather(logps).float()  # (B,), (B, 2)
+    losses, logps = torch.cat(losses), torch.cat(logps).float()  # (B,), (B, 2)
     if check:
         check(losses, logps)
     B = len(losses)
-    gradients = world.sum_gradients(model.parameters())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     grad_norm = get_total_norm(gradients) / B  # gradient of the mean loss over all pairs
     # Fused AdamW divides gradients by grad_scale and skips the update where found_inf is 1.
     excess = (grad_norm.float() + 1e-6) / (options.grad_clip or torch.inf)
@@ -159,17 +157,17 @@ def of_answers(values: Tensor | None, batch: Batch, device: torch.device) -> Ten
     return None if values is None else values[batch.index].flatten().to(device)  # (b, 2) -> (2b,)
 
 
-def shared_term(model: Llama, data: StepData, options: Options, world: World) -> Tensor:
+def shared_term(model: Llama, data: StepData, options: Options) -> Tensor:
     """Computes the scalar () that couples the pairs of a step in dv and kto, without gradient."""
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     batches, ref_logps = data.mismatched or (data.batches, data.ref_logps)
     logps = [evaluation.batch_logps(model, batch.to(device), dtype) for batch in batches]
     ref = [of_answers(ref_logps, batch, device) for batch in batches]  # (2b,) each
     lengths = [batch.lengths.to(device) for batch in batches]
-    terms = [world.gather(parts) for parts in (logps, ref, lengths)]  # (2B,) each
+    terms = [torch.cat(parts) for parts in (logps, ref, lengths)]  # (2B,) each
     sides = [Answers(*(x[side::2] for x in terms), options.beta) for side in (0, 1)]
     sides = [side.averaged() for side in sides] if options.average_logps else sides
-    return find_loss(options.loss).shared(*sides).to(device)
+    return find_loss(options.loss).shared(*sides)
 
 
 def make_optimizer(model: Llama, options: Options) -> torch.optim.AdamW:
@@ -202,11 +200,11 @@ BAR = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accur
 def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dict]:
     """Trains job.model in place from `progress` on, and stops early after a signal. Returns the
     held-out log-probs (pairs, 2) of the last evaluation and the metrics of the last step."""
-    options, model, world, tokens = job.options, job.model, job.world, progress.num_tokens
+    options, model, tokens = job.options, job.model, progress.num_tokens
     optimizer = make_optimizer(model, options)
     run_folder.restore_moments(model, optimizer, progress.moments)
     remaining = range(progress.step + 1, job.stop + 1)
-    with run_folder.metrics_log(job) as (row, log):
+    with run_folder.metrics_log(options) as (row, log):
         held_out_logps = progress.start_logps
         if progress.step and not remaining:  # a resumed run without further steps
             held_out_logps = logps_of(job, job.held_out)
@@ -226,14 +224,14 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
             check = functools.partial(check_first_step, options, data) if step == 1 else None
             losses, logps, grad_norm = torch.zeros(0), torch.zeros(0, 2), torch.zeros(())
             if data.index:  # empty if the drawn answers to each prompt are all right or all wrong
-                losses, logps, grad_norm = train_step(model, optimizer, data, options, world, check)
+                losses, logps, grad_norm = train_step(model, optimizer, data, options, check)
             tokens += sum(row_length(data.pairs[i]) for i in data.index)
             unchecked.append((step, data, losses, grad_norm))
             # Which steps are logged does not depend on where a run stops, so resuming is exact.
             evaluate = step % options.eval_every == 0 or step == job.steps
             is_last = step == job.stop
             is_logged = evaluate or step % options.log_every == 0
-            stopped = len(world.gather([torch.tensor(signals, dtype=torch.long)])) > 0
+            stopped = bool(signals)
             save = options.save_every and (is_last or step % options.save_every == 0)
             save = save or stopped or (is_last and goes_on_later(job))
             if not (is_logged or save or is_last):
@@ -257,8 +255,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
                 check_weights(job, step)
                 now = progress._replace(step=step, num_tokens=tokens)
                 run_folder.save_checkpoint(job, optimizer, now)
-            if stopped:  # all processes wait until the first one has saved the checkpoint
-                signals[:] = world.gather([torch.tensor(signals, dtype=torch.long)]).tolist()
+            if stopped:
                 break
             unchecked, clock, clock_tokens = [], time.perf_counter(), tokens
     check_weights(job, row["step"])
@@ -284,11 +281,8 @@ def step_data(job: Job, progress: Progress, step: int) -> StepData:
     if job.mismatched:
         batches = job.batches(job.mismatched, numbers)
         data = data._replace(mismatched=(batches, progress.ref_mismatched))
-    numbers.sort(key=lambda i: row_length(data.pairs[i]))  # balances the shares of the processes
     batches = job.batches(data.pairs, numbers)
-    index = torch.tensor([i for batch in batches for i in batch.index], dtype=torch.long)
-    index = job.world.gather([index]).tolist()
-    return data._replace(batches=batches, index=index)
+    return data._replace(batches=batches, index=[i for batch in batches for i in batch.index])
 
 
 # --- Checks and metrics ---------------------------------------------------------------------------
@@ -377,10 +371,9 @@ def finish(job: Job, start_logps: Tensor, logps: Tensor, row: dict, started: flo
     if lora.lora_of(job.model):
         lora.save_adapter(job.model, folder / "adapter", options.init)
         pairs = (job.held_out or job.pairs)[:2]
-        layout = options.row_tokens, options.micro_tokens, getattr(torch, options.dtype)
-        unmerged = evaluation.pair_logps(job.model, pairs, *layout)
+        unmerged = logps_of(job, pairs)
         lora.merge_lora(job.model, getattr(torch, options.dtype))
-        merged = evaluation.pair_logps(job.model, pairs, *layout)
+        merged = logps_of(job, pairs)
         change = max((merged - unmerged).abs().flatten().tolist(), default=0.0)
         print(f"  adapter merged in {options.dtype}: log-probs change by at most {change:.1e} nats")
     job.model.save_pretrained(folder)
@@ -415,12 +408,11 @@ def finish(job: Job, start_logps: Tensor, logps: Tensor, row: dict, started: flo
 def main(argv: list[str] | None = None) -> Path:
     """Runs the command and returns the run folder. Bad input ends the process with status 2."""
     with contextlib.ExitStack() as stack:
-        world = stack.enter_context(join())
         parser, flags = read_flags(argv, Options, __doc__)
         try:
             if grid := find_grid(flags, Options):
                 return run_grid(grid, Options)
-            options = make_options(flags, Options, world)
+            options = make_options(flags, Options)
             folder, started = Path(options.out), time.perf_counter()
             if options.plan:
                 print(plan(options))
@@ -435,18 +427,16 @@ def main(argv: list[str] | None = None) -> Path:
                         lora.add_lora(Llama(builtin_task.BASE_MODEL), lora.config_of(options))
                 drawn = is_on_policy(options)
                 options = builtin_task.prepare(options, drawn, make_optimizer, train_step)
-            job = load_job(options, world)
-            if world.first:
-                stack.enter_context(locked(folder))
-                run_folder.check_out(options, sources)
+            job = load_job(options)
+            stack.enter_context(locked(folder))
+            run_folder.check_out(options, sources)
         except (OSError, ValueError) as error:
             parser.error(error)
         print(describe(job), flush=True)
         try:
             # Reference log-probs
             progress = run_folder.load_progress(job) if job.checkpoint else first_progress(job)
-            if world.first:
-                run_folder.begin(job.options, job.record, world.count)
+            run_folder.begin(job.options, job.record)
             # Training
             signals = stack.enter_context(run_folder.catch_signals())
             with stage(f"training: {options.loss}") as notes:
@@ -454,8 +444,7 @@ def main(argv: list[str] | None = None) -> Path:
                 notes.append(f"metrics.jsonl in {folder}")
             # Evaluation
             if row["step"] == job.stop:
-                if world.first:
-                    finish(job, progress.start_logps, logps, row, started)
+                finish(job, progress.start_logps, logps, row, started)
                 return folder
         except OSError as error:
             saved = run_folder.newest_checkpoint(folder)

@@ -12,7 +12,6 @@ from pool import COLORS, bases, graded, moved, on_pairs, provenance, spread, tra
 
 import train
 from mio import LOSSES as DECLARED
-from support.distributed import World
 from support.figures import Column
 
 LOSSES = ("dpo", "mio", "bce", "nwj", "dv", "ipo", "kto", "simpo", "orpo", "rpo", "apo_zero", "sft")
@@ -89,7 +88,7 @@ def main() -> None:
     def job(loss: str, rate: float, scale: float, seed: int) -> list[str]:
         flags = {"loss": loss, "lr": rate, "epochs": EPOCHS}
         if DECLARED[loss].uses_beta:
-            _, demonstration = train.parse_options(["--loss", loss], train.Options, "", World())
+            _, demonstration = train.parse_options(["--loss", loss], train.Options, "")
             flags["beta"] = demonstration.beta * scale
         return on_pairs(base[seed], PAIRS, seed, **flags)
 

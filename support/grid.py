@@ -18,7 +18,6 @@ from tqdm import tqdm
 from mio import find_loss
 from support import curves
 from support.cli import check_value
-from support.distributed import World
 from support.figures import Row, over_seeds, paired_difference, read_columns, table
 from support.files import locked, read_json, write_json
 from support.run_folder import catch_signals, newest_checkpoint
@@ -108,7 +107,7 @@ def run_grid(grid: Grid, options: type) -> Path:
     if len(runs) > MAX_RUNS:
         raise ValueError(f"the grid has {len(runs)} runs, but may have {MAX_RUNS}; remove values")
     for run in runs:
-        make_options(run.flags | {"out": str(run.folder)}, options, World())
+        make_options(run.flags | {"out": str(run.folder)}, options)
     for name in grid.fixed.keys() | grid.axes.keys():
         if not any(name in run.flags for run in runs):
             raise ValueError(f"--{name}: no loss of the grid uses it; leave out --{name}")

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import Subset
 
 from data import Batch, Pairs, load_pairs, make_batches, needs_fixed_length, split_pairs, truncate
 from eval import pair_logps
@@ -20,7 +19,7 @@ from mio import find_loss
 from model import Llama
 from support import lora, on_policy, run_folder, run_options, weights
 from support.cli import stage
-from support.files import digest, read_json
+from support.files import digest, locked, read_json
 from support.trained_run import load_checkpoint
 
 
@@ -39,7 +38,6 @@ class Job(NamedTuple):
     inputs: dict[str, str]  # hashes of the files that the run started from
     checkpoint: Path | None  # the checkpoint from which the run resumes, if any
     record: dict  # the checkpoint's training.json; {} for a new run
-    world: object  # support.distributed.World
     mismatched: Pairs | None = None  # the prompts of `pairs` with the answers of other rows (kto)
     questions: list | None = None  # the questions to which the policy draws answers
     reference: Llama | None = None  # kept in memory only if the policy draws answers
@@ -61,16 +59,16 @@ class Job(NamedTuple):
         return self.steps if limit is None else min(self.steps, limit)
 
     def batches(self, pairs: Pairs, index: list[int]) -> list[Batch]:
-        """Packs this process's share of pairs[i] for i in index; the share may be empty."""
+        """Packs pairs[i] for i in index into the batches of a step."""
         layout = self.options.row_tokens, self.options.micro_tokens, needs_fixed_length(self.model)
-        return make_batches(pairs, index[self.world.rank :: self.world.count], *layout)
+        return make_batches(pairs, index, *layout)
 
 
-def load_job(options, world) -> Job:
+def load_job(options) -> Job:
     """Loads and checks a job. OSError and ValueError name the file or flag, and a remedy."""
     checkpoint = run_folder.newest_checkpoint(Path(options.out)) if options.resume else None
     record = read_json(checkpoint / "training.json") if checkpoint else {}
-    model, tokenizer, reference = load_models(options, checkpoint, world)
+    model, tokenizer, reference = load_models(options, checkpoint)
     loss, pairs, held_out = find_loss(options.loss), Pairs(), Pairs()
     questions = mismatched = None
     if options.eval_data:
@@ -103,8 +101,8 @@ def load_job(options, world) -> Job:
     # A resumed run reads the initial weights only if they are frozen, replaced, or the reference.
     if not record or reference or lora.lora_of(model) or options.init != record["options"]["init"]:
         inputs["init"] = digest(*sorted(weights.weight_files(init)), init / "config.json")
-    job = Job(options, model, tokenizer, pairs, held_out, inputs, checkpoint, record, world,
-              mismatched, questions, reference)  # fmt: skip
+    job = Job(options, model, tokenizer, pairs, held_out, inputs, checkpoint, record, mismatched,
+              questions, reference)  # fmt: skip
     every = options.eval_every or max(1, math.ceil(job.steps / 10))
     job = job._replace(options=dataclasses.replace(options, eval_every=every))
     if record:
@@ -112,11 +110,10 @@ def load_job(options, world) -> Job:
     return job
 
 
-def load_models(options, checkpoint: Path | None, world):
+def load_models(options, checkpoint: Path | None):
     """Loads policy, tokenizer, and the reference, which is None unless the policy draws answers."""
-    # Each of several processes has its own GPU, which is the current device.
-    device = torch.device(options.device).type if world.count > 1 else options.device
-    drawn, adapter, reference = on_policy.is_on_policy(options), options.init_adapter, None
+    device, adapter, reference = options.device, options.init_adapter, None
+    drawn = on_policy.is_on_policy(options)
     if options.lora_rank or adapter:
         model, tokenizer = load_checkpoint(options.init, "cpu", torch.float32)
         torch.manual_seed(options.seed)
@@ -176,7 +173,7 @@ def describe(job: Job) -> str:
         f"  log-probs as {loss.uses} over an answer's tokens{''.join(arguments)}, "
         f"{'with' if loss.needs_reference else 'without'} a reference\n"
         f"  {options.init}: {total:,} parameters, {trained:,} of them trained, {options.dtype} "
-        f"products on {job.world.count} x {options.device}\n"
+        f"products on {options.device}\n"
         f"  {rows}, {len(job.held_out)} held out; steps {job.record.get('step', 0) + 1} to "
         f"{job.stop} of {job.steps}, {on_policy.prompts_per_step(options)} {unit} each; lr "
         f"{options.lr:g}, {options.schedule}, seed {options.seed}"
@@ -185,10 +182,8 @@ def describe(job: Job) -> str:
 
 def logps_of(job: Job, pairs: Pairs) -> Tensor:
     """Returns log-probs of answers under job.model, (pairs, 2) in nats, computed as in training."""
-    options, world, total = job.options, job.world, len(pairs)
-    layout = options.row_tokens, options.micro_tokens, getattr(torch, options.dtype)
-    share = range(total * world.rank // world.count, total * (world.rank + 1) // world.count)
-    return world.gather([pair_logps(job.model, Subset(pairs, share), *layout)])
+    options, dtype = job.options, getattr(torch, job.options.dtype)
+    return pair_logps(job.model, pairs, options.row_tokens, options.micro_tokens, dtype)
 
 
 def first_progress(job: Job) -> run_folder.Progress:
@@ -203,23 +198,22 @@ def hash_pairs(pairs: Pairs) -> str:
 
 
 def reference_logps(job: Job, pairs: Pairs) -> Tensor:
-    """Returns the log-probs of training pairs under the initial weights: (pairs, 2) in nats. A file
-    whose name contains a hash of weights, token ids and precision caches the log-probs."""
-    options, cached = job.options, None
+    """Returns the log-probs of training pairs under the initial weights: (pairs, 2) in nats. A
+    folder whose name contains a hash of weights, token ids and precision caches the log-probs."""
+    options = job.options
     key = digest(job.inputs["init"], job.inputs["init_adapter"], hash_pairs(pairs), options.dtype)
-    file = Path(options.out).parent / "cache" / f"reference-{key[:16]}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="pt") as tensors:
-        logps, stored = tensors.get_tensor("logps"), (tensors.metadata() or {}).get("key")
-        cached = logps if stored == digest(key, logps.numpy().tobytes()) else None
-    if job.world.gather([torch.tensor([cached is not None])]).all():
-        print(f"reference log-probs: found in {file}")
-        return cached
-    with stage("reference log-probs: the initial weights on the training pairs") as notes:
-        logps = logps_of(job, pairs)
-        if not logps.isfinite().all():
-            raise TrainingError(f"{options.init}: log-probs are not finite; check the weights")
-        if job.world.first:
-            file.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(options.out).parent / "cache" / f"reference-{key[:16]}"
+    file = folder / "logps.safetensors"
+    with locked(folder, "waiting for another run that computes these log-probs"):
+        with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:
+            logps, stored = tensors.get_tensor("logps"), (tensors.metadata() or {}).get("key")
+            if stored == digest(key, logps.numpy().tobytes()):
+                print(f"reference log-probs: found in {file}")
+                return logps
+        with stage("reference log-probs: the initial weights on the training pairs") as notes:
+            logps = logps_of(job, pairs)
+            if not logps.isfinite().all():
+                raise TrainingError(f"{options.init}: log-probs are not finite; check the weights")
             weights.save_tensors(file, {"logps": logps}, key=digest(key, logps.numpy().tobytes()))
-        notes.append(f"cached in {file}")
+            notes.append(f"cached in {file}")
     return logps

@@ -26,10 +26,10 @@ from support.tokenizers import TOKENIZER_FILES
 from support.weights import save_tensors
 
 FILES = ("init", "init_adapter", "data", "eval_data")  # may move before a resume, but not change
-MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out",
-              "tensorboard")  # options that a resumed run may change  # fmt: skip
+# Options that a resumed run may change:
+MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out")
 RECORD_KEYS = {"step", "num_tokens", "inputs", "metrics", "options"}  # the keys of training.json
-PROVENANCE = ("commit", "versions", "machine", "processes")  # keys of train_config.json
+PROVENANCE = ("commit", "versions", "machine")  # keys of train_config.json
 RESULTS = ("summary.json", "eval.json", "config.json", "model*.safetensors*", "adapter",
            *TOKENIZER_FILES, "*.partial", "checkpoints/*.partial")  # fmt: skip
 
@@ -50,11 +50,11 @@ def check_out(options, sources: list) -> None:
         raise ValueError(f"--out {folder}: holds a run; use --resume, --overwrite or another --out")
 
 
-def begin(options, record: dict, processes: int) -> None:
+def begin(options, record: dict) -> None:
     """Removes old results and, unless the run resumes from the checkpoint of `record`, also old
     metrics and checkpoints. Writes train_config.json, whose commit is null without git."""
     folder = Path(options.out)
-    for pattern in RESULTS if record else (*RESULTS, "metrics.jsonl", "checkpoints", "tensorboard"):
+    for pattern in RESULTS if record else (*RESULTS, "metrics.jsonl", "checkpoints"):
         for path in list(folder.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if record:
@@ -63,31 +63,17 @@ def begin(options, record: dict, processes: int) -> None:
     commit = subprocess.run(git, capture_output=True).stdout if shutil.which("git") else b""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    values = commit.decode().strip() or None, versions, machine, processes
+    values = commit.decode().strip() or None, versions, machine
     write_json(folder / "train_config.json", recorded(options) | dict(zip(PROVENANCE, values)))
 
 
 @contextlib.contextmanager
-def metrics_log(job):
-    """Yields the last row of metrics.jsonl, or {}, and a function that appends a row. With
-    --tensorboard, the function also writes events; events after the resumed step are removed."""
-    if not job.world.first:
-        yield {}, lambda row: None
-        return
-    folder, events = Path(job.options.out), contextlib.nullcontext()
-    if job.options.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        events = SummaryWriter(folder / "tensorboard", purge_step=job.record.get("step", -1) + 1)
-
-    def log(row: dict) -> None:
-        print(strict_json(row), file=file, flush=True)
-        for name, value in row.items() if board else ():
-            board.add_scalar(name, value, row["step"])
-
-    with open(folder / "metrics.jsonl", "a+", encoding="utf-8") as file, events as board:
+def metrics_log(options):
+    """Yields the last row of metrics.jsonl, or {}, and a function that appends a row."""
+    with open(Path(options.out) / "metrics.jsonl", "a+", encoding="utf-8") as file:
         file.seek(0)
-        yield json.loads(([*file] or ["{}"])[-1]), log
+        last = json.loads(([*file] or ["{}"])[-1])
+        yield last, lambda row: print(strict_json(row), file=file, flush=True)
 
 
 def strict_json(row: dict) -> str:
@@ -136,8 +122,6 @@ def restore_moments(model, optimizer, moments: dict[str, Tensor]) -> None:
 def save_checkpoint(job, optimizer, progress: Progress) -> None:
     """Writes a checkpoint of the run, then removes all but the --keep newest checkpoints.
     After a crash, the new checkpoint is complete or absent, and the older checkpoints remain."""
-    if not job.world.first:
-        return
     folder, options, model = Path(job.options.out), job.options, job.model
     states = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
     tensors = {f"moments.{key}.{n}": x for n, state in states.items() for key, x in state.items()}
@@ -209,6 +193,9 @@ def check_resumed(job) -> None:
             flag = name if getattr(options, name) else "data"  # held-out pairs may come from --data
             changed = f"--{flag} {getattr(options, flag)}: has changed since the run started"
             raise ValueError(f"{changed}; restore the input, or start again with --overwrite")
+    if options.epochs != record["options"]["epochs"]:
+        print(f"--epochs {options.epochs}: the learning-rate schedule now spans {job.steps} steps, so "
+              f"the learning rate jumps at step {record['step'] + 1}")  # fmt: skip
     if record["step"] > stop:
         raise ValueError(f"{job.checkpoint}: is beyond step {stop}; raise --epochs or --max_steps")
 

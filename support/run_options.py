@@ -1,7 +1,7 @@
 """Parses train.py's options, fills in defaults and checks combinations of flags. Imports mio.py."""
 
 import dataclasses
-import importlib.util
+import os
 from pathlib import Path
 
 import mio
@@ -34,7 +34,7 @@ def read_flags(argv: list[str] | None, cls: type, description: str):
     return parser, flags
 
 
-def make_options(flags: dict, cls: type, world):
+def make_options(flags: dict, cls: type):
     """Returns the options, an instance of the dataclass `cls`. Flags take precedence over the file
     of --config. Raises OSError or ValueError for bad input."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -49,7 +49,7 @@ def make_options(flags: dict, cls: type, world):
     if flags.get("resume"):
         folder = Path(flags.get("out") or default_out(cls(**flags)))
         flags = run_folder.resumed_options(flags, cls, folder)
-    return resolve(cls(**flags), world)
+    return resolve(cls(**flags))
 
 
 def loss_table() -> str:
@@ -75,7 +75,7 @@ def default_out(options) -> str:
     return f"out/{options.loss}{'-on-policy' if options.on_policy else ''}"
 
 
-def resolve(options, world):
+def resolve(options):
     """Fills in defaults that depend on other options. Raises ValueError for unusable options."""
     check_together(options)
     loss, defaults = find_loss(options.loss), {"out": default_out(options)}
@@ -91,16 +91,13 @@ def resolve(options, world):
     defaults = {name: x for name, x in defaults.items() if getattr(options, name) is None}
     options = dataclasses.replace(options, **defaults, device=cli.pick_device(options.device))
     on_policy.check_draws(options)
-    if world.count > 1 and not options.plan:
-        if on_policy.is_on_policy(options) or not options.init:
-            raise ValueError("the demonstration, --on_policy and rlhf run only without torchrun")
-        if options.batch_size < (count := world.count):
-            raise ValueError(f"--batch_size must be at least {count}, the number of processes")
     return options
 
 
 def check_together(options) -> None:
-    """Raises ValueError for a flag that needs or excludes another flag."""
+    """Raises ValueError for a flag that needs or excludes another flag, and under torchrun."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("train.py trains on one GPU; start it without torchrun")
     loss, shortest = find_loss(options.loss), builtin_task.PAIR_TOKENS
     given = {name for name, x in vars(options).items() if x or type(x) in (int, float)}
     if options.plan and (options.plan == "init") != ("init" in given):
@@ -114,8 +111,6 @@ def check_together(options) -> None:
         raise ValueError("--jobs needs a flag with several values, such as --seed 0,1,2; add one")
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run and --overwrite replaces it; choose one")
-    if options.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise ValueError("--tensorboard needs a package; run pip install tensorboard")
     for name in given & LORA_FLAGS if options.init_adapter else ():
         raise ValueError(f"--{name}: --init_adapter sets this value; leave out --{name}")
     needed = {"gpu": "plan", "mfu": "plan", "eval_data": "data", "init_adapter": "data"}

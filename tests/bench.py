@@ -37,7 +37,6 @@ from data import Pair, Pairs, StepData, load_pairs, load_tokenizer, make_batches
 from mio import fused_pair_loss
 from model import Llama, ModelConfig
 from support.builtin_task import problems, solution
-from support.distributed import World
 from support.job import Job
 from support.lora import LINEARS, LoraConfig, add_lora
 from support.plan import step_cost
@@ -288,7 +287,7 @@ def bench_saving(sizes=("W1", "W2")) -> None:
             pairs, ref = read_prepared(folder)
             options = train.Options(lr=LR, beta=BETA, out=place, init=place, device="cpu", keep=1)
             model = Llama.from_pretrained(folder)
-            job = Job(options, model, byte_tokenizer(), pairs, pairs, {}, None, {}, World())
+            job = Job(options, model, byte_tokenizer(), pairs, pairs, {}, None, {})
             optimizer = train.make_optimizer(model, options)
             (folder / "metrics.jsonl").touch()
             step = step_on, model, optimizer, options, pairs, range(BATCH), ref

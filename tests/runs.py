@@ -9,6 +9,7 @@ import torch
 from conftest import PAIR_ROWS, tiny_model, write_rows
 
 import train
+from support.run_options import make_options, read_flags
 from support.tokenizers import byte_tokenizer
 
 torch.set_num_threads(1)  # more threads do not speed up such small models
@@ -29,6 +30,15 @@ def run(init: Path, data: Path, out: Path, *flags: str) -> Path:
     """Trains on a small data file and returns the run folder."""
     command = ["--init", init, "--data", data, "--out", out, "--batch_size", "8", "--lr", "1e-3"]
     return train.main([*map(str, command), "--seed", "1", *flags])
+
+
+def parse_options(argv: list[str]):
+    """The options that a command line of train.py means. Bad input ends as in train.main."""
+    parser, flags = read_flags(argv, train.Options, "")
+    try:
+        return make_options(flags, train.Options)
+    except (OSError, ValueError) as error:
+        parser.error(error)
 
 
 def refused(*argv) -> str:

@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PAIR_ROWS, logp_alone, tiny_model, write_rows
-from runs import metrics, refused, run
+from runs import metrics, parse_options, refused, run
 from safetensors.torch import load_file, save_file
 
 import train
-from data import Pair, Pairs, load_pairs, make_batches
+from data import Pair, Pairs, epoch_order, load_pairs, make_batches
 from mio import LOSSES
 from support import job as job_module
 from support import weights
-from support.distributed import World
 from support.files import read_json
 from support.job import (
     TrainingError,
@@ -29,15 +28,15 @@ from support.job import (
     mismatched_pairs,
     reference_logps,
 )
-from support.run_options import parse_options
+from support.run_folder import Progress
 from support.tokenizers import byte_tokenizer
-from train import Options
+from train import step_data
 
 
 def job_of(checkpoint: Path, data: Path, *flags):
     flags = ["--init", checkpoint, "--data", data, "--out", checkpoint.parent / "out", *flags]
-    _, options = parse_options([str(flag) for flag in flags], Options, "", World())
-    return load_job(options, World())
+    options = parse_options([str(flag) for flag in flags])
+    return load_job(options)
 
 
 # --- What a job holds -----------------------------------------------------------------------------
@@ -69,6 +68,21 @@ def test_steps_epochs_and_evaluations(checkpoint, pairs_file):
     expected = make_batches(job.pairs, index, 99, 4096)
     assert [b.index for b in job.batches(job.pairs, index)] == [b.index for b in expected]
     assert (job.steps, job.stop) == (3, 3)
+
+
+def test_steps_deal_out_the_pairs(checkpoint, pairs_file):
+    progress = Progress(0, 0, None, None, None, {})
+    for size in (5, 20, 21):  # with 20 pairs in a step, the second step has a single pair
+        job = job_of(checkpoint, pairs_file, "--loss", "kto", "--batch_size", size)
+        order = epoch_order(21, seed=0, epoch=0).tolist()
+        for step in range(1, job.steps + 1):
+            data, index = step_data(job, progress, step), order[:size]
+            order = order[size:]
+            for batches in (data.batches, data.mismatched[0]):
+                packed = [i for batch in batches for i in batch.index]
+                assert sorted(packed) == sorted(index)
+                assert batches is not data.batches or packed == data.index
+        assert not order
 
 
 def test_checkpointing_and_compile_reach_the_model(checkpoint, pairs_file):
@@ -118,7 +132,7 @@ def test_a_run_says_with_what_it_trains(checkpoint, pairs_file):
     assert (
         "log-probs as means over an answer's tokens, beta 2, gamma 0.5, without a reference" in text
     )
-    assert "32,032 parameters, 32,032 of them trained, float32 products on 1 x cpu" in text
+    assert "32,032 parameters, 32,032 of them trained, float32 products on cpu" in text
     assert "21 pairs, 2 held out; steps 1 to 3 of 3, 8 pairs each; lr 1e-06, cosine, seed 0" in text
     flags = ("--loss", "simpo", "--gamma", 0, "--beta", 4)
     assert "beta 4, gamma 0, without" in describe(job_of(checkpoint, pairs_file, *flags))

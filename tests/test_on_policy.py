@@ -7,16 +7,14 @@ import re
 import pytest
 import torch
 from conftest import write_rows
-from runs import metrics, refused
+from runs import metrics, parse_options, refused
 
 import train
 from data import Pair, StepData
 from support import on_policy
-from support.distributed import World
 from support.job import load_job
 from support.lora import merge_lora
 from support.on_policy import check_draws, draw_pairs, prompts_per_step
-from support.run_options import parse_options
 
 QUESTIONS = [
     {"prompt": f"{i} and {j}?", "answer": "#### 1", "grade": "gsm8k"}
@@ -41,8 +39,8 @@ def argv(checkpoint, pairs_file, tmp_path, monkeypatch) -> list[str]:
 
 
 def job_of(argv: list[str], *flags: str):
-    _, options = parse_options([*argv, *flags], train.Options, "", World())
-    return load_job(options, World())
+    options = parse_options([*argv, *flags])
+    return load_job(options)
 
 
 def move(model, scale: float = 0.02) -> None:
@@ -209,7 +207,7 @@ def test_the_policy_learns_what_is_graded(flags, argv):
 
 def test_a_run_on_policy_has_a_folder_of_its_own():
     for flags, out in ((["--loss", "mio"], "out/mio"), (["--on_policy"], "out/mio-on-policy")):
-        _, options = parse_options(flags, train.Options, "", World())
+        options = parse_options(flags)
         assert options.out == out
 
 

@@ -3,15 +3,12 @@
 import json
 import math
 import shutil
-import types
-from pathlib import Path
 
 import pytest
 from runs import make_inputs, metrics, refused, run
 
 import train
 from support import run_folder
-from support.distributed import World
 from support.files import read_json
 
 
@@ -100,26 +97,26 @@ def test_a_resumed_run_removes_results_and_a_new_run_removes_progress_too(finish
         "model.safetensors.1.partial",
     ):
         (out / name).touch()
-    for name in ("tensorboard", "adapter", "checkpoints/step-000007.1.partial"):
+    for name in ("adapter", "checkpoints/step-000007.1.partial"):
         (out / name).mkdir()
     options = train.Options(out=str(out))
-    run_folder.begin(options, {"metrics": {"bytes": 100}}, processes=1)
-    kept = names | {"metrics.jsonl", "checkpoints", "tensorboard"}
+    run_folder.begin(options, {"metrics": {"bytes": 100}})
+    kept = names | {"metrics.jsonl", "checkpoints"}
     assert {path.name for path in out.iterdir()} == kept
     assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-000002", "step-000003"}
-    run_folder.begin(options, {}, processes=1)
+    run_folder.begin(options, {})
     assert {path.name for path in out.iterdir()} == names
 
 
 def test_a_run_goes_on_from_the_rows_of_its_checkpoint(finished, tmp_path):
     options = train.Options(out=str(shutil.copytree(finished / "out", tmp_path / "out")))
     rows = (tmp_path / "out" / "metrics.jsonl").read_bytes()
-    run_folder.begin(options, {"metrics": {"bytes": 100}}, processes=3)
+    run_folder.begin(options, {"metrics": {"bytes": 100}})
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == rows[:100]
     config = read_json(tmp_path / "out" / "train_config.json")
-    assert config["processes"] == 3 and config["seed"] == 0 and config["commit"] != ""
+    assert config["seed"] == 0 and config["commit"] != ""
     assert set(run_folder.PROVENANCE) == set(config) - set(vars(options))
-    run_folder.begin(options, {}, processes=1)
+    run_folder.begin(options, {})
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
@@ -140,51 +137,14 @@ def test_numbers_that_are_not_finite_become_null():
     assert json.loads(row) == {"eval_mi/nwj": None, "loss": 1.0, "x": None}
 
 
-def test_only_the_first_process_logs(tmp_path):
-    options = types.SimpleNamespace(out=str(tmp_path), tensorboard=False)
-    job = types.SimpleNamespace(options=options, record={}, world=World())
-    with run_folder.metrics_log(job) as (last, log):
+def test_the_log_goes_on_after_its_last_row(tmp_path):
+    options = train.Options(out=str(tmp_path))
+    with run_folder.metrics_log(options) as (last, log):
         log({"step": 1, "loss": 0.5})
     assert last == {}
-    job.world = types.SimpleNamespace(first=False)
-    with run_folder.metrics_log(job) as (last, log):
-        log({"step": 2, "loss": 0.5})
-    job.world = World()
-    with run_folder.metrics_log(job) as (last, log):
+    with run_folder.metrics_log(options) as (last, log):
         log({"step": 3, "loss": math.inf})
     assert last == {"step": 1, "loss": 0.5}
-    with run_folder.metrics_log(job) as (last, log):
+    with run_folder.metrics_log(options) as (last, log):
         assert last == {"step": 3, "loss": None}
     assert [row["step"] for row in metrics(tmp_path)] == [1, 3]
-
-
-# --- Event files ----------------------------------------------------------------------------------
-
-
-def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
-    """The steps and values of a metric in the event files of a run."""
-    pytest.importorskip("tensorboard", reason="for those who want event files")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return [(e.step, e.value) for e in EventAccumulator(str(folder)).Reload().Scalars(name)]
-
-
-def test_event_files_hold_the_rows_of_metrics(inputs, tmp_path):
-    out = str(tmp_path / "out")
-
-    def check(steps):
-        assert [row["step"] for row in metrics(tmp_path / "out")] == list(range(steps + 1))
-        for name in ("loss", "eval_logps/chosen"):
-            rows = [(row["step"], row[name]) for row in metrics(tmp_path / "out") if name in row]
-            found = scalars(tmp_path / "out" / "tensorboard", name)
-            assert len(found) == len(rows) and dict(found) == pytest.approx(dict(rows))
-
-    flags = [*map(str, inputs), "--out", out, "--tensorboard", "--lr", "1e-3", "--batch_size", "8"]
-    train.main([*flags, "--save_every", "2", "--epochs", "2", "--max_steps", "4"])
-    check(4)
-    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-000004")  # as after a crash
-    train.main(["--resume", "--out", out, "--max_steps", "3"])
-    check(3)
-    train.main([*flags, "--overwrite", "--epochs", "2", "--max_steps", "2"])
-    check(2)
-    assert len(list((tmp_path / "out" / "tensorboard").iterdir())) == 1

@@ -9,18 +9,17 @@ import sys
 
 import pytest
 import torch
-from runs import metrics, run
+from runs import metrics, parse_options, run
 
 import mio
 import train
 from mio import LOSSES, Loss
-from support.distributed import World
-from support.run_options import loss_table, parse_options
+from support.run_options import loss_table
 from train import Options
 
 
 def parse(*argv) -> Options:
-    return parse_options([str(arg) for arg in argv], Options, "", World())[1]
+    return parse_options([str(arg) for arg in argv])
 
 
 def refused(*argv) -> str:
@@ -184,11 +183,6 @@ def test_losses_without_beta_refuse_it_and_an_option_of_zero_is_refused_too():
     assert "--gamma: --loss mio does not use it" in refused("--gamma", "0")
 
 
-def test_tensorboard_needs_its_package(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "--tensorboard needs a package; run pip install tensorboard" in refused("--tensorboard")
-
-
 def test_resume_and_overwrite_exclude_each_other(tmp_path):
     (tmp_path / "train_config.json").write_text("{}")
     error = refused("--out", tmp_path, "--resume", "--overwrite")
@@ -230,7 +224,7 @@ def test_a_config_file_with_bad_options_is_refused(tmp_path):
     ):
         file.write_text(json.dumps(content))
         assert message in refused("--config", file)
-    file.write_text(json.dumps({"epochs": None, "lr": 1, "versions": {}, "processes": 4}))
+    file.write_text(json.dumps({"epochs": None, "lr": 1, "versions": {}}))
     options = parse("--config", file)
     assert (options.epochs, options.lr) == (2, 1.0)
     file.write_text(json.dumps({"loss": "sft", "beta": 0.1}))  # as the run of sft records it
@@ -275,11 +269,9 @@ def test_a_new_loss_brings_its_own_flag(checkpoint, pairs_file, tmp_path, monkey
         fresh.main([*inputs, "--loss", "mio", "--tilt", "0.2"])
 
 
-def test_several_processes_refuse_what_one_process_must_do(monkeypatch):
-    monkeypatch.setattr(World, "count", 2)
-    checkpoint = ["--init", "x", "--data", "y"]
-    for flags in ([], ["--loss", "rlhf"], [*checkpoint, "--on_policy"]):
-        assert "without torchrun" in refused(*flags)
-    error = refused(*checkpoint, "--batch_size", "1")
-    assert "--batch_size must be at least 2, the number of processes" in error
-    assert parse(*checkpoint, "--batch_size", "2").batch_size == 2
+def test_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for flags in ((), ("--init", "x", "--data", "y"), ("--plan", "llama-3.2-1b")):
+        assert "train.py trains on one GPU; start it without torchrun" in refused(*flags)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert parse("--init", "x", "--data", "y").init == "x"
