@@ -194,8 +194,8 @@ def check_resumed(job) -> None:
             changed = f"--{flag} {getattr(options, flag)}: has changed since the run started"
             raise ValueError(f"{changed}; restore the input, or start again with --overwrite")
     if options.epochs != record["options"]["epochs"]:
-        print(f"--epochs {options.epochs}: the learning-rate schedule now spans {job.steps} steps, so "
-              f"the learning rate jumps at step {record['step'] + 1}")  # fmt: skip
+        print(f"--epochs {options.epochs}: the learning-rate schedule now spans {job.steps} steps, "
+              f"so the learning rate jumps at step {record['step'] + 1}")  # fmt: skip
     if record["step"] > stop:
         raise ValueError(f"{job.checkpoint}: is beyond step {stop}; raise --epochs or --max_steps")
 
