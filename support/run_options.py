@@ -11,7 +11,7 @@ from support.builtin_task import is_demonstration
 
 # The defaults of runs that start from a checkpoint (--init), and of the demonstration.
 CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6, "max_new_tokens": 256}
-DEMONSTRATION = {"epochs": 2, "batch_size": 64, "max_length": 96, "lr": 2e-4,
+DEMONSTRATION = {"epochs": 2, "batch_size": 48, "max_length": 96, "lr": 2e-4,
                  "max_new_tokens": builtin_task.ANSWER_TOKENS}  # fmt: skip
 PLAN = {"gpu": "h100", "mfu": 0.4}
 # What --help shows for defaults that depend on other options.
