@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     names = names if len(names) == len(runs) else {run: run for run in runs}
     try:
         if prompts is not None:
-            from support.examples import side_by_side  # imports this file
+            from support.outcome import side_by_side  # imports this file
 
             prompts = prompts or [line.strip() for line in sys.stdin if line.strip()]
             print(side_by_side(names, prompts, options))

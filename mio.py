@@ -252,8 +252,8 @@ class Loss:
     uses: str  # "sums" or "means" over the tokens of an answer, or "sums and means"
     beta: float  # the default of --beta, which also scales the logged rewards
     # The loss while the policy equals the reference: a number, or a function of beta and the loss's
-    # own options; None if it depends on the answers.
-    initial_loss: float | Callable[..., float | None] | None
+    # own options; NaN if it depends on the answers.
+    initial_loss: float | Callable[..., float]
     source: str
     needs_reference: bool = True
     uses_beta: bool = True
@@ -283,14 +283,12 @@ class Loss:
         shared = {"beta": settings.beta, "average_logps": settings.average_logps}
         return shared | self.options | given
 
-    def loss_at_reference(self, beta: float, **options) -> float | None:
-        """Returns `initial_loss` for this beta and these options, or None if it is not known."""
+    def loss_at_reference(self, beta: float, **options) -> float:
         value = self.initial_loss
         return value(beta=beta, **self.own(options)) if callable(value) else value
 
 
-LOG2, LOG4 = math.log(2), math.log(4)
-
+LOG2, LOG4, UNKNOWN = math.log(2), math.log(4), math.nan
 # fmt: off
 LOSSES: dict[str, Loss] = {
     "mio": Loss(mio, "sums", 0.2, LOG4, "arXiv 2506.22578; NCA's pair, 2402.05369"),
@@ -312,29 +310,23 @@ LOSSES: dict[str, Loss] = {
     "sppo": Loss(sppo, "sums", 1e-3, lambda beta: 2 * (1 / (2 * beta)) ** 2,
                  "arXiv 2405.00675, hard labels"),
     "dpop": Loss(dpop, "sums", 0.1, LOG2, "arXiv 2402.13228"),
-    "rpo": Loss(rpo, "sums and means", 0.1, None, "arXiv 2404.19733"),
+    "rpo": Loss(rpo, "sums and means", 0.1, UNKNOWN, "arXiv 2404.19733"),
     "lsif": Loss(lsif, "means", 1.0, -0.5, "DIL, arXiv 2503.05079", uses_beta=False),
-    "ukl": Loss(ukl, "means", 1.0, None, "DIL, arXiv 2503.05079", uses_beta=False),
-    "simpo": Loss(simpo, "means", 2.0, None, "arXiv 2405.14734", needs_reference=False),
-    "orpo": Loss(orpo, "means", 0.1, None, "arXiv 2403.07691", needs_reference=False),
-    "cpo": Loss(cpo, "sums and means", 0.1, None, "arXiv 2401.08417", needs_reference=False),
-    "slic": Loss(slic, "sums and means", 0.1, None, "arXiv 2305.10425", needs_reference=False),
+    "ukl": Loss(ukl, "means", 1.0, UNKNOWN, "DIL, arXiv 2503.05079", uses_beta=False),
+    "simpo": Loss(simpo, "means", 2.0, UNKNOWN, "arXiv 2405.14734", needs_reference=False),
+    "orpo": Loss(orpo, "means", 0.1, UNKNOWN, "arXiv 2403.07691", needs_reference=False),
+    "cpo": Loss(cpo, "sums and means", 0.1, UNKNOWN, "arXiv 2401.08417", needs_reference=False),
+    "slic": Loss(slic, "sums and means", 0.1, UNKNOWN, "arXiv 2305.10425", needs_reference=False),
     "kto": Loss(kto, "sums", 0.1, 0.5, "arXiv 2402.01306", answers="any",
                 shared=mean_reward, shared_of_mismatched=True),
     # The advantages of rlhf contain the KL penalty, which beta scales.
-    "rlhf": Loss(rlhf, "sums", 0.01, None, "RLOO, arXiv 2402.14740", answers="drawn"),
-    "sft": Loss(sft, "means", 0.1, None, "maximum likelihood of the chosen", answers="chosen",
+    "rlhf": Loss(rlhf, "sums", 0.01, UNKNOWN, "RLOO, arXiv 2402.14740", answers="drawn"),
+    "sft": Loss(sft, "means", 0.1, UNKNOWN, "maximum likelihood of the chosen", answers="chosen",
                 needs_reference=False, uses_beta=False),
 }
 # fmt: on
 # The smallest and the largest value of options that have bounds.
 OPTION_BOUNDS = {"label_smoothing": (0.0, 0.49), "epsilon": (1e-12, 0.49)}
-
-
-def options_of_losses() -> dict[str, list[str]]:
-    """Maps each option of a loss, such as gamma, to the names of the losses with this option."""
-    names = [name for loss in LOSSES.values() for name in loss.options]
-    return {name: [loss for loss in LOSSES if name in LOSSES[loss].options] for name in names}
 
 
 def find_loss(name: str) -> Loss:
@@ -357,12 +349,11 @@ def weighted_sum(weights: dict[str, float]) -> Loss:
     losses = [LOSSES[name] for name in weights]
 
     def total(chosen: Answers, rejected: Answers, **options) -> Tensor:
-        values = (loss.function(chosen, rejected, **loss.own(options)) for loss in losses)
+        values = [loss.function(chosen, rejected, **loss.own(options)) for loss in losses]
         return sum(weight * value for weight, value in zip(weights.values(), values))
 
-    def initial_loss(beta: float, **options) -> float | None:
-        values = [loss.loss_at_reference(beta, **options) for loss in losses]
-        return None if None in values else sum(w * x for w, x in zip(weights.values(), values))
+    def initial_loss(**settings) -> float:
+        return sum(w * x.loss_at_reference(**settings) for w, x in zip(weights.values(), losses))
 
     parameters = {k: p for x in losses for k, p in inspect.signature(x.function).parameters.items()}
     total.__signature__ = inspect.Signature(list(parameters.values()))
@@ -388,17 +379,16 @@ def pair_loss(
     """Returns the loss of each pair (B,), whose mean is the loss of the batch.
 
     `name` is as in find_loss. Log-probs are sums over the tokens of an answer, (B,) in nats.
-    Lengths (B,) are numbers of tokens; only losses that use means need lengths. With average_logps,
-    losses that use sums use means, too. Reference log-probs may be None for losses without a
-    reference. Only rlhf needs advantages: a tensor (B,) for chosen and one for rejected answers.
-    `options` are passed to the loss function. For dv and kto, the option `shared` is the scalar
-    that couples the pairs. By default the given pairs determine the scalar; in training, mismatched
-    pairs (see Loss) determine the scalar of kto. Raises ValueError for an unknown name and
-    TypeError for an option that the loss does not have."""
+    Lengths (B,) are numbers of tokens, for losses that use means and for average_logps, which
+    replaces sums by means. Reference log-probs may be None for losses without a reference. Only
+    rlhf needs advantages, (B,) for chosen and (B,) for rejected answers. `options` are those of the
+    loss, and for dv and kto the scalar `shared` that couples the pairs. By default the given pairs
+    determine the scalar; in training, mismatched pairs (see Loss) determine the scalar of kto.
+    Raises ValueError for an unknown name and TypeError for an option that the loss lacks."""
     loss = find_loss(name)
     assert not loss.needs_reference or ref_chosen_logps is not None, f"{name} needs a reference"
-    needs_lengths = average_logps or "means" in loss.uses
-    assert not needs_lengths or chosen_lengths is not None, f"{name} needs lengths"
+    sums_only = loss.uses == "sums" and not average_logps
+    assert sums_only or chosen_lengths is not None, f"{name} needs lengths"
     chosen = Answers(chosen_logps, ref_chosen_logps, chosen_lengths, beta, advantages[0])
     rejected = Answers(rejected_logps, ref_rejected_logps, rejected_lengths, beta, advantages[1])
     if average_logps:

@@ -28,19 +28,19 @@ from tqdm import tqdm
 
 import eval as evaluation
 from data import LAYOUT, Batch, StepData, answer_states, autocast, epoch_order, row_length
-from mio import OPTION_BOUNDS, Answers, find_loss, fused_pair_loss, options_of_losses, pair_loss
+from mio import OPTION_BOUNDS, Answers, find_loss, fused_pair_loss, pair_loss
 from model import Llama
 from support import builtin_task, lora, run_folder
 from support.cli import option, stage
-from support.examples import what_happened
-from support.figures import Column, table, write_columns
+from support.figures import table
 from support.files import locked, write_json
 from support.grid import find_grid, run_grid
 from support.job import Job, TrainingError, describe, first_progress, load_job, logps_of
 from support.on_policy import draw_pairs, is_on_policy, is_rlhf, prompts_per_step
+from support.outcome import outcome, what_happened
 from support.plan import GPUS, PRESETS, plan
 from support.run_folder import MAY_CHANGE, Progress
-from support.run_options import make_options, read_flags
+from support.run_options import make_options, options_of_losses, read_flags
 
 
 # fmt: off
@@ -299,7 +299,7 @@ def check_first_step(options: Options, data: StepData, losses: Tensor, logps: Te
     allowed = (1e-4 if options.dtype == "float32" else 5e-3) * (1 + ref.abs().max())
     objective, loss = find_loss(options.loss), mean(losses)
     known = objective.loss_at_reference(**objective.arguments(options))
-    known = loss if known is None else known  # None: the value depends on the answers
+    known = loss if math.isnan(known) else known  # NaN: the value depends on the answers
     # The drift may explain a difference: slopes are about beta or, for ipo and sppo, 1 / beta.
     error = abs(loss - known) - 10 * max(options.beta, 1 / options.beta) * drift
     if not (drift <= allowed and error <= 1e-5 * (1 + abs(known))):
@@ -367,7 +367,7 @@ def held_out_metrics(job: Job, logps: Tensor, start_logps: Tensor) -> dict[str, 
 def finish(job: Job, start_logps: Tensor, logps: Tensor, row: dict, started: float) -> None:
     """Writes the trained model and summary.json, and prints a table of results. start_logps, logps:
     the held-out pairs' log-probs at step 0 and now, (pairs, 2). row: metrics of the last step."""
-    options, folder, init = job.options, Path(job.options.out), Path(job.options.init)
+    options, folder = job.options, Path(job.options.out)
     if lora.lora_of(job.model):
         lora.save_adapter(job.model, folder / "adapter", options.init)
         pairs = (job.held_out or job.pairs)[:2]
@@ -378,31 +378,14 @@ def finish(job: Job, start_logps: Tensor, logps: Tensor, row: dict, started: flo
         print(f"  adapter merged in {options.dtype}: log-probs change by at most {change:.1e} nats")
     job.model.save_pretrained(folder)
     job.tokenizer.save(folder)
-    lengths = torch.from_numpy(job.held_out.lengths()[:, 1:])
-    scale = evaluation.reward_scale(lengths, **vars(options))
-    path = options.eval_data or options.data
-    columns = evaluation.preference_columns(logps, start_logps, job.held_out, scale, path)
-    columns = {n: columns[n] for n in ("Δ chosen", "Δ rejected", "reward") if n in columns}
-    found = {"run": columns}
-    if builtin_task.is_demonstration(init):
-        base = builtin_task.base_columns(init, options.device)
-        with stage("evaluation: the trained model on the held-out problems") as notes:
-            trained = builtin_task.task_columns(job.model, job.tokenizer)
-            notes.append(f"results in {folder / 'summary.json'}")
-        found = {"base": base, "run": trained | columns}
-    write_columns(folder / "items.json", found)
-    rows = {n: {c: x.estimate() for c, x in row.items()} for n, row in found.items()}
-    rows[options.loss] = rows.pop("run")
-    if "base" in found:  # both models answered the same problems, so the differences are paired
-        change = {n: Column(trained[n].values - base[n].values) for n in trained}
-        rows["change"] = {name: column.estimate() for name, column in change.items()}
+    rows = outcome(job, start_logps, logps)
     printed = {name: {k: f._asdict() for k, f in row.items()} for name, row in rows.items()}
     metrics = json.loads(run_folder.strict_json({"seconds": time.perf_counter() - started, **row}))
     write_json(folder / "summary.json", {**metrics, "table": printed})
     if job.held_out:
         print(table(rows))
-    if "base" in found and sys.stdout.isatty():
-        print(what_happened(folder, init, job.model, job.tokenizer, options.loss))
+    if "base" in rows and sys.stdout.isatty():
+        print(what_happened(job))
 
 
 def main(argv: list[str] | None = None) -> Path:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import mio
-from mio import LOSSES, find_loss, options_of_losses
+from mio import LOSSES, find_loss
 from support import builtin_task, cli, files, lora, on_policy, run_folder
 from support.builtin_task import is_demonstration
 
@@ -18,8 +18,16 @@ PLAN = {"gpu": "h100", "mfu": 0.4}
 SHOWN = {name: f"{CHECKPOINT[name]}, demonstration: {DEMONSTRATION[name]}" for name in CHECKPOINT}
 SHOWN |= {"beta": "the loss's own", "out": "out/LOSS", "eval_every": "a tenth of the steps"}
 SHOWN |= PLAN | {"lora_alpha": "twice the rank", "lora_targets": lora.DEFAULT_TARGETS}
-LOSS_OPTIONS = options_of_losses().keys()
 LORA_FLAGS = {"lora_rank", "lora_alpha", "lora_targets", "lora_rslora"}
+
+
+def options_of_losses() -> dict[str, list[str]]:
+    """Maps each option of a loss, such as gamma, to the names of the losses with this option."""
+    names = [name for loss in LOSSES.values() for name in loss.options]
+    return {name: [loss for loss in LOSSES if name in LOSSES[loss].options] for name in names}
+
+
+LOSS_OPTIONS = options_of_losses().keys()
 
 
 def read_flags(argv: list[str] | None, cls: type, description: str):

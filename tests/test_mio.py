@@ -107,7 +107,7 @@ def test_the_declared_start_is_the_loss_where_the_policy_equals_the_reference(na
         options |= {option: change * default for option, default in own.items()}
         value = loss_and_gradient(name, REFERENCE, beta, **options)[0]
         start = LOSSES[name].loss_at_reference(beta, **options)
-        if start is None:  # the loss depends on the answers
+        if math.isnan(start):  # the loss depends on the answers
             lower = [s - 1 for s in REFERENCE]
             assert value != loss_and_gradient(name, lower, beta, lower, **options)[0]
         else:
@@ -429,7 +429,7 @@ def test_the_start_of_a_sum_is_the_sum_of_the_starts(name):
     value = loss_and_gradient(name, REFERENCE, 0.3, **options)[0]
     start = loss.loss_at_reference(0.3, **options)
     unknown = "sft" in name or "rpo" in name  # these depend on the answers
-    assert start is None if unknown else start == pytest.approx(value, rel=1e-12)
+    assert math.isnan(start) if unknown else start == pytest.approx(value, rel=1e-12)
     assert find_loss("mio+0.1*dpo").loss_at_reference(0.3) == pytest.approx(2.1 * math.log(2))
 
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 from runs import metrics, parse_options, run
 
-import mio
 import train
 from mio import LOSSES, Loss
-from support.run_options import loss_table
+from support.run_options import loss_table, options_of_losses
 from train import Options
 
 
@@ -165,7 +164,7 @@ def test_flags_that_a_loss_does_not_use_are_refused():
     options = {
         name: x.options.keys() | ({"beta"} if x.uses_beta else set()) for name, x in LOSSES.items()
     }
-    flags = {f"--{name}": "0.3" for name in ("beta", *mio.options_of_losses())}
+    flags = {f"--{name}": "0.3" for name in ("beta", *options_of_losses())}
     known = {"--beta", "--gamma", "--alpha", "--epsilon", "--label_smoothing", "--dpop_lambda"}
     assert known <= flags.keys()
     for name, used in options.items():

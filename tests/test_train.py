@@ -23,7 +23,7 @@ from data import (
     make_batches,
     split_pairs,
 )
-from mio import LOSSES, options_of_losses, pair_loss
+from mio import LOSSES, pair_loss
 from support import job as job_module
 from support.files import read_json
 from support.job import TrainingError, mismatched_pairs

@@ -1,5 +1,5 @@
-"""Shows answers of models side by side: eval.py --prompt, and the end of the demonstration. Imports
-data.py, eval.py and model.py."""
+"""Shows the outcome of runs: a run's table, what happened in the demonstration, and the answers of
+several models side by side (eval.py --prompt). Imports data.py, eval.py and model.py."""
 
 import shlex
 import textwrap
@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from data import LAYOUT
-from eval import answer_logps
+from eval import answer_logps, preference_columns, reward_scale
 from model import Llama
 from support import builtin_task
+from support.cli import stage
 from support.curves import read_curves
+from support.figures import Column, Row, write_columns
 from support.questions import Item
 from support.sampling import sample_answers, sample_ids
 from support.trained_run import load_checkpoint
@@ -54,9 +56,33 @@ def side_by_side(runs: dict[str, Path], prompts: list[str], options) -> str:
     return "\n".join(lines)
 
 
-def what_happened(run: Path, base: Path, model: Llama, tokenizer, loss: str) -> str:
+def outcome(job, start_logps: torch.Tensor, logps: torch.Tensor) -> dict[str, Row]:
+    """Writes items.json, the values of each held-out pair and problem, and returns the rows of the
+    run's table. start_logps, logps: held-out log-probs at step 0 and now, (pairs, 2) in nats."""
+    options, init = job.options, Path(job.options.init)
+    scale = reward_scale(torch.from_numpy(job.held_out.lengths()[:, 1:]), **vars(options))
+    path = options.eval_data or options.data
+    columns = preference_columns(logps, start_logps, job.held_out, scale, path)
+    found = {"run": {n: columns[n] for n in ("Δ chosen", "Δ rejected", "reward") if n in columns}}
+    change = {}
+    if builtin_task.is_demonstration(init):
+        base = builtin_task.base_columns(init, options.device)
+        with stage("evaluation: the trained model on the held-out problems"):
+            trained = builtin_task.task_columns(job.model, job.tokenizer)
+        found = {"base": base, "run": trained | found["run"]}
+        # Both models answered the same problems, so the differences are paired.
+        change = {n: Column(trained[n].values - base[n].values) for n in trained}
+    write_columns(Path(options.out) / "items.json", found)
+    found = {name if name == "base" else options.loss: columns for name, columns in found.items()}
+    found |= {"change": change} if change else {}
+    return {n: {c: x.estimate() for c, x in columns.items()} for n, columns in found.items()}
+
+
+def what_happened(job) -> str:
     """Returns text on a run of the demonstration: the first three test problems that the base and
     the trained model answer differently, log-probs over training, and two commands to try next."""
+    run, base, loss = Path(job.options.out), job.options.init, job.options.loss
+    model, tokenizer = job.model, job.tokenizer
     before = Llama.from_pretrained(base, device=model.head_weight.device)
     models, lines = {"base": before, loss: model}, ["", "Greedy answers that changed:"]
     questions = builtin_task.problems("test", 200, seed=0)
