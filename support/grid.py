@@ -46,7 +46,8 @@ class Grid(NamedTuple):
     jobs: int  # number of runs at a time
 
     def command(self) -> str:
-        return shlex.join(["python", "train.py", *arguments(self.fixed | self.axes)])
+        flags = self.axes | self.fixed | {"jobs": self.jobs, "out": self.out}
+        return shlex.join(["python", "train.py", *arguments(flags)])
 
     def runs(self) -> list[Run]:
         """Returns the runs; the seed varies fastest. A run leaves out flags that its loss does not
@@ -62,14 +63,18 @@ class Grid(NamedTuple):
             parts = {n: f"{n}={flags[n]}".replace(os.sep, "_") for n in names if n in flags}
             folder = self.out / ",".join(parts.values())
             setting = ",".join(part for name, part in parts.items() if name != "seed")
-            found[folder] = Run(folder, setting or "all", int(flags.get("seed", 0)), flags)
+            setting = setting.removeprefix("loss=") or "all"
+            found[folder] = Run(folder, setting, int(flags.get("seed", 0)), flags)
         return list(found.values())
 
 
 def arguments(flags: dict) -> list[str]:
     """Returns flags as arguments of a command; a list of values is separated by commas."""
-    texts = {n: ",".join(map(str, x)) if isinstance(x, list) else str(x) for n, x in flags.items()}
-    return [part for n, x in flags.items() for part in ([f"--{n}"] + [texts[n]] * (x is not True))]
+    found = []
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        found += [f"--{name}"] if value is True else [f"--{name}", ",".join(map(str, values))]
+    return found
 
 
 def find_grid(flags: dict, options: type) -> Grid | None:
@@ -120,6 +125,8 @@ def run_grid(grid: Grid, options: type) -> Path:
             print(f"stopped; the same command continues the grid: {grid.command()}")
             sys.exit(128 + signals[0])
         finished = [run for run in runs if run.folder not in failed]
+        if not finished:
+            sys.exit(1)
         rows, seeds = summarize(finished)
         text = f"`{grid.command()}`\n\n{table(rows, markdown=True, seeds=seeds)}\n"
         (grid.out / "grid.md").write_text(text, encoding="utf-8")
@@ -128,7 +135,7 @@ def run_grid(grid: Grid, options: type) -> Path:
         print(f"\n{table(rows, seeds=seeds)}")
         settings = dict.fromkeys(run.setting for run in finished)
         groups = {s: [run.folder for run in finished if run.setting == s] for s in settings}
-        if importlib.util.find_spec("matplotlib") and groups:
+        if importlib.util.find_spec("matplotlib"):
             curves.plot(groups, grid.out / "grid.png")
     if failed:
         sys.exit(1)

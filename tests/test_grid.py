@@ -35,7 +35,7 @@ def test_the_runs_of_a_grid_are_all_combinations_with_the_seed_fastest():
     assert len(found) == len(set(found)) == 8
     run = grid_of(seed="0,1", loss="mio,dpo", epochs="3").runs()[3]
     assert run.flags == {"loss": "dpo", "seed": 1, "epochs": "3"}
-    assert (run.setting, run.seed) == ("loss=dpo", 1)
+    assert (run.setting, run.seed) == ("dpo", 1)
     given = arguments(run.flags | {"lora_rslora": True, "lr": [0.1, 0.2]})
     assert " ".join(given[-3:]) == "--lora_rslora --lr 0.1,0.2"
     assert names(init="a/b,c") == ["init=a_b", "init=c"]
@@ -142,7 +142,7 @@ def test_a_killed_grid_goes_on_with_the_same_command_to_the_same_table(tmp_path,
     out = capsys.readouterr().out
     assert "4 runs (2 loss x 2 seed)" in out and "the other 3 runs take about" in out
     table = out[out.rindex("\n\n") :]
-    assert "loss=dpo - loss=mio" in out and max(map(len, table.splitlines())) <= 80
+    assert "dpo - mio" in out and max(map(len, table.splitlines())) <= 80
     random = np.random.default_rng(0)
     for wait in random.uniform(4, 12, size=2):  # seconds, of about 25 for all runs
         argv = [sys.executable, str(TRAIN), *command(init, data, killed)]
