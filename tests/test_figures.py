@@ -250,7 +250,7 @@ def test_legend_explains_what_the_table_shows():
         lines = table({"mio": {name: Estimate(1.0, 1.0, 9)}}).splitlines()
         assert lines[3:] == [*(LEGEND[key] for key in keys), "±: standard error over prompts"]
     rows = {"mio": {"cut": Estimate(1.0, 1.0, 9)}, "a - b": {"cut": Difference(0.0, 0.0, 0.0, 9)}}
-    assert table(rows).splitlines()[-1] == "[...]: 95 % interval, paired, over prompts"
+    assert table(rows).splitlines()[-1] == "[...]: 95 % interval, paired, over prompts only"
     assert table(rows, seeds=5).splitlines()[-2:] == [
         "±: standard deviation over seeds",
         "[...]: 95 % interval, paired, over seeds and prompts",
