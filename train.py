@@ -93,10 +93,9 @@ class RunOptions:
                           f"change: --{', --'.join(MAY_CHANGE)}")
     overwrite: bool = option(False, "replace the run in --out")
     device: str = option("auto", "cpu, cuda, cuda:N, or auto for a GPU if there is one")
-    plan: str | None = option(None, "predict memory and time for --init or a preset, then exit",
+    plan: str | None = option(None, "predict the memory for --init or a preset, then exit",
                               const="init", choices=("init", *PRESETS))
     gpu: str | None = option(None, "GPU that --plan assumes", choices=tuple(GPUS))
-    mfu: float | None = option(None, "share of peak FLOP/s that --plan assumes", above=0, most=1)
     config: str | None = option(None, "JSON file of options, such as a train_config.json")
 
 

@@ -13,7 +13,7 @@ from support.builtin_task import is_demonstration
 CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6, "max_new_tokens": 256}
 DEMONSTRATION = {"epochs": 2, "batch_size": 48, "max_length": 96, "lr": 2e-4,
                  "max_new_tokens": builtin_task.ANSWER_TOKENS}  # fmt: skip
-PLAN = {"gpu": "h100", "mfu": 0.4}
+PLAN = {"gpu": "h100"}
 # What --help shows for defaults that depend on other options.
 SHOWN = {name: f"{CHECKPOINT[name]}, demonstration: {DEMONSTRATION[name]}" for name in CHECKPOINT}
 SHOWN |= {"beta": "the loss's own", "out": "out/LOSS", "eval_every": "a tenth of the steps"}
@@ -113,7 +113,7 @@ def check_together(options) -> None:
         raise ValueError("--resume continues a run and --overwrite replaces it; choose one")
     for name in given & LORA_FLAGS if options.init_adapter else ():
         raise ValueError(f"--{name}: --init_adapter sets this value; leave out --{name}")
-    needed = {"gpu": "plan", "mfu": "plan", "eval_data": "data", "init_adapter": "data"}
+    needed = {"gpu": "plan", "eval_data": "data", "init_adapter": "data"}
     for name, other in (needed | dict.fromkeys(LORA_FLAGS, "lora_rank")).items():
         if name in given and other not in given:
             raise ValueError(f"--{name} needs --{other}; add --{other} or leave out --{name}")

@@ -51,7 +51,7 @@ def test_defaults_are_those_of_the_loss_and_of_the_kind_of_run(inputs):
     names = ("loss", "epochs", "batch_size", "max_length", "lr", "max_new_tokens")
     assert [getattr(own, name) for name in names] == ["mio", 1, 32, 1024, 1e-6, 256]
     assert [getattr(demonstration, name) for name in names] == ["mio", 2, 64, 96, 2e-4, 48]
-    assert own.lora_alpha is own.lora_targets is own.gpu is own.mfu is own.max_steps is None
+    assert own.lora_alpha is own.lora_targets is own.gpu is own.max_steps is None
     assert own.device == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -83,7 +83,7 @@ def test_flags_replace_defaults_even_by_zero(inputs):
 
 def test_a_plan_has_a_gpu_and_needs_no_data():
     options = parse("--plan", "llama-3.2-1b")
-    assert (options.gpu, options.mfu, options.epochs, options.lr) == ("h100", 0.4, 1, 1e-6)
+    assert (options.gpu, options.epochs, options.lr) == ("h100", 1, 1e-6)
 
 
 # --- Help -----------------------------------------------------------------------------------------
@@ -139,8 +139,7 @@ INPUTS = ("--init", "init", "--data", "pairs.jsonl")
         (("--average_logps", "--loss", "ipo"), "--average_logps: has no use with --loss ipo"),
         (("--average_logps", "--loss", "rlhf"), "--average_logps: has no use with --loss rlhf"),
         (("--average_logps", "--on_policy"), "--average_logps with --on_policy needs a --beta"),
-        ((*INPUTS, "--mfu", "0.3"), "--mfu needs --plan; add --plan or leave out --mfu"),
-        ((*INPUTS, "--gpu", "h100"), "--gpu needs --plan"),
+        ((*INPUTS, "--gpu", "h100"), "--gpu needs --plan; add --plan or leave out --gpu"),
         (("--eval_data", "x"), "--eval_data needs --data"),
         (("--init_adapter", "x"), "--init_adapter needs --data"),
         ((*INPUTS, "--lora_alpha", "3"), "--lora_alpha needs --lora_rank"),
