@@ -70,7 +70,6 @@ class RunOptions:
     lora_alpha: float | None = option(None, "alpha in the scale alpha / rank", above=0, most=1e6)
     lora_targets: str | None = option(None, "modules to adapt: all, attention or q_proj,v_proj,...")
     lora_rslora: bool = option(False, "scale adapters by alpha / sqrt(rank), not alpha / rank")
-    init_adapter: str | None = option(None, "adapter folder for the initial policy and reference")
     lr: float | None = option(None, "peak learning rate; 10 times this default with LoRA", above=0)
     warmup: float = option(0.1, "share of the steps with a rising learning rate", least=0, most=1)
     schedule: str = option("cosine", "learning-rate schedule after the warmup",
@@ -418,7 +417,7 @@ def main(argv: list[str] | None = None) -> Path:
                 parser.exit()
             # Base model and pairs
             base = options.init or builtin_task.base_folder(options)
-            sources = base, options.init_adapter, options.data, options.eval_data
+            sources = base, options.data, options.eval_data
             run_folder.check_out(options, sources)
             if not options.init:
                 if options.lora_rank:  # finds a wrong rank or target before the base is trained

@@ -25,7 +25,7 @@ from support.lora import lora_of, save_adapter
 from support.tokenizers import TOKENIZER_FILES
 from support.weights import save_tensors
 
-FILES = ("init", "init_adapter", "data", "eval_data")  # may move before a resume, but not change
+FILES = ("init", "data", "eval_data")  # may move before a resume, but not change
 # Options that a resumed run may change:
 MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out")
 RECORD_KEYS = {"step", "num_tokens", "inputs", "metrics", "options"}  # the keys of training.json

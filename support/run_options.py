@@ -83,7 +83,7 @@ def resolve(options):
     defaults |= DEMONSTRATION if demonstration else CHECKPOINT
     # load_job multiplies the default of --average_logps by the mean length of the answers.
     defaults["beta"] = None if options.average_logps else default_beta(loss, options.init)
-    defaults["lr"] *= 10 if options.lora_rank or options.init_adapter else 1
+    defaults["lr"] *= 10 if options.lora_rank else 1
     defaults |= PLAN if options.plan else {}
     if options.lora_rank:
         alpha = lora.config_of(options).lora_alpha
@@ -102,8 +102,8 @@ def check_together(options) -> None:
     given = {name for name, x in vars(options).items() if x or type(x) in (int, float)}
     if options.plan and (options.plan == "init") != ("init" in given):
         raise ValueError("--plan needs a preset or --init FOLDER; give one, but not both")
-    if options.plan and (on_policy.is_on_policy(options) or options.init_adapter):
-        raise ValueError("--plan excludes --on_policy, rlhf and --init_adapter; leave out --plan")
+    if options.plan and on_policy.is_on_policy(options):
+        raise ValueError("--plan excludes --on_policy and --loss rlhf; leave out --plan")
     if not options.plan and ("init" in given) != ("data" in given):
         missing = "--data FILE.jsonl" if options.init else "--init FOLDER"
         raise ValueError(f"{missing} is missing; give both --init and --data, or neither")
@@ -111,9 +111,7 @@ def check_together(options) -> None:
         raise ValueError("--jobs needs a flag with several values, such as --seed 0,1,2; add one")
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run and --overwrite replaces it; choose one")
-    for name in given & LORA_FLAGS if options.init_adapter else ():
-        raise ValueError(f"--{name}: --init_adapter sets this value; leave out --{name}")
-    needed = {"gpu": "plan", "eval_data": "data", "init_adapter": "data"}
+    needed = {"gpu": "plan", "eval_data": "data"}
     for name, other in (needed | dict.fromkeys(LORA_FLAGS, "lora_rank")).items():
         if name in given and other not in given:
             raise ValueError(f"--{name} needs --{other}; add --{other} or leave out --{name}")

@@ -250,7 +250,7 @@ BAD = {
     "nothing there": (["--plan", "--init", "empty"], "config.json"),
     "no object": (["--plan", "--init", "list"], "expected a JSON object"),
     "other model": (["--plan", "--init", "gpt2"], "model_type 'gpt2' is not"),
-    "rank": (["--plan", "llama-3.2-1b", "--lora_rank", "4096"], "LoRA rank 4096"),
+    "rank": (["--plan", "llama-3.2-1b", "--lora_rank", "4096"], "--lora_rank 4096"),
     "target": (["--plan", "llama-3.2-1b", "--lora_rank", "4", "--lora_targets", "x,y"], "'x'"),
     "drawn": (["--plan", "llama-3.2-1b", "--loss", "rlhf"], "leave out"),
     "on policy": (["--plan", "llama-3.2-1b", "--on_policy"], "leave out"),
