@@ -366,7 +366,7 @@ def finish(job: Job, start_logps: Tensor, logps: Tensor, row: dict, started: flo
     """Writes the trained model and summary.json, and prints a table of results. start_logps, logps:
     the held-out pairs' log-probs at step 0 and now, (pairs, 2). row: metrics of the last step."""
     options, folder, init = job.options, Path(job.options.out), Path(job.options.init)
-    if lora.lora_of(job.model):
+    if options.lora_rank:
         lora.save_adapter(job.model, folder / "adapter", options.init)
         pairs = (job.held_out or job.pairs)[:2]
         unmerged = logps_of(job, pairs)

@@ -99,7 +99,7 @@ def load_job(options) -> Job:
     # A resumed run reads the initial weights only if they are frozen, replaced, or the reference.
     if not record or reference or options.lora_rank or options.init != record["options"]["init"]:
         init = Path(options.init)
-        inputs["init"] = digest(*sorted(weights.weight_files(init)), init / "config.json")
+        inputs["init"] = digest(*weights.weight_files(init), init / "config.json")
     job = Job(options, model, tokenizer, pairs, held_out, inputs, checkpoint, record, mismatched,
               questions, reference)  # fmt: skip
     every = options.eval_every or max(1, math.ceil(job.steps / 10))

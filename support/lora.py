@@ -12,6 +12,7 @@ from support.files import write_json
 from support.weights import save_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of the names of weights in PEFT's files
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEFAULT_TARGETS = "all"
 LORA_TARGETS = {"all": LINEARS, "attention": LINEARS[:4]}
@@ -71,11 +72,6 @@ def add_lora(model: nn.Module, lora: LoraConfig, dtype: torch.dtype = torch.floa
         model.set_submodule(name, LoraLinear(linear, lora))
 
 
-def lora_of(model: nn.Module) -> LoraConfig | None:
-    """Returns the configuration of the model's adapters, or None for a model without adapters."""
-    return getattr(model, "lora", None)
-
-
 @torch.no_grad()
 def merge_lora(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Adds s B A to each W, rounds the sum to W's dtype, and returns the model in `dtype`."""
@@ -86,26 +82,19 @@ def merge_lora(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             merged.weight = nn.Parameter((module.weight + change).to(module.weight.dtype))
             merged.bias = module.bias
             model.set_submodule(name, merged)
-    model.lora = None
     return model.to(dtype)
 
 
 def load_adapter(model: nn.Module, folder) -> None:
     """Loads the adapters that save_adapter wrote for a model with the same LoraConfig."""
-    adapters = _adapters(model)
     for name, tensor in load_file(Path(folder) / ADAPTER_WEIGHTS).items():
-        adapters[name].copy_(tensor)
+        model.get_parameter(name.removeprefix(PREFIX)).data.copy_(tensor)
 
 
 def save_adapter(model: nn.Module, folder, base: str) -> None:
     """Writes the adapters to `folder` in PEFT's format. `base` is the base model's name or path."""
     Path(folder).mkdir(exist_ok=True)
-    save_tensors(Path(folder) / ADAPTER_WEIGHTS, _adapters(model), format="pt")
+    adapters = {PREFIX + n: p.detach() for n, p in model.named_parameters() if ".lora_" in n}
+    save_tensors(Path(folder) / ADAPTER_WEIGHTS, adapters, format="pt")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
-    write_json(Path(folder) / "adapter_config.json", config | dataclasses.asdict(lora_of(model)))
-
-
-def _adapters(model: nn.Module) -> dict[str, Tensor]:
-    """Returns a dict from PEFT's names to the adapters' weights, which share the model's memory."""
-    named = model.named_parameters()
-    return {f"base_model.model.{name}": p.detach() for name, p in named if ".lora_" in name}
+    write_json(Path(folder) / "adapter_config.json", config | dataclasses.asdict(model.lora))

@@ -46,8 +46,7 @@ def step_cost(config, options, rows: list[int], lengths: list[int], passes=1) ->
     on_gpu, several_passes = options.device != "cpu", passes > 1
     compiled = on_gpu and options.compile != "off"
     # s is the number of bytes of a number in matrix products, n the tokens in a chunk of the head.
-    D, L, s = config.hidden_size, config.num_hidden_layers, 2 if half else 4
-    T, N, squares = sum(rows), sum(lengths), sum(t * t for t in rows)
+    D, L, T, s = config.hidden_size, config.num_hidden_layers, sum(rows), 2 if half else 4
     n = max(part.stop - part.start for _, part in chunks_of_pairs(lengths, CHUNK_TOKENS))
 
     head, layers = model.head_weight, model.model["layers"]
@@ -57,7 +56,8 @@ def step_cost(config, options, rows: list[int], lengths: list[int], passes=1) ->
     trained = sum(p.numel() for p in root + L * block if p.requires_grad)
     weights = sum(p.nbytes for p in root + L * block)
     # Eager attention saves a dense mask. Autocast keeps rounded weights until the pass ends.
-    saved = _saved_by_token(config, linears, trains_head, s) * T + (not compiled) * s * squares
+    mask = 0 if compiled else s * sum(t * t for t in rows)
+    saved = _saved_by_token(config, linears, trains_head, s) * T + mask
     keeps_rounded = half and not (compiled and recompute)
     rounded = sum(2 * w.numel() for w in linears.values() if w.dtype == torch.float32)
     activations = L * ((4 * D * T if recompute else saved) + keeps_rounded * rounded)
@@ -67,7 +67,7 @@ def step_cost(config, options, rows: list[int], lengths: list[int], passes=1) ->
     grad_head = 4 * head.numel() * trains_head
     logits = n * len(head) * (s + 4 * (half and on_gpu))  # a GPU also needs float32 logits
     logits += 2 * head.numel() * (half and head.dtype == torch.float32)  # the rounded head
-    logits += 8 * D * (N + n)  # the states that the head reads, and their gradients
+    logits += 8 * D * (sum(lengths) + n)  # the states that the head reads, and their gradients
     gradients, moments = 4 * trained, 8 * trained
     start = several_passes * gradients + activations + grad_head + max(logits, at_work)
     # At the end of a pass, a tied matrix has two gradients and the sum of earlier passes.
