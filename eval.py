@@ -32,7 +32,7 @@ from support.figures import Column, compared, table
 from support.files import digest_file, write_json
 from support.questions import answer_columns, choice_columns, choice_rows, examples, read_items
 from support.sampling import sample_ids
-from support.trained_run import Run, load_checkpoint, load_reference, read_run
+from support.trained_run import Run, load_checkpoint, read_run
 
 # --- Log-probs of answers -------------------------------------------------------------------------
 
@@ -188,8 +188,9 @@ def evaluate(run: Run, shots: dict[str, str], options: "Options") -> tuple[dict,
     """Evaluates a run on its data. `shots` maps each file to the text before its prompts. Returns
     two dicts by table title: the columns, and each item's answers or choice log-probs."""
     by_title, answers, dtype = {}, {}, getattr(torch, options.dtype)
-    load = functools.cache(lambda dtype: load_checkpoint(run.folder, options.device, dtype))
-    reference = functools.cache(lambda: load_reference(run.training, options.device))
+    init, device = run.training["init"], options.device  # a plain checkpoint has no reference
+    load = functools.cache(lambda dtype: load_checkpoint(run.folder, device, dtype))
+    reference = functools.cache(lambda: init and Llama.from_pretrained(init, device=device))
     for title, (path, rows) in run.data.items():
         if isinstance(rows, Pairs):
             models = *load(torch.float32), reference()

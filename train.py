@@ -70,7 +70,6 @@ class RunOptions:
     lora_alpha: float | None = option(None, "alpha in the scale alpha / rank", above=0, most=1e6)
     lora_targets: str | None = option(None, "modules to adapt: all, attention or q_proj,v_proj,...")
     lora_rslora: bool = option(False, "scale adapters by alpha / sqrt(rank), not alpha / rank")
-    init_adapter: str | None = option(None, "adapter folder for the initial policy and reference")
     lr: float | None = option(None, "peak learning rate; 10 times this default with LoRA", above=0)
     warmup: float = option(0.1, "share of the steps with a rising learning rate", least=0, most=1)
     schedule: str = option("cosine", "learning-rate schedule after the warmup",
@@ -93,10 +92,9 @@ class RunOptions:
                           f"change: --{', --'.join(MAY_CHANGE)}")
     overwrite: bool = option(False, "replace the run in --out")
     device: str = option("auto", "cpu, cuda, cuda:N, or auto for a GPU if there is one")
-    plan: str | None = option(None, "predict memory and time for --init or a preset, then exit",
+    plan: str | None = option(None, "predict the memory for --init or a preset, then exit",
                               const="init", choices=("init", *PRESETS))
     gpu: str | None = option(None, "GPU that --plan assumes", choices=tuple(GPUS))
-    mfu: float | None = option(None, "share of peak FLOP/s that --plan assumes", above=0, most=1)
     config: str | None = option(None, "JSON file of options, such as a train_config.json")
 
 
@@ -368,7 +366,7 @@ def finish(job: Job, start_logps: Tensor, logps: Tensor, row: dict, started: flo
     """Writes the trained model and summary.json, and prints a table of results. start_logps, logps:
     the held-out pairs' log-probs at step 0 and now, (pairs, 2). row: metrics of the last step."""
     options, folder = job.options, Path(job.options.out)
-    if lora.lora_of(job.model):
+    if options.lora_rank:
         lora.save_adapter(job.model, folder / "adapter", options.init)
         pairs = (job.held_out or job.pairs)[:2]
         unmerged = logps_of(job, pairs)
@@ -402,7 +400,7 @@ def main(argv: list[str] | None = None) -> Path:
                 parser.exit()
             # Base model and pairs
             base = options.init or builtin_task.base_folder(options)
-            sources = base, options.init_adapter, options.data, options.eval_data
+            sources = base, options.data, options.eval_data
             run_folder.check_out(options, sources)
             if not options.init:
                 if options.lora_rank:  # finds a wrong rank or target before the base is trained

@@ -24,7 +24,7 @@ from support.run_folder import catch_signals, newest_checkpoint
 from support.run_options import LOSS_OPTIONS, make_options
 
 TRAIN = Path(__file__).parent.parent / "train.py"
-ONE_VALUE = ("out", "config", "plan", "gpu", "mfu", "device", "jobs")  # flags that cannot vary
+ONE_VALUE = ("out", "config", "plan", "gpu", "device", "jobs")  # flags that cannot vary
 MAX_RUNS = 1000
 
 

@@ -92,15 +92,14 @@ def load_job(options) -> Job:
         raise ValueError(f"--max_length: a pair exceeds the model's context; lower it to {context}")
     if loss.shared_of_mismatched:
         mismatched = mismatched_pairs(pairs, longest, tokenizer.bos_id)
-    init, adapter = Path(options.init), options.init_adapter
     inputs = record.get("inputs", {}) | {
         "data": digest(questions) if questions else hash_pairs(pairs),
         "eval_data": hash_pairs(held_out),
-        "init_adapter": digest(*map(Path(adapter).joinpath, lora.ADAPTER_FILES)) if adapter else "",
     }
     # A resumed run reads the initial weights only if they are frozen, replaced, or the reference.
-    if not record or reference or lora.lora_of(model) or options.init != record["options"]["init"]:
-        inputs["init"] = digest(*sorted(weights.weight_files(init)), init / "config.json")
+    if not record or reference or options.lora_rank or options.init != record["options"]["init"]:
+        init = Path(options.init)
+        inputs["init"] = digest(*weights.weight_files(init), init / "config.json")
     job = Job(options, model, tokenizer, pairs, held_out, inputs, checkpoint, record, mismatched,
               questions, reference)  # fmt: skip
     every = options.eval_every or max(1, math.ceil(job.steps / 10))
@@ -112,18 +111,12 @@ def load_job(options) -> Job:
 
 def load_models(options, checkpoint: Path | None):
     """Loads policy, tokenizer, and the reference, which is None unless the policy draws answers."""
-    device, adapter, reference = options.device, options.init_adapter, None
-    drawn = on_policy.is_on_policy(options)
-    if options.lora_rank or adapter:
+    device, drawn, reference = options.device, on_policy.is_on_policy(options), None
+    if options.lora_rank:
         model, tokenizer = load_checkpoint(options.init, "cpu", torch.float32)
         torch.manual_seed(options.seed)
-        try:  # converts weights to --dtype before they move to the device
-            lora.add_lora(model, lora.config_of(options), getattr(torch, options.dtype))
-        except ValueError as error:
-            raise ValueError(f"{adapter or options.init}: {error}") from None
-        if adapter:
-            lora.load_adapter(model, adapter)
-        model.to(device)
+        lora.add_lora(model, lora.config_of(options), getattr(torch, options.dtype))
+        model.to(device)  # after the conversion of weights to --dtype, which saves memory
         if drawn:  # the reference shares the frozen weights
             frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
             reference = copy.deepcopy(model, frozen)
@@ -201,7 +194,7 @@ def reference_logps(job: Job, pairs: Pairs) -> Tensor:
     """Returns the log-probs of training pairs under the initial weights: (pairs, 2) in nats. A
     folder whose name contains a hash of weights, token ids and precision caches the log-probs."""
     options = job.options
-    key = digest(job.inputs["init"], job.inputs["init_adapter"], hash_pairs(pairs), options.dtype)
+    key = digest(job.inputs["init"], hash_pairs(pairs), options.dtype)
     folder = Path(options.out).parent / "cache" / f"reference-{key[:16]}"
     file = folder / "logps.safetensors"
     with locked(folder, "waiting for another run that computes these log-probs"):

@@ -11,7 +11,7 @@ from data import Pair, Pairs, StepData
 from eval import pair_logps
 from mio import find_loss
 from support.grading import grade_answer
-from support.lora import lora_of, merge_lora
+from support.lora import merge_lora
 from support.questions import Item, prompt_ids, read_items
 from support.sampling import sample_ids
 
@@ -64,7 +64,7 @@ def draw_pairs(job, step: int, rows: list[int]) -> StepData:
     dtype, pairs = getattr(torch, options.dtype), Pairs()
     items = [job.questions[i] for i in rows for _ in range(k)]  # one for each answer
     prompts = [item.ids(tokenizer, "") for item in items]
-    policy = merge_lora(copy.deepcopy(model), dtype) if lora_of(model) else model
+    policy = merge_lora(copy.deepcopy(model), dtype) if options.lora_rank else model
     seed = int(np.random.default_rng([options.seed, step]).integers(2**62))
     kwargs = {"stop_ids": tokenizer.stop_ids, "seed": seed}
     answers = sample_ids(policy, prompts, options.max_new_tokens, **kwargs)

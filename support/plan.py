@@ -1,4 +1,4 @@
-"""Predicts the memory and time of a step from config.json (--plan). Imports mio.py and model.py."""
+"""Predicts the memory of a step from config.json (--plan). Imports mio.py and model.py."""
 
 import dataclasses
 from itertools import product
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from mio import CHUNK_TOKENS, chunks_of_pairs, find_loss
+from mio import CHUNK_TOKENS, chunks_of_pairs
 from model import Llama, ModelConfig
 from support.files import read_json
 from support.lora import add_lora, config_of
@@ -20,13 +20,11 @@ PRESETS = {
     "llama-3.1-8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128),
     "llama-3.1-70b": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128),
 }
-# The values are from data sheets: memory in GB, dense TFLOP/s in bfloat16 and in float32.
-GPUS = {"h100": (80, 989, 67), "a100": (80, 312, 19.5), "h200": (141, 989, 67),
-        "rtx4090": (24, 165, 82.6)}  # fmt: skip
+GPUS = {"h100": 80, "a100": 80, "h200": 141, "rtx4090": 24}  # memory in GB, from data sheets
 
 
 class StepCost(NamedTuple):
-    """What a step needs: bytes of memory, by kind and at the peak, and FLOPs."""
+    """The bytes of memory that a step needs, by kind and at the peak."""
 
     parameters: int  # number of parameters of the whole model, adapters included
     weights: float
@@ -35,7 +33,6 @@ class StepCost(NamedTuple):
     activations: float  # saved by the forward pass for the backward pass
     head: float  # the logits of a chunk, and the gradients of the head and of its input states
     peak: float
-    flops: float
 
 
 def step_cost(config, options, rows: list[int], lengths: list[int], passes=1) -> StepCost:
@@ -49,8 +46,7 @@ def step_cost(config, options, rows: list[int], lengths: list[int], passes=1) ->
     on_gpu, several_passes = options.device != "cpu", passes > 1
     compiled = on_gpu and options.compile != "off"
     # s is the number of bytes of a number in matrix products, n the tokens in a chunk of the head.
-    D, L, s = config.hidden_size, config.num_hidden_layers, 2 if half else 4
-    T, N, squares = sum(rows), sum(lengths), sum(t * t for t in rows)
+    D, L, T, s = config.hidden_size, config.num_hidden_layers, sum(rows), 2 if half else 4
     n = max(part.stop - part.start for _, part in chunks_of_pairs(lengths, CHUNK_TOKENS))
 
     head, layers = model.head_weight, model.model["layers"]
@@ -60,7 +56,8 @@ def step_cost(config, options, rows: list[int], lengths: list[int], passes=1) ->
     trained = sum(p.numel() for p in root + L * block if p.requires_grad)
     weights = sum(p.nbytes for p in root + L * block)
     # Eager attention saves a dense mask. Autocast keeps rounded weights until the pass ends.
-    saved = _saved_by_token(config, linears, trains_head, s) * T + (not compiled) * s * squares
+    mask = 0 if compiled else s * sum(t * t for t in rows)
+    saved = _saved_by_token(config, linears, trains_head, s) * T + mask
     keeps_rounded = half and not (compiled and recompute)
     rounded = sum(2 * w.numel() for w in linears.values() if w.dtype == torch.float32)
     activations = L * ((4 * D * T if recompute else saved) + keeps_rounded * rounded)
@@ -70,16 +67,14 @@ def step_cost(config, options, rows: list[int], lengths: list[int], passes=1) ->
     grad_head = 4 * head.numel() * trains_head
     logits = n * len(head) * (s + 4 * (half and on_gpu))  # a GPU also needs float32 logits
     logits += 2 * head.numel() * (half and head.dtype == torch.float32)  # the rounded head
-    logits += 8 * D * (N + n)  # the states that the head reads, and their gradients
+    logits += 8 * D * (sum(lengths) + n)  # the states that the head reads, and their gradients
     gradients, moments = 4 * trained, 8 * trained
     start = several_passes * gradients + activations + grad_head + max(logits, at_work)
     # At the end of a pass, a tied matrix has two gradients and the sum of earlier passes.
     copies = config.tie_word_embeddings + several_passes
     peak = weights + moments + max(start, gradients + max(at_work, grad_head * copies))
-    flops = passes * _operations(config, options, linears, head, T, N, squares, compiled)
     total = sum(p.numel() for p in root + L * block)
-    memory = weights, gradients, moments, activations, grad_head + logits, peak
-    return StepCost(total, *memory, flops)
+    return StepCost(total, weights, gradients, moments, activations, grad_head + logits, peak)
 
 
 def _saved_by_token(config, linears: dict, trains_norms: bool, s: int) -> int:
@@ -97,23 +92,6 @@ def _saved_by_token(config, linears: dict, trains_norms: bool, s: int) -> int:
     return normed + attention + s * (sum(inputs.values()) + 3 * config.intermediate_size)
 
 
-def _operations(config, options, linears, head, T, N, squares, compiled) -> float:
-    """Returns the FLOPs of a pass with T tokens, N targets and `squares` query-key products."""
-    L, project = config.num_hidden_layers, 2 * N * head.numel()
-    products = 2 * T * L * sum(w.numel() for w in linears.values())
-    attention = 4 * L * config.num_attention_heads * config.head_dim * squares
-    attention /= 2 if compiled else 1  # FlexAttention skips blocks of later tokens
-    # Backward, each input and each trained weight needs a product; attention needs 5 instead of 2.
-    flops = 2 * products + 2 * T * L * sum(w.numel() for w in linears.values() if w.requires_grad)
-    flops += 3.5 * attention + project * (2 + head.requires_grad)
-    if options.checkpointing == "on":  # eager code does not recompute a block's last product
-        last_product = 2 * T * L * config.hidden_size * config.intermediate_size
-        flops += products + attention - (not compiled and head.requires_grad) * last_product
-    if not find_loss(options.loss).pairwise:  # an extra forward pass computes the shared scalar
-        flops += products + attention + project
-    return flops
-
-
 def cost_of_longest_pairs(config: ModelConfig, options, **changes) -> StepCost:
     """Returns the `step_cost` of pairs of --max_length tokens; `changes` override the options."""
     options = dataclasses.replace(options, **changes)
@@ -127,31 +105,28 @@ def cost_of_longest_pairs(config: ModelConfig, options, **changes) -> StepCost:
 
 def plan(options) -> str:
     """Returns a table with a row for each combination of --lora_rank, --dtype and --checkpointing:
-    memory and time of a step on a --gpu, and whether the step fits into its memory."""
+    memory of a step, and whether the step fits into the memory of a --gpu."""
     init, options = Path(options.init or options.plan), dataclasses.replace(options, device="cuda")
     config = PRESETS.get(options.plan) or ModelConfig.from_hf(read_json(init / "config.json"))
-    memory, *peak_speeds = GPUS[options.gpu]
     rank = options.lora_rank or min(16, config.num_key_value_heads * config.head_dim)
     flags, rows = ((None, rank), ("float32", "bfloat16"), ("off", "on")), []
     for lora_rank, dtype, checkpointing in product(*flags):
         changes = {"lora_rank": lora_rank, "dtype": dtype, "checkpointing": checkpointing}
         cost = cost_of_longest_pairs(config, options, **changes)
-        speed = 1e12 * options.mfu * peak_speeds[dtype == "float32"]
         # About a tenth of the memory stays free, because the predicted peak is an estimate.
-        fits = "yes" if 1.1 * cost.peak <= memory * 1e9 else "no"
+        fits = "yes" if 1.1 * cost.peak <= GPUS[options.gpu] * 1e9 else "no"
         label = f"rank {rank} {dtype}" if lora_rank else f"all {dtype}"
         label = label if checkpointing == "off" else "  recomputed"
         mark = ">" if changes.items() <= vars(options).items() else " "
-        row = f"{mark} {label:17}" + "".join(f"{part / 1e9:7.1f}" for part in cost[1:7])
-        rows.append(f"{row}{cost.flops / 1e15:7.2f}{cost.flops / speed:7.1f}{fits:>5}")
+        parts = "".join(f"{part / 1e9:7.1f}" for part in cost[1:])
+        rows.append(f"{mark} {label:17}{parts}{fits:>5}")
     total = cost_of_longest_pairs(config, options, lora_rank=None).parameters
     pairs = f"{options.batch_size} pairs of up to {options.max_length} tokens"
     return f"""{init.name[-32:]}: {total:,} parameters,
-{pairs} in a step on one {options.gpu} of {memory} GB
+{pairs} in a step on one {options.gpu} of {GPUS[options.gpu]} GB
 
-{"GB, then PFLOP, s":19} weight   grad moment   kept   head   peak  PFLOP      s fits
+{"GB":19} weight   grad moment   kept   head   peak fits
 {chr(10).join(rows)}
 
-kept: saved for the backward pass; s: seconds of a step at {options.mfu:.0%} of peak speed;
-fits: whether about a tenth of the memory stays free;
-recomputed: with --checkpointing on; >: with the given flags"""
+kept: saved for the backward pass; recomputed: with --checkpointing on;
+fits: whether about a tenth of the memory stays free; >: with the given flags"""

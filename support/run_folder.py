@@ -21,11 +21,11 @@ from torch import Tensor
 
 from support.cli import check_value, pick_device
 from support.files import atomic_write, digest_file, flush_to_disk, read_json, write_json
-from support.lora import lora_of, save_adapter
+from support.lora import save_adapter
 from support.tokenizers import TOKENIZER_FILES
 from support.weights import save_tensors
 
-FILES = ("init", "init_adapter", "data", "eval_data")  # may move before a resume, but not change
+FILES = ("init", "data", "eval_data")  # may move before a resume, but not change
 # Options that a resumed run may change:
 MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out")
 RECORD_KEYS = {"step", "num_tokens", "inputs", "metrics", "options"}  # the keys of training.json
@@ -138,7 +138,7 @@ def save_checkpoint(job, optimizer, progress: Progress) -> None:
     checkpoint = folder / "checkpoints" / f"step-{progress.step:06}"
     checkpoint.parent.mkdir(exist_ok=True)
     with atomic_write(checkpoint) as partial:
-        if lora_of(model):
+        if options.lora_rank:
             save_adapter(model, partial, options.init)
         else:
             model.save_pretrained(partial)

@@ -13,7 +13,7 @@ from support.builtin_task import is_demonstration
 CHECKPOINT = {"epochs": 1, "batch_size": 32, "max_length": 1024, "lr": 1e-6, "max_new_tokens": 256}
 DEMONSTRATION = {"epochs": 2, "batch_size": 48, "max_length": 96, "lr": 2e-4,
                  "max_new_tokens": builtin_task.ANSWER_TOKENS}  # fmt: skip
-PLAN = {"gpu": "h100", "mfu": 0.4}
+PLAN = {"gpu": "h100"}
 # What --help shows for defaults that depend on other options.
 SHOWN = {name: f"{CHECKPOINT[name]}, demonstration: {DEMONSTRATION[name]}" for name in CHECKPOINT}
 SHOWN |= {"beta": "the loss's own", "out": "out/LOSS", "eval_every": "a tenth of the steps"}
@@ -91,7 +91,7 @@ def resolve(options):
     defaults |= DEMONSTRATION if demonstration else CHECKPOINT
     # load_job multiplies the default of --average_logps by the mean length of the answers.
     defaults["beta"] = None if options.average_logps else default_beta(loss, options.init)
-    defaults["lr"] *= 10 if options.lora_rank or options.init_adapter else 1
+    defaults["lr"] *= 10 if options.lora_rank else 1
     defaults |= PLAN if options.plan else {}
     if options.lora_rank:
         alpha = lora.config_of(options).lora_alpha
@@ -110,8 +110,8 @@ def check_together(options) -> None:
     given = {name for name, x in vars(options).items() if x or type(x) in (int, float)}
     if options.plan and (options.plan == "init") != ("init" in given):
         raise ValueError("--plan needs a preset or --init FOLDER; give one, but not both")
-    if options.plan and (on_policy.is_on_policy(options) or options.init_adapter):
-        raise ValueError("--plan excludes --on_policy, rlhf and --init_adapter; leave out --plan")
+    if options.plan and on_policy.is_on_policy(options):
+        raise ValueError("--plan excludes --on_policy and --loss rlhf; leave out --plan")
     if not options.plan and ("init" in given) != ("data" in given):
         missing = "--data FILE.jsonl" if options.init else "--init FOLDER"
         raise ValueError(f"{missing} is missing; give both --init and --data, or neither")
@@ -119,9 +119,7 @@ def check_together(options) -> None:
         raise ValueError("--jobs needs a flag with several values, such as --seed 0,1,2; add one")
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run and --overwrite replaces it; choose one")
-    for name in given & LORA_FLAGS if options.init_adapter else ():
-        raise ValueError(f"--{name}: --init_adapter sets this value; leave out --{name}")
-    needed = {"gpu": "plan", "mfu": "plan", "eval_data": "data", "init_adapter": "data"}
+    needed = {"gpu": "plan", "eval_data": "data"}
     for name, other in (needed | dict.fromkeys(LORA_FLAGS, "lora_rank")).items():
         if name in given and other not in given:
             raise ValueError(f"--{name} needs --{other}; add --{other} or leave out --{name}")

@@ -1,19 +1,19 @@
-"""Reads the options, data, model and reference of a run. Imports model.py and data.py."""
+"""Reads the options, data and model of a run. Imports model.py and data.py."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 from data import Pairs, load_pairs, split_pairs
 from model import Llama
-from support import builtin_task, lora
+from support import builtin_task
 from support.files import read_json
 from support.questions import Item, read_items
 from support.tokenizers import load_tokenizer
 
 # The keys of train_config.json that evaluation reads, and their values if there is no such file.
-TRAINING = {"init": None, "init_adapter": None, "data": None, "eval_data": None, "split_seed": 0,
-            "eval_fraction": 0.0, "max_length": 1024, "loss": "mio", "beta": 1.0,
-            "average_logps": False, "dtype": "float32"}  # fmt: skip
+TRAINING = {"init": None, "data": None, "eval_data": None, "split_seed": 0, "eval_fraction": 0.0,
+            "max_length": 1024, "loss": "mio", "beta": 1.0, "average_logps": False,
+            "dtype": "float32"}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -66,15 +66,3 @@ def load_checkpoint(folder, device: str, dtype) -> tuple:
     if (largest := max(ids)) >= model.config.vocab_size:
         raise ValueError(f"{folder}: the model lacks id {largest}; use the tokenizer of the model")
     return model, tokenizer
-
-
-def load_reference(training: dict, device: str) -> Llama | None:
-    """Loads the model from which a run started, with --init_adapter merged in, if any."""
-    if training["init"] is None:
-        return None
-    model = Llama.from_pretrained(training["init"], device=device)
-    if adapter := training["init_adapter"]:
-        lora.add_lora(model, lora.LoraConfig.from_pretrained(adapter))
-        lora.load_adapter(model, adapter)
-        lora.merge_lora(model, model.head_weight.dtype)
-    return model

@@ -24,12 +24,12 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(names))]
 
 
-def read_weights(folder: Path, shapes: dict, dtype, device="cpu", files=None) -> dict[str, Tensor]:
-    """Returns a dict from names to the tensors in `files` (default: weight_files(folder)), in
-    `dtype` on `device`. The files must hold exactly the names and shapes in `shapes`, as finite
-    floats of at least 16 bits; otherwise, a ValueError names the file and the tensor."""
+def read_weights(folder: Path, shapes: dict, dtype, device="cpu") -> dict[str, Tensor]:
+    """Returns a dict from names to the tensors in weight_files(folder), in `dtype` on `device`. The
+    files must hold exactly the names and shapes in `shapes`, as finite floats of at least 16 bits;
+    otherwise, a ValueError names the file and the tensor."""
     missing, state = dict(shapes), {}
-    for file in files or weight_files(folder):
+    for file in weight_files(folder):
         try:
             tensors = load_file(file)  # maps the file into memory
         except (SafetensorError, OSError) as error:

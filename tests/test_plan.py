@@ -1,4 +1,4 @@
-"""train.py --plan: every count against a real step, PyTorch's counters, or arithmetic by hand."""
+"""train.py --plan: every count against a real step or arithmetic by hand."""
 
 import json
 from itertools import product
@@ -7,11 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 
 import train
 from data import Pair, StepData, answer_states, autocast, make_batches
@@ -108,33 +103,6 @@ def test_activations_are_what_autograd_saves(changes, dtype, more):
     del hidden
 
 
-@pytest.mark.parametrize("more", [{}, RECOMPUTED, {"loss": "dv"}, LORA])
-def test_operations_are_those_of_pytorchs_counter(more):
-    def product(_, a, b, **__):
-        return 2 * a[0] * a[1] * b[1]
-
-    def attention(q, k, v, *_, **__):
-        return sdpa_flop_count(q, (*q[:2], *k[2:]), (*q[:2], *v[2:]))
-
-    def backward(gradient, q, k, v, *_, **__):
-        return sdpa_backward_flop_count(gradient, q, (*q[:2], *k[2:]), (*q[:2], *v[2:]))
-
-    ops = torch.ops.aten  # the counter does not know these
-    mapping = {
-        ops.addmm_: product,
-        ops._scaled_dot_product_flash_attention_for_cpu: attention,
-        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    config, options = tiny_config(num_hidden_layers=2, **CONFIGS[3]), options_of(**more)
-    model, batches = model_of(config, options), make_batches(PAIRS, [0, 1, 2], 128, 4096)
-    optimizer = train.make_optimizer(model, options)
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        train.train_step(model, optimizer, StepData(batches, torch.zeros(3, 2)), options)
-    found, counted = planned(config, options, batches).flops, counter.get_total_flops()
-    # No gradient flows into a frozen embedding, so the first block computes less than the others.
-    assert found == pytest.approx(counted, rel=0.12 if options.lora_rank else 1e-9)
-
-
 # --- Against arithmetic by hand -------------------------------------------------------------------
 # A block of tiny_config has 2 * 32 * (32 + 16) + 3 * 32 * 48 = 7,680 weights in matrices and 64 in
 # norms; embedding and head have 258 * 32 = 8,256 each, the last norm 32. Two blocks: 32,032.
@@ -164,7 +132,7 @@ def test_bytes_by_hand():
 
 
 def test_a_gpu_needs_what_its_kernels_need():
-    """bfloat16 on one GPU: compiled attention has no mask and skips half of the products."""
+    """bfloat16 on one GPU: compiled attention has no mask."""
     step = [10, 6], [4, 5]
     cpu, eager, compiled, recomputed = (
         step_cost(tiny_config(), options_of(dtype="bfloat16", **changes), *step)
@@ -178,8 +146,6 @@ def test_a_gpu_needs_what_its_kernels_need():
     assert eager.head - cpu.head == 4 * 9 * 258  # logits in float32 beside those in bfloat16
     masks = 2 * 2 * (10**2 + 6**2)  # bytes of a number, blocks
     assert eager.activations - compiled.activations == masks
-    attention = 2 * 4 * 4 * 8 * (10**2 + 6**2)  # blocks, 2 products, heads, width of a head
-    assert eager.flops - compiled.flops == 3.5 * attention / 2
     assert recomputed.activations == 2 * 16 * 4 * 32 + 16 * 4 * (2 * 8 + 2 * 32)  # no weights
     assert compiled.activations - recomputed.activations > 2 * 2 * 7680
 
@@ -253,13 +219,9 @@ def test_the_text_of_a_plan(capsys):
         changes = {"lora_rank": lora_rank, "dtype": dtype, "checkpointing": checkpointing}
         changes |= {"lora_targets": "all"}
         cost = cost_of_longest_pairs(PRESETS["llama-3.1-8b"], options, **changes)
-        assert row[2:8] == [f"{part / 1e9:.1f}" for part in cost[1:7]]
-        assert row[8] == f"{cost.flops / 1e15:.2f}"
-        # An H100 computes 67 or 989 TFLOP/s, of which 40 % are reached.
-        speed = 0.4 * (67e12 if dtype == "float32" else 989e12)
-        assert row[9] == f"{cost.flops / speed:.1f}"
-        assert row[10] == ("yes" if 1.1 * cost.peak <= 80e9 else "no")
-    assert [row[10] for row in table] == 5 * ["no"] + 3 * ["yes"]
+        assert row[2:8] == [f"{part / 1e9:.1f}" for part in cost[1:]]
+        assert row[8] == ("yes" if 1.1 * cost.peak <= 80e9 else "no")
+    assert [row[8] for row in table] == 5 * ["no"] + 3 * ["yes"]
 
 
 def test_the_given_flags_are_marked(capsys):
@@ -277,7 +239,7 @@ def test_a_plan_reads_config_json_alone_and_writes_nothing(tmp_path, capsys, mon
     lines = printed(capsys, "--init", "init", "--gpu", "rtx4090", "--batch_size", "3")
     assert lines[0] == "init: 32,032 parameters,"
     assert lines[1] == "3 pairs of up to 1024 tokens in a step on one rtx4090 of 24 GB"
-    assert {row[10] for row in table_of(lines)} == {"yes"}
+    assert {row[8] for row in table_of(lines)} == {"yes"}
     assert [path.name for path in tmp_path.rglob("*")] == ["init", "config.json"]
 
 
@@ -288,12 +250,11 @@ BAD = {
     "nothing there": (["--plan", "--init", "empty"], "config.json"),
     "no object": (["--plan", "--init", "list"], "expected a JSON object"),
     "other model": (["--plan", "--init", "gpt2"], "model_type 'gpt2' is not"),
-    "rank": (["--plan", "llama-3.2-1b", "--lora_rank", "4096"], "LoRA rank 4096"),
+    "rank": (["--plan", "llama-3.2-1b", "--lora_rank", "4096"], "--lora_rank 4096"),
     "target": (["--plan", "llama-3.2-1b", "--lora_rank", "4", "--lora_targets", "x,y"], "'x'"),
     "drawn": (["--plan", "llama-3.2-1b", "--loss", "rlhf"], "leave out"),
     "on policy": (["--plan", "llama-3.2-1b", "--on_policy"], "leave out"),
-    "alone": (["--mfu", "0.5"], "--mfu needs --plan"),
-    "share": (["--plan", "llama-3.2-1b", "--mfu", "2"], "at most 1"),
+    "alone": (["--gpu", "h100"], "--gpu needs --plan"),
 }
 
 

@@ -51,8 +51,6 @@ def test_a_folder_with_other_files_or_with_inputs_is_refused(finished, inputs, t
     for place, source in ((init, init), (finished, init), (data, data)):
         error = refused(*inputs, "--out", place, "--overwrite")
         assert f"--out {place}: contains {source}, which the run reads; change --out" in error
-    adapter = ["--init_adapter", tmp_path / "mine", "--out", tmp_path / "mine"]
-    assert f"contains {tmp_path / 'mine'}" in refused(*inputs, *adapter)
     held_out = ["--eval_data", tmp_path / "mine" / "x.jsonl", "--out", tmp_path]
     assert "contains" in refused(*inputs, *held_out)
     run_of_run = ["--init", finished / "out", "--data", data, "--out", finished / "out"]

@@ -50,18 +50,16 @@ def test_defaults_are_those_of_the_loss_and_of_the_kind_of_run(inputs):
     names = ("loss", "epochs", "batch_size", "max_length", "lr", "max_new_tokens")
     assert [getattr(own, name) for name in names] == ["mio", 1, 32, 1024, 1e-6, 256]
     assert [getattr(demonstration, name) for name in names] == ["mio", 2, 64, 96, 2e-4, 48]
-    assert own.lora_alpha is own.lora_targets is own.gpu is own.mfu is own.max_steps is None
+    assert own.lora_alpha is own.lora_targets is own.gpu is own.max_steps is None
     assert own.device == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_adapters_have_a_higher_learning_rate_and_twice_the_rank_as_alpha(inputs, tmp_path):
+def test_adapters_have_a_higher_learning_rate_and_twice_the_rank_as_alpha(inputs):
     options = parse(*inputs, "--lora_rank", 8)
     assert (options.lora_alpha, options.lora_targets) == (16.0, "all")
     assert options.lr == pytest.approx(1e-5)
     options = parse(*inputs, "--lora_rank", 8, "--lora_alpha", 3, "--lr", 1)
     assert (options.lr, options.lora_alpha) == (1.0, 3.0)
-    options = parse(*inputs, "--init_adapter", tmp_path)
-    assert options.lr == pytest.approx(1e-5) and options.lora_alpha is options.lora_targets is None
 
 
 def test_averaged_log_probs_leave_the_default_of_beta_until_the_pairs_are_read(inputs):
@@ -82,7 +80,7 @@ def test_flags_replace_defaults_even_by_zero(inputs):
 
 def test_a_plan_has_a_gpu_and_needs_no_data():
     options = parse("--plan", "llama-3.2-1b")
-    assert (options.gpu, options.mfu, options.epochs, options.lr) == ("h100", 0.4, 1, 1e-6)
+    assert (options.gpu, options.epochs, options.lr) == ("h100", 1, 1e-6)
 
 
 # --- Help -----------------------------------------------------------------------------------------
@@ -138,18 +136,11 @@ INPUTS = ("--init", "init", "--data", "pairs.jsonl")
         (("--average_logps", "--loss", "ipo"), "--average_logps: has no use with --loss ipo"),
         (("--average_logps", "--loss", "rlhf"), "--average_logps: has no use with --loss rlhf"),
         (("--average_logps", "--on_policy"), "--average_logps with --on_policy needs a --beta"),
-        ((*INPUTS, "--mfu", "0.3"), "--mfu needs --plan; add --plan or leave out --mfu"),
-        ((*INPUTS, "--gpu", "h100"), "--gpu needs --plan"),
+        ((*INPUTS, "--gpu", "h100"), "--gpu needs --plan; add --plan or leave out --gpu"),
         (("--eval_data", "x"), "--eval_data needs --data"),
-        (("--init_adapter", "x"), "--init_adapter needs --data"),
         ((*INPUTS, "--lora_alpha", "3"), "--lora_alpha needs --lora_rank"),
         ((*INPUTS, "--lora_targets", "all"), "--lora_targets needs --lora_rank"),
         ((*INPUTS, "--lora_rslora"), "--lora_rslora needs --lora_rank"),
-        (
-            (*INPUTS, "--init_adapter", "x", "--lora_rank", "2"),
-            "--lora_rank: --init_adapter sets this",
-        ),
-        ((*INPUTS, "--init_adapter", "x", "--lora_rslora"), "--lora_rslora: --init_adapter sets"),
         (("--max_length", "56"), "--max_length: the demonstration needs 57 tokens; raise it"),
         (("--config", "gone.json"), "gone.json: No such file or directory; check the path"),
     ],

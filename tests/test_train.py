@@ -619,7 +619,7 @@ NO_CHANGE = {
 }  # fmt: skip
 ELSEWHERE = (
     "init data out config resume overwrite on_policy samples max_new_tokens lora_rank "
-    "lora_alpha lora_targets lora_rslora init_adapter plan gpu mfu"
+    "lora_alpha lora_targets lora_rslora plan gpu"
 )
 
 

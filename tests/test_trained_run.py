@@ -9,12 +9,10 @@ import torch
 from conftest import PAIR_ROWS, tiny_model, write_rows
 
 from data import Pairs, load_pairs, split_pairs
-from model import Llama
-from support import lora
 from support.files import write_json
 from support.questions import read_items
 from support.tokenizers import byte_tokenizer
-from support.trained_run import TRAINING, load_checkpoint, load_reference, read_run
+from support.trained_run import TRAINING, load_checkpoint, read_run
 
 QUESTION = {"question": "1 + 1?", "answer": "#### 2"}
 
@@ -113,24 +111,6 @@ def test_model_and_tokenizer_must_belong_together(checkpoint, tmp_path):
     tiny_model(vocab_size=258, eos_token_id=[257, 300]).save_pretrained(checkpoint)
     with pytest.raises(ValueError, match="lacks id 300; use the"):
         load_checkpoint(checkpoint, "cpu", torch.float32)
-
-
-def test_the_reference_of_a_run_includes_its_adapter(checkpoint, tmp_path):
-    base, adapted = Llama.from_pretrained(checkpoint), Llama.from_pretrained(checkpoint)
-    lora.add_lora(adapted, lora.LoraConfig(2, 4, ["q_proj"]))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    lora.save_adapter(adapted, tmp_path / "adapter", str(checkpoint))
-    tokens = torch.tensor([[256, *b"some text"]])
-    training = TRAINING | {"init": str(checkpoint)}
-    with torch.no_grad():
-        assert torch.equal(load_reference(training, "cpu")(tokens), base(tokens))
-        merged = load_reference(training | {"init_adapter": str(tmp_path / "adapter")}, "cpu")
-        torch.testing.assert_close(merged(tokens), adapted(tokens))
-        assert not torch.allclose(merged(tokens), base(tokens))
-    assert lora.lora_of(merged) is None
-    assert load_reference(TRAINING, "cpu") is None
 
 
 def test_broken_json_of_a_run_is_refused_by_name(make_run):
