@@ -37,7 +37,6 @@ from support.trained_run import Run, load_checkpoint, read_run
 # --- Log-probs of answers -------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def answer_logps(model: Llama, items: Sequence, row_tokens, micro_tokens, dtype) -> list[Tensor]:
     """Returns, for each item, the summed log-probs of its answers: (answers,) in nats, on the CPU.
     An item holds the ids of a prompt and any number of answers. Items are packed as in training."""
@@ -87,9 +86,8 @@ def preference_values(logps: Tensor, ref_logps: Tensor | None, beta) -> dict[str
     values = {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
     if ref_logps is not None:
         chosen, rejected = (beta * (logps - ref_logps)).unbind(dim=1)
-        accurate = torch.where(
-            chosen.isfinite() & rejected.isfinite(), (chosen > rejected).to(logps.dtype), torch.nan
-        )
+        known = chosen.isfinite() & rejected.isfinite()
+        accurate = torch.where(known, (chosen > rejected).to(logps.dtype), torch.nan)
         values |= {"rewards/chosen": chosen, "rewards/rejected": rejected}
         values |= {"rewards/margins": chosen - rejected, "rewards/accuracies": accurate}
     return values
@@ -120,9 +118,7 @@ def preference_metrics(logps: Tensor, ref_logps: Tensor, beta) -> dict[str, floa
     return {n: Column(v.double().numpy()).estimate().mean for n, v in values.items()}
 
 
-def preference_columns(
-    logps: Tensor, ref_logps: Tensor | None, pairs: Pairs, beta, path
-) -> dict[str, Column]:
+def preference_columns(logps, ref_logps: Tensor | None, pairs, beta, path) -> dict[str, Column]:
     """Returns table columns from log-probs (pairs, 2): the accuracy and margin of the rewards, the
     rewards T, log-ratios Δ per answer and per token, and log-probs. Missing answers are NaN. A hash
     of the file `path` and a line name a pair in all runs, even if their tokenizers differ."""
@@ -151,10 +147,9 @@ def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options
     logps = pair_logps(model, pairs, *layout)
     ref_logps = pair_logps(reference, pairs, *layout) if reference else None
     scale = reward_scale(torch.from_numpy(pairs.lengths()[:, 1:]), **training)
-    columns, critic = preference_columns(logps, ref_logps, pairs, scale, path), {}
+    columns = preference_columns(logps, ref_logps, pairs, scale, path)
     names = columns["chosen"].names if "chosen" in columns else columns["rejected"].names
-    if "margin" in columns:
-        critic = critic_columns(columns)
+    critic = critic_columns(columns) if "margin" in columns else {}
     if reference and options.kl_samples:
         critic["KL"] = kl_column(model, reference, tokenizer, pairs, names, layout, options)
     return {title: columns, f"{title}: critic": critic} if critic else {title: columns}
@@ -238,10 +233,9 @@ class Options:
 # fmt: on
 
 
-def parse_options(argv: list[str] | None) -> tuple:
-    """Returns the parser, the runs, the files of --data, the texts of --prompt (None without the
-    flag), and the Options with defaults filled in."""
-    parser = Parser("eval.py", __doc__)
+def parse_options(parser: Parser, argv: list[str] | None) -> tuple:
+    """Returns the runs, the files of --data, the texts of --prompt (None without the flag), and the
+    Options with defaults filled in. Raises OSError or ValueError for bad input."""
     help = "run or checkpoint folders; all are compared with the first"
     parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=help)
     help = "files of questions, of questions with choices, or of pairs"
@@ -252,41 +246,37 @@ def parse_options(argv: list[str] | None) -> tuple:
     flags = vars(parser.parse_args(argv))
     runs, data, prompts = flags.pop("runs"), flags.pop("data"), flags.pop("prompt")
     fields = {field.name: field for field in dataclasses.fields(Options)}
-    try:
-        flags = {name: check_value(fields[name], v) for name, v in flags.items() if v is not None}
-        options = Options(**flags)
-        device, temperature = pick_device(options.device), options.temperature
-        temperature = float(options.n > 1) if temperature is None else temperature
-        if options.n > 1 and temperature == 0:
-            raise ValueError(f"--n {options.n}: all greedy answers are equal; use --temperature 1")
-        if prompts is not None and (data or options.shots or options.out or options.plot):
-            raise ValueError(
-                "--prompt only shows answers; leave out --data, --shots, --out, --plot"
-            )
-        if options.k and not options.shots:
-            raise ValueError("-k needs --shots FILE.jsonl; add --shots or leave out -k")
-        folders = [Path(run).resolve() for run in runs]
-        if len(set(folders)) < len(folders):
-            raise ValueError(f"{max(folders, key=folders.count)}: is named twice; name it once")
-        for file in filter(None, (options.plot, options.out)):
-            if Path(file).is_dir() or not Path(file).parent.is_dir():
-                raise ValueError(f"{file}: must be the name of a file in a folder that exists")
-        if options.out and Path(options.out).exists():
-            raise ValueError(f"--out {options.out}: the file exists; choose another name")
-    except (OSError, ValueError) as error:
-        parser.error(error)
+    flags = {name: check_value(fields[name], v) for name, v in flags.items() if v is not None}
+    options = Options(**flags)
+    device, temperature = pick_device(options.device), options.temperature
+    temperature = float(options.n > 1) if temperature is None else temperature
+    if options.n > 1 and temperature == 0:
+        raise ValueError(f"--n {options.n}: all greedy answers are equal; use --temperature 1")
+    if prompts is not None and (data or options.shots or options.out or options.plot):
+        raise ValueError("--prompt only shows answers; leave out --data, --shots, --out, --plot")
+    if options.k and not options.shots:
+        raise ValueError("-k needs --shots FILE.jsonl; add --shots or leave out -k")
+    folders = [Path(run).resolve() for run in runs]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"{max(folders, key=folders.count)}: is named twice; name it once")
+    for file in filter(None, (options.plot, options.out)):
+        if Path(file).is_dir() or not Path(file).parent.is_dir():
+            raise ValueError(f"{file}: must be the name of a file in a folder that exists")
+    if options.out and Path(options.out).exists():
+        raise ValueError(f"--out {options.out}: the file exists; choose another name")
     filled = {"temperature": temperature, "k": options.k or 5, "device": device}
     filled["dtype"] = options.dtype or ("float32" if device == "cpu" else "bfloat16")
-    return parser, runs, data, prompts, dataclasses.replace(options, **filled)
+    return runs, data, prompts, dataclasses.replace(options, **filled)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Evaluates and compares runs, prints tables and writes results. Returns a dict from runs to
     dicts from columns to means. With several files, the columns are called "FILE: column"."""
-    parser, runs, data, prompts, options = parse_options(argv)
-    names = {Path(run).name: run for run in runs}
-    names = names if len(names) == len(runs) else {run: run for run in runs}
+    parser = Parser("eval.py", __doc__)
     try:
+        runs, data, prompts, options = parse_options(parser, argv)
+        names = {Path(run).name: run for run in runs}
+        names = names if len(names) == len(runs) else {run: run for run in runs}
         if prompts is not None:
             from support.outcome import side_by_side  # imports this file
 
@@ -294,16 +284,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             print(side_by_side(names, prompts, options))
             return {}
         files = {path: read_items(path) for path in data}
-        shots = {
-            p: examples(options.shots, options.k, items) for p, items in files.items() if items
-        }
+        shots = {p: examples(options.shots, options.k, x) for p, x in files.items() if x}
         if options.shots and not any(shots.values()):
             raise ValueError(f"--shots {options.shots}: no --data file has questions of the same "
                              "kind and grade; change --shots or --data")  # fmt: skip
         parsed = {name: read_run(Path(run), files) for name, run in names.items()}
         if options.plot:
-            folders = {name: Path(run) for name, run in names.items()}
-            plot(by_experiment(folders), Path(options.plot))
+            plot(by_experiment({n: Path(run) for n, run in names.items()}), Path(options.plot))
         results = {name: evaluate(run, shots, options) for name, run in parsed.items()}
     except (OSError, ValueError) as error:
         parser.error(error)

@@ -212,13 +212,10 @@ def simpo(chosen: Answers, rejected: Answers, gamma: float = 0.5) -> Tensor:
 
 def orpo(chosen: Answers, rejected: Answers) -> Tensor:
     """-m_w + beta sp(o_l - o_w), o = m - log(1 - e^m)"""
-
-    def log_odds(m: Tensor) -> Tensor:
-        m = m.clamp(max=-torch.finfo(m.dtype).tiny)  # at probability 1 the gradient is infinite
-        return m - torch.log(-torch.expm1(m))
-
-    ratio = log_odds(chosen.mean_logps) - log_odds(rejected.mean_logps)
-    return -chosen.mean_logps + chosen.beta * F.softplus(-ratio)
+    m = torch.stack((chosen.mean_logps, rejected.mean_logps))  # (2, B)
+    m = m.clamp(max=-torch.finfo(m.dtype).tiny)  # at probability 1 the gradient is infinite
+    log_odds = m - torch.log(-torch.expm1(m))  # (2, B)
+    return -chosen.mean_logps + chosen.beta * F.softplus(log_odds[1] - log_odds[0])
 
 
 def cpo(chosen: Answers, rejected: Answers, alpha: float = 1.0) -> Tensor:
@@ -325,8 +322,7 @@ LOSSES: dict[str, Loss] = {
                 needs_reference=False, uses_beta=False),
 }
 # fmt: on
-# The smallest and the largest value of options that have bounds.
-OPTION_BOUNDS = {"label_smoothing": (0.0, 0.49), "epsilon": (1e-12, 0.49)}
+OPTION_BOUNDS = {"label_smoothing": (0.0, 0.49), "epsilon": (1e-12, 0.49)}  # least and most
 
 
 def find_loss(name: str) -> Loss:
@@ -347,13 +343,10 @@ def find_loss(name: str) -> Loss:
 def weighted_sum(weights: dict[str, float]) -> Loss:
     """Returns the loss that is the sum over names of weight times loss."""
     losses = [LOSSES[name] for name in weights]
+    terms = list(zip(weights.values(), losses))
 
     def total(chosen: Answers, rejected: Answers, **options) -> Tensor:
-        values = [loss.function(chosen, rejected, **loss.own(options)) for loss in losses]
-        return sum(weight * value for weight, value in zip(weights.values(), values))
-
-    def initial_loss(**settings) -> float:
-        return sum(w * x.loss_at_reference(**settings) for w, x in zip(weights.values(), losses))
+        return sum(w * x.function(chosen, rejected, **x.own(options)) for w, x in terms)
 
     parameters = {k: p for x in losses for k, p in inspect.signature(x.function).parameters.items()}
     total.__signature__ = inspect.Signature(list(parameters.values()))
@@ -362,7 +355,7 @@ def weighted_sum(weights: dict[str, float]) -> Loss:
         total,
         " and ".join(kind for kind in ("sums", "means") if any(kind in x.uses for x in losses)),
         next((x.beta for x in losses if x.uses_beta), 1.0),
-        initial_loss,
+        lambda **settings: sum(w * x.loss_at_reference(**settings) for w, x in terms),
         "; ".join(x.source for x in losses),
         needs_reference=any(x.needs_reference for x in losses),
         uses_beta=any(x.uses_beta for x in losses),
@@ -423,7 +416,7 @@ def chunked_logps(hidden, head_weight, targets, lengths, chunk_tokens=CHUNK_TOKE
     for states, y in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens)):
         logits = torch.mm(states.to(weight.dtype), weight.T, out=buffer[: len(y)])  # (t, V)
         token_logps.append(_to_residual(logits, y, compiled))
-    answer_of_token = _answer_of_token(lengths, hidden.device)  # (N,)
+    answer_of_token = torch.repeat_interleave(lengths.cpu()).to(hidden.device)  # (N,)
     return _sum_by_answer(torch.cat(token_logps), answer_of_token, len(lengths))
 
 
@@ -439,18 +432,14 @@ def fused_pair_loss(
     upstream gradient, hidden and head_weight get NaN gradients. The log-probs are detached."""
     assert find_loss(name).pairwise or "shared" in options, f"{name} needs the batch's shared term"
     assert len(lengths) % 2 == 0, "lengths must hold two entries for each pair"
-    on_device = lengths.to(hidden.device)
+    given = ref_logps, lengths.to(hidden.device), advantages  # (2B,) each, or None
 
     def losses_of(logps: Tensor, answers: slice) -> Tensor:
         """logps (2b,) of a slice of the answers -> losses (b,)."""
-
-        def sides(x: Tensor | None) -> tuple:
-            return (None, None) if x is None else (x[answers][0::2], x[answers][1::2])
-
-        sums = logps[0::2], logps[1::2], *sides(ref_logps)  # four tensors (b,)
-        kwargs = dict(zip(("chosen_lengths", "rejected_lengths"), sides(on_device)))  # (b,) each
-        kwargs |= {"advantages": sides(advantages), **options}
-        return pair_loss(name, *sums, beta=beta, **kwargs)
+        parts = [None if x is None else x[answers] for x in given]  # (2b,) each
+        refs, (n_w, n_l), A = [(None, None) if x is None else (x[0::2], x[1::2]) for x in parts]
+        kwargs = {"chosen_lengths": n_w, "rejected_lengths": n_l, "advantages": A} | options
+        return pair_loss(name, logps[0::2], logps[1::2], *refs, beta=beta, **kwargs)
 
     return FusedHead.apply(hidden, head_weight, targets, lengths, losses_of, chunk_tokens, compiled)
 
@@ -460,16 +449,14 @@ class FusedHead(torch.autograd.Function):
 
     Let u = W h be the logits that predict a token y, p = softmax(u), s the sum of log p_y over an
     answer, and g = dL/ds the gradient with respect to this sum. For each token of the answer
-        ds/du = onehot(y) - p
-        dL/du = -g (p - onehot(y))
+        dL/du = g ds/du = -g (p - onehot(y))
         dL/dh = -g W^T (p - onehot(y))
         dL/dW = sum over tokens of -(p - onehot(y)) (g h)^T.
     The loss of a pair depends only on the two sums of the pair (given the shared scalar), so g is
     known as soon as a chunk of complete pairs has been projected. The logits of the chunk then turn
     into p - onehot(y) in place, g multiplies matrices of width D rather than V, and the next
     chunk reuses the buffer. This costs three matrix products per token; a head that recomputes its
-    logits in the backward pass needs four.
-    """
+    logits in the backward pass needs four."""
 
     @staticmethod
     def forward(ctx, hidden, head_weight, targets, lengths, losses_of, chunk_tokens, compiled):
@@ -481,8 +468,8 @@ class FusedHead(torch.autograd.Function):
         largest = max(tokens.stop - tokens.start for _, tokens in chunks)
         weight = _in_product_precision(head_weight, hidden)
         buffer = weight.new_empty(largest, len(weight))  # the logits of a chunk
-        answer_of_token = _answer_of_token(lengths, hidden.device)  # (N,)
-        losses, logps = [], []
+        answer_of_token = torch.repeat_interleave(lengths.cpu()).to(hidden.device)  # (N,)
+        results = []
         for answers, tokens in chunks:
             states, y = hidden[tokens], targets[tokens]  # (t, D), (t,)
             logits = torch.mm(states.to(weight.dtype), weight.T, out=buffer[: len(y)])  # (t, V)
@@ -493,17 +480,14 @@ class FusedHead(torch.autograd.Function):
                 sums.requires_grad_(True)
                 loss = losses_of(sums, answers)  # (b,)
                 (g,) = torch.autograd.grad(loss.sum(), sums)  # (2b,)
-            losses.append(loss.detach())
-            logps.append(sums.detach())
+            results.append((loss.detach(), sums.detach()))
             minus_g = -g[answer, None]  # (t, 1)
             if need_hidden:
                 grad_hidden[tokens] = minus_g * (residual @ weight)
             if need_head:
-                first = tokens.start == 0
-                _add_product(grad_head, residual, minus_g * states, overwrite=first)
+                _add_product(grad_head, residual, minus_g * states, overwrite=tokens.start == 0)
         ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.head_dtype = head_weight.dtype
-        losses, logps = torch.cat(losses), torch.cat(logps)
+        losses, logps = map(torch.cat, zip(*results))  # (B,), (2B,)
         ctx.mark_non_differentiable(logps)
         return losses, logps
 
@@ -515,9 +499,7 @@ class FusedHead(torch.autograd.Function):
         factor = torch.where((grad_losses == first).all(), first, torch.nan)
         if factor.is_cuda or factor != 1:  # losses.sum() on a CPU needs no copy of (V, D)
             gradients = [None if g is None else g * factor.to(g.dtype) for g in gradients]
-        grad_hidden, grad_head = gradients
-        grad_head = None if grad_head is None else grad_head.to(ctx.head_dtype)
-        return grad_hidden, grad_head, *[None] * 5
+        return *gradients, *[None] * 5  # autograd converts each gradient to its input's dtype
 
 
 def _in_product_precision(weight: Tensor, hidden: Tensor) -> Tensor:
@@ -532,8 +514,7 @@ def _to_residual(logits: Tensor, targets: Tensor, compiled: bool) -> Tensor:
     # A CPU processes a few rows at a time, so that the logits stay in its cache.
     rows = len(logits) if logits.is_cuda else 1 + 2**20 // logits.shape[1]
     of_rows = _compiled_residual_of_rows() if compiled else _residual_of_rows
-    parts = zip(logits.split(rows), targets.split(rows))
-    return torch.cat([of_rows(z, y) for z, y in parts])
+    return torch.cat([*map(of_rows, logits.split(rows), targets.split(rows))])
 
 
 def _residual_of_rows(logits: Tensor, targets: Tensor) -> Tensor:
@@ -548,9 +529,7 @@ def _residual_of_rows(logits: Tensor, targets: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled_residual_of_rows() -> Callable:
-    return torch.compile(
-        _residual_of_rows, dynamic=True
-    )  # imports the compiler, which takes seconds
+    return torch.compile(_residual_of_rows, dynamic=True)  # the compiler's import takes seconds
 
 
 def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, overwrite: bool) -> None:
@@ -563,11 +542,6 @@ def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, overwrite: b
     for part, columns in zip(total.split(2**14), residual.split(2**14, dim=1)):
         product = columns.T @ weighted
         part.copy_(product) if overwrite else part.add_(product)
-
-
-def _answer_of_token(lengths: Tensor, device: torch.device) -> Tensor:
-    """lengths (S,) -> the index of the answer to which each token belongs (N,)."""
-    return torch.repeat_interleave(torch.arange(len(lengths)), lengths.cpu()).to(device)
 
 
 def _sum_by_answer(values: Tensor, answer_of_token: Tensor, count: int) -> Tensor:

@@ -171,9 +171,7 @@ def make_pairs(folder: Path, seed: int, device: str) -> None:
         write_json(folder / "pairs.json", {"key": key})
 
 
-def task_columns(
-    model, tokenizer, count: int = TEST_PROBLEMS, samples: int = SAMPLES
-) -> dict[str, Column]:
+def task_columns(model, tokenizer, count=TEST_PROBLEMS, samples=SAMPLES) -> dict[str, Column]:
     """Returns the columns "greedy" (accuracy) and "pass@k", with a value for each test problem. k
     is 1 or SAMPLES if `samples` equals SAMPLES; otherwise, k is one of powers_of_two(samples)."""
     questions = problems("test", count, seed=0)
@@ -194,9 +192,8 @@ def base_columns(folder: Path, device: str) -> dict[str, Column]:
             with stage("evaluation: the base model on the held-out problems") as notes:
                 model = Llama.from_pretrained(folder, device=device)
                 columns = task_columns(model, load_tokenizer(folder))
-                write_json(
-                    record, {"key": key} | {n: c.values.tolist() for n, c in columns.items()}
-                )
+                values = {name: column.values.tolist() for name, column in columns.items()}
+                write_json(record, {"key": key} | values)
                 notes.append(f"in {record}")
     return {name: Column(np.array(x)) for name, x in read_json(record).items() if name != "key"}
 

@@ -80,13 +80,12 @@ def arguments(flags: dict) -> list[str]:
 def find_grid(flags: dict, options: type) -> Grid | None:
     """Returns the grid that the flags of a command describe, or None if no flag has several values.
     Raises ValueError for an empty or repeated value and for a flag that cannot vary."""
-    axes = {}
-    for field in dataclasses.fields(options):
-        name, text = field.name, flags.get(field.name)
+    axes, fields = {}, {field.name: field for field in dataclasses.fields(options)}
+    for name, field in fields.items():
+        text = flags.get(name)
+        several = isinstance(text, str) and "," in text and not os.path.exists(text)
         # --lora_targets lists names, and a path may contain a comma, as those of a grid's runs do.
-        if not isinstance(text, str) or "," not in text or name == "lora_targets":
-            continue
-        if os.path.exists(text):
+        if not several or name == "lora_targets":
             continue
         if name in ONE_VALUE:
             raise ValueError(f"--{name} {text}: takes one value; write it without a comma")
@@ -99,9 +98,8 @@ def find_grid(flags: dict, options: type) -> Grid | None:
         return None
     for name in fixed.keys() & {"resume", "overwrite"}:
         raise ValueError(f"--{name}: a grid goes on by itself where it stopped; leave out --{name}")
-    (jobs,) = (field for field in dataclasses.fields(options) if field.name == "jobs")
-    at_a_time = check_value(jobs, fixed.pop("jobs", 1))
-    return Grid(axes, fixed, Path(fixed.pop("out", "out/grid")), at_a_time)
+    jobs = check_value(fields["jobs"], fixed.pop("jobs", 1))
+    return Grid(axes, fixed, Path(fixed.pop("out", "out/grid")), jobs)
 
 
 def run_grid(grid: Grid, options: type) -> Path:
@@ -116,9 +114,17 @@ def run_grid(grid: Grid, options: type) -> Path:
     for name in grid.fixed.keys() | grid.axes.keys():
         if not any(name in run.flags for run in runs):
             raise ValueError(f"--{name}: no loss of the grid uses it; leave out --{name}")
-    file, flags = grid.out / "grid.json", {"axes": grid.axes, "fixed": grid.fixed}
-    _check_folder(grid, file)
-    with locked(grid.out), catch_signals() as signals:
+    out, file = grid.out, grid.out / "grid.json"
+    if file.is_file():
+        old = read_json(file)
+        axes = old.get("axes") or {}
+        kept = all(set(values) <= set(grid.axes.get(name, ())) for name, values in axes.items())
+        if old.get("fixed") != grid.fixed or axes.keys() != grid.axes.keys() or not kept:
+            raise ValueError(f"--out {out}: holds another grid ({file}); choose another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: holds other files, but no grid; choose an empty folder")
+    flags = {"axes": grid.axes, "fixed": grid.fixed}
+    with locked(out), catch_signals() as signals:
         write_json(file, (read_json(file) if file.exists() else {}) | flags)
         failed = _make_runs(grid, runs, signals)
         if signals:
@@ -129,31 +135,17 @@ def run_grid(grid: Grid, options: type) -> Path:
             sys.exit(1)
         rows, seeds = summarize(finished)
         text = f"`{grid.command()}`\n\n{table(rows, markdown=True, seeds=seeds)}\n"
-        (grid.out / "grid.md").write_text(text, encoding="utf-8")
+        (out / "grid.md").write_text(text, encoding="utf-8")
         cells = {name: {c: cell._asdict() for c, cell in row.items()} for name, row in rows.items()}
         write_json(file, flags | {"runs": [str(r.folder) for r in finished], "rows": cells})
         print(f"\n{table(rows, seeds=seeds)}")
         settings = dict.fromkeys(run.setting for run in finished)
         groups = {s: [run.folder for run in finished if run.setting == s] for s in settings}
         if importlib.util.find_spec("matplotlib"):
-            curves.plot(groups, grid.out / "grid.png")
+            curves.plot(groups, out / "grid.png")
     if failed:
         sys.exit(1)
-    return grid.out
-
-
-def _check_folder(grid: Grid, file: Path) -> None:
-    """Raises ValueError if --out holds other files, or a grid with other flags or more values."""
-    out = grid.out
-    if not file.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"--out {out}: holds other files, but no grid; choose an empty folder")
-        return
-    old = read_json(file)
-    axes = old.get("axes") or {}
-    kept = all(set(values) <= set(grid.axes.get(name, ())) for name, values in axes.items())
-    if old.get("fixed") != grid.fixed or axes.keys() != grid.axes.keys() or not kept:
-        raise ValueError(f"--out {out}: holds another grid ({file}); choose another --out")
+    return out
 
 
 def _make_runs(grid: Grid, runs: list[Run], signals: list[int]) -> dict[Path, str]:
@@ -213,11 +205,10 @@ def summarize(runs: list[Run]) -> tuple[dict[str, Row], int]:
         estimates = {n: [c[n].estimate() for c in seeds.values() if n in c] for n in names}
         rows[setting] = {name: over_seeds(each) for name, each in estimates.items()}
     for setting in settings[1:]:
-        first = found[settings[0]]
-        both = [(found[setting][seed], first[seed]) for seed in found[setting] if seed in first]
+        first, of_first = settings[0], found[settings[0]]
+        both = [(run, of_first[seed]) for seed, run in found[setting].items() if seed in of_first]
         names = [name for name in rows[setting] if all(name in c for two in both for c in two)]
         cells = {n: paired_difference([(a[n], b[n]) for a, b in both]) for n in names if both}
-        short = len(setting + settings[0]) < 48  # leaves room for the cells of a table
-        label = f"{setting} - {settings[0] if short else 'first'}"
+        label = f"{setting} - {first if len(setting + first) < 48 else 'first'}"  # fits a table
         rows[label] = {name: cell for name, cell in cells.items() if cell}
     return rows, max(map(len, found.values()), default=1)

@@ -70,8 +70,7 @@ def draw_pairs(job, step: int, rows: list[int]) -> StepData:
     answers = sample_ids(policy, prompts, options.max_new_tokens, **kwargs)
     grades = [grade_answer(item, tokenizer, answer) for item, answer in zip(items, answers)]
     cut = sum(answer[-1] not in tokenizer.stop_ids for answer in answers) / len(answers)
-    metrics = {"reward": sum(grades) / len(grades), "cut": cut}
-    metrics["num_drawn"] = sum(map(len, answers))
+    metrics = {"reward": sum(grades) / len(grades), "cut": cut, "num_drawn": sum(map(len, answers))}
     if not any(len(set(grades[i : i + k])) > 1 for i in range(0, len(grades), k)):
         say_once("  in this step the answers to each prompt have equal rewards, which give no "
                  "gradient; metrics.jsonl shows the reward and the share cut off")  # fmt: skip

@@ -73,7 +73,7 @@ def outcome(job, start_logps: torch.Tensor, logps: torch.Tensor) -> dict[str, Ro
         # Both models answered the same problems, so the differences are paired.
         change = {n: Column(trained[n].values - base[n].values) for n in trained}
     write_columns(Path(options.out) / "items.json", found)
-    found = {name if name == "base" else options.loss: columns for name, columns in found.items()}
+    found[options.loss] = found.pop("run")
     found |= {"change": change} if change else {}
     return {n: {c: x.estimate() for c, x in columns.items()} for n, columns in found.items()}
 

@@ -130,8 +130,6 @@ def sample_answers(model, tokenizer, prompts: list, *, samples=1, temperature=1.
 def stop_texts(tokenizer, stops: list[tuple[str, ...]]) -> Callable | None:
     """Returns None if there are no stop texts, otherwise a function `is_done` for `sample_ids` that
     ends answer i once it contains one of the texts in stops[i]."""
-
-    def is_done(i: int, answer: list[int]) -> bool:
-        return any(stop in tokenizer.decode(answer) for stop in stops[i])
-
-    return is_done if any(stops) else None
+    if not any(stops):
+        return None
+    return lambda i, answer: any(stop in tokenizer.decode(answer) for stop in stops[i])
