@@ -28,6 +28,7 @@ from support import job as job_module
 from support.files import read_json
 from support.job import TrainingError, mismatched_pairs
 from support.rows import Example
+from support.run_options import options_of_losses
 from support.tokenizers import byte_tokenizer
 from train import Options, check_finite, check_first_step, learning_rate, make_optimizer, train_step
 
