@@ -27,11 +27,10 @@ from mio import chunked_logps, find_loss, pair_loss
 from model import Llama
 from support.builtin_task import SAMPLES, TEST_PROBLEMS, task_columns
 from support.cli import Parser, add_options, check_value, option, pick_device
-from support.curves import by_experiment, plot
+from support.curves import plot
 from support.figures import Column, compared, table
 from support.files import digest_file, write_json
-from support.questions import answer_columns, choice_columns, choice_rows, examples, read_items
-from support.sampling import sample_ids
+from support.questions import answer_columns, choice_columns, choice_rows, read_items
 from support.trained_run import Run, load_checkpoint, read_run
 
 # --- Log-probs of answers -------------------------------------------------------------------------
@@ -138,8 +137,8 @@ def preference_columns(logps, ref_logps: Tensor | None, pairs, beta, path) -> di
     return {name: column for name, column in columns.items() if column.estimate().n}
 
 
-def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options, training) -> dict:
-    """Returns a dict from table titles to columns: preferences, and mutual information and KL."""
+def pair_columns(model, reference, path, title, pairs: Pairs, training) -> dict:
+    """Returns a dict from table titles to columns: preferences and mutual information."""
     layout = *LAYOUT, getattr(torch, training["dtype"])
     if reference and reference.config.vocab_size != (size := model.config.vocab_size):
         sizes = f"the reference has {reference.config.vocab_size} token ids, but the run has {size}"
@@ -148,11 +147,8 @@ def pair_columns(model, tokenizer, reference, path, title, pairs: Pairs, options
     ref_logps = pair_logps(reference, pairs, *layout) if reference else None
     scale = reward_scale(torch.from_numpy(pairs.lengths()[:, 1:]), **training)
     columns = preference_columns(logps, ref_logps, pairs, scale, path)
-    names = columns["chosen"].names if "chosen" in columns else columns["rejected"].names
-    critic = critic_columns(columns) if "margin" in columns else {}
-    if reference and options.kl_samples:
-        critic["KL"] = kl_column(model, reference, tokenizer, pairs, names, layout, options)
-    return {title: columns, f"{title}: critic": critic} if critic else {title: columns}
+    critic = {f"{title}: critic": critic_columns(columns)} if "margin" in columns else {}
+    return {title: columns} | critic
 
 
 def critic_columns(columns: dict[str, Column]) -> dict[str, Column]:
@@ -163,37 +159,20 @@ def critic_columns(columns: dict[str, Column]) -> dict[str, Column]:
     return {c: columns["margin"]._replace(values=bounds[n].numpy()) for c, n in limits.items()}
 
 
-def kl_column(model, reference, tokenizer, pairs: Pairs, names, layout, options) -> Column:
-    """Samples one answer y to each of the first --kl_samples prompts x, and returns log [pi(y|x) /
-    ref(y|x)], whose mean estimates the KL divergence of the policy from the reference in nats."""
-    first: dict[tuple, int] = {}  # a prompt -> its first pair
-    for i, pair in enumerate(pairs):
-        first.setdefault(tuple(pair.prompt), i)
-    prompts = list(map(list, first))[: options.kl_samples]
-    room = model.config.max_position_embeddings - max(map(len, prompts))
-    kwargs = {"stop_ids": tokenizer.stop_ids, "seed": options.seed, "rows": options.batch_size}
-    drawn = sample_ids(model, prompts, max(1, min(options.max_new_tokens, room)), **kwargs)
-    rows = list(zip(prompts, drawn))
-    logps, ref = (torch.cat(answer_logps(m, rows, *layout)) for m in (model, reference))
-    names = names[list(first.values())[: len(prompts)]]
-    return Column((logps - ref).double().numpy(), names=names)
-
-
-def evaluate(run: Run, shots: dict[str, str], options: "Options") -> tuple[dict, dict]:
-    """Evaluates a run on its data. `shots` maps each file to the text before its prompts. Returns
-    two dicts by table title: the columns, and each item's answers or choice log-probs."""
+def evaluate(run: Run, options: "Options") -> tuple[dict, dict]:
+    """Evaluates a run on its data. Returns two dicts by table title: the columns, and each item's
+    answers or choice log-probs."""
     by_title, answers, dtype = {}, {}, getattr(torch, options.dtype)
     init, device = run.training["init"], options.device  # a plain checkpoint has no reference
     load = functools.cache(lambda dtype: load_checkpoint(run.folder, device, dtype))
     reference = functools.cache(lambda: init and Llama.from_pretrained(init, device=device))
     for title, (path, rows) in run.data.items():
         if isinstance(rows, Pairs):
-            models = *load(torch.float32), reference()
-            by_title |= pair_columns(*models, path, title, rows, options, run.training)
+            model, _ = load(torch.float32)
+            by_title |= pair_columns(model, reference(), path, title, rows, run.training)
             continue
         model, tokenizer = load(dtype)
-        questions = model, tokenizer, path, rows, shots[path]
-        title += f", {options.k} shots" if shots[path] else ""
+        questions = model, tokenizer, path, rows
         if rows[0].choices:
             logps = answer_logps(model, choice_rows(*questions), *LAYOUT, dtype)
             by_title[title] = choice_columns(rows, [x.double().numpy() for x in logps])
@@ -214,14 +193,11 @@ def evaluate(run: Run, shots: dict[str, str], options: "Options") -> tuple[dict,
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Options:
-    shots: str | None = option(None, "JSONL file of solved examples to put before each prompt")
-    k: int | None = option(None, "number of examples from --shots (default: 5)", least=1)
     n: int = option(1, "answers to sample per question, for pass@k and maj@n", least=1, most=1024)
     temperature: float | None = option(None, "sampling temperature; 0 is greedy (default: 0, or 1 "
                                        "with --n > 1)", least=0)
     top_p: float = option(1.0, "probability mass kept by nucleus sampling", least=1e-6, most=1)
     max_new_tokens: int = option(256, "maximum number of tokens in a generated answer", least=1)
-    kl_samples: int = option(64, "answers to sample for the KL divergence; 0 for no KL", least=0)
     batch_size: int | None = option(None, "answers to generate at a time (default: as many as "
                                     "a cache of 65,536 tokens holds)", least=1)
     seed: int = option(0, "seed of the sampled answers", least=0)
@@ -252,10 +228,8 @@ def parse_options(parser: Parser, argv: list[str] | None) -> tuple:
     temperature = float(options.n > 1) if temperature is None else temperature
     if options.n > 1 and temperature == 0:
         raise ValueError(f"--n {options.n}: all greedy answers are equal; use --temperature 1")
-    if prompts is not None and (data or options.shots or options.out or options.plot):
-        raise ValueError("--prompt only shows answers; leave out --data, --shots, --out, --plot")
-    if options.k and not options.shots:
-        raise ValueError("-k needs --shots FILE.jsonl; add --shots or leave out -k")
+    if prompts is not None and (data or options.out or options.plot):
+        raise ValueError("--prompt only shows answers; leave out --data, --out and --plot")
     folders = [Path(run).resolve() for run in runs]
     if len(set(folders)) < len(folders):
         raise ValueError(f"{max(folders, key=folders.count)}: is named twice; name it once")
@@ -264,8 +238,8 @@ def parse_options(parser: Parser, argv: list[str] | None) -> tuple:
             raise ValueError(f"{file}: must be the name of a file in a folder that exists")
     if options.out and Path(options.out).exists():
         raise ValueError(f"--out {options.out}: the file exists; choose another name")
-    filled = {"temperature": temperature, "k": options.k or 5, "device": device}
-    filled["dtype"] = options.dtype or ("float32" if device == "cpu" else "bfloat16")
+    dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
+    filled = {"temperature": temperature, "device": device, "dtype": dtype}
     return runs, data, prompts, dataclasses.replace(options, **filled)
 
 
@@ -284,14 +258,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             print(side_by_side(names, prompts, options))
             return {}
         files = {path: read_items(path) for path in data}
-        shots = {p: examples(options.shots, options.k, x) for p, x in files.items() if x}
-        if options.shots and not any(shots.values()):
-            raise ValueError(f"--shots {options.shots}: no --data file has questions of the same "
-                             "kind and grade; change --shots or --data")  # fmt: skip
         parsed = {name: read_run(Path(run), files) for name, run in names.items()}
         if options.plot:
-            plot(by_experiment({n: Path(run) for n, run in names.items()}), Path(options.plot))
-        results = {name: evaluate(run, shots, options) for name, run in parsed.items()}
+            plot({name: [Path(run)] for name, run in names.items()}, Path(options.plot))
+        results = {name: evaluate(run, options) for name, run in parsed.items()}
     except (OSError, ValueError) as error:
         parser.error(error)
     tables = {}
@@ -302,7 +272,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     provenance = {
         "argv": sys.argv[1:] if argv is None else argv,
         "options": {"runs": runs, "data": data, **dataclasses.asdict(options)},
-        "sha256": {file: digest_file(file) for file in filter(None, (*data, options.shots))},
+        "sha256": {file: digest_file(file) for file in data},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     records, means = {}, {}

@@ -1,14 +1,11 @@
 """Reads the metrics.jsonl of run folders and plots the training curves of the runs together."""
 
-import json
-import re
 from itertools import chain, cycle
 from pathlib import Path
 
 import numpy as np
 
-from support.files import read_json, read_rows
-from support.run_folder import MAY_CHANGE, PROVENANCE
+from support.files import read_rows
 
 PANELS = {  # title -> metrics; a panel whose title begins with Δ shows changes since the first row
     "Δ log-prob of chosen answers, nats": ("logps/chosen",),
@@ -21,8 +18,6 @@ PANELS = {  # title -> metrics; a panel whose title begins with Δ shows changes
 # The palette of Okabe and Ito, which color-blind readers can tell apart, and line styles for print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
-# Keys of train_config.json that may differ between runs of one experiment.
-IGNORED = {*MAY_CHANGE, *PROVENANCE, "config", "resume", "overwrite"} - {"epochs", "max_steps"}
 
 
 def read_curves(folder: Path) -> dict[str, np.ndarray]:
@@ -39,20 +34,6 @@ def read_curves(folder: Path) -> dict[str, np.ndarray]:
         if points:
             curves[metric] = np.array(points, dtype=float).T  # (2, points)
     return curves
-
-
-def by_experiment(folders: dict[str, Path]) -> dict[str, list[Path]]:
-    """Groups run folders that differ only in their seed. Returns a dict from the name of each
-    group's first run to the group; skips folders without a run."""
-    groups: dict[str, tuple[str, list]] = {}
-    for name, folder in folders.items():
-        if (file := folder / "train_config.json").is_file():
-            config = {k: v for k, v in read_json(file).items() if k not in IGNORED}
-            seed = config.pop("seed", None)
-            # The names of the demonstration's base model and pairs contain the seed, too.
-            experiment = re.sub(rf"-?seed{seed}\b", "", json.dumps(config, sort_keys=True))
-            groups.setdefault(experiment, (name, []))[1].append(folder)
-    return dict(groups.values())
 
 
 def plot(groups: dict[str, list[Path]], file: Path):

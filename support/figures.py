@@ -27,7 +27,6 @@ LEGEND = {  # pattern that matches the start of a column's name -> explanation b
     "chosen": "chosen, rejected: summed log-prob of an answer, in nats",
     "dv": "dv, nwj, js: mutual information of prompt and chosen answer by critic T, in nats",
     "js": "js: estimates twice the Jensen-Shannon divergence; ≤: the largest possible value",
-    "KL": "KL: log-ratio to the reference, in nats, on answers sampled from the run",
 }
 
 

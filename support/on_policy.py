@@ -44,7 +44,7 @@ def load_questions(options, model, tokenizer) -> list[Item]:
     items = read_items(options.data)
     if items is None or items[0].choices:
         raise ValueError(f"{options.data}: rows must be questions with prompt, answer and grade")
-    prompt_ids(model, tokenizer, options.data, items, "", [options.max_new_tokens] * len(items))
+    prompt_ids(model, tokenizer, options.data, items, [options.max_new_tokens] * len(items))
     return items
 
 
@@ -63,7 +63,7 @@ def draw_pairs(job, step: int, rows: list[int]) -> StepData:
     options, model, tokenizer, k = job.options, job.model, job.tokenizer, job.options.samples
     dtype, pairs = getattr(torch, options.dtype), Pairs()
     items = [job.questions[i] for i in rows for _ in range(k)]  # one for each answer
-    prompts = [item.ids(tokenizer, "") for item in items]
+    prompts = [item.ids(tokenizer) for item in items]
     policy = merge_lora(copy.deepcopy(model), dtype) if options.lora_rank else model
     seed = int(np.random.default_rng([options.seed, step]).integers(2**62))
     kwargs = {"stop_ids": tokenizer.stop_ids, "seed": seed}

@@ -30,7 +30,7 @@ def answers_of(folder, prompts: list[str], options) -> list[list[str]]:
     else:  # a problem of the built-in task ends with a newline
         newline = "\n" if builtin_task.solves_problems(folder) else ""
         items = [prompt + newline for prompt in prompts]
-    ids = [Item(0, item, "", None).ids(tokenizer, "") for item in items for _ in range(options.n)]
+    ids = [Item(0, item, "", None).ids(tokenizer) for item in items for _ in range(options.n)]
     room = model.config.max_position_embeddings - max(map(len, ids))
     if room < 1:
         raise ValueError("--prompt: fills the model's context; shorten it")

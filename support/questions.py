@@ -25,11 +25,10 @@ class Item(NamedTuple):
     choices: tuple[str, ...] = ()
     gold: int = 0  # the index of the right choice
 
-    def ids(self, tokenizer, before: str) -> list[int]:
-        """Returns the prompt's ids, with `before` in front unless the prompt is a conversation."""
+    def ids(self, tokenizer) -> list[int]:
         if isinstance(self.prompt, list):
             return tokenizer.render(self.prompt, add_generation_prompt=True)
-        return tokenizer.prompt_ids(before + self.prompt)
+        return tokenizer.prompt_ids(self.prompt)
 
     def joined(self, text: str) -> str:
         """Returns an answer's text, with a space in front if it would touch the prompt."""
@@ -87,44 +86,26 @@ def read_items(path) -> list[Item] | None:
     return items
 
 
-def examples(path: str | None, k: int, items: list[Item]) -> str:
-    """Returns the first k questions of a file with their answers, as text to put before each prompt
-    of `items`, or "" without a file or if grades differ. Raises ValueError for unsuitable shots."""
-    if path is None:
-        return ""
-    shots = (read_items(path) or [])[:k]
-    if len(shots) < k:
-        raise ValueError(f"{path}: has {len(shots)} questions, but -k is {k}; change -k or --shots")
-    if len({item.grade for item in shots + items}) > 1:
-        return ""
-    if any(isinstance(item.prompt, list) for item in shots + items):
-        raise ValueError(f"{path}: shots cannot precede conversations; leave out --shots")
-    for shot in shots:
-        if any(shot.prompt == item.prompt for item in items):
-            raise ValueError(f"{path}:{shot.line}: is also in --data; use --shots of another split")
-    return "".join(f"{shot.prompt}{shot.joined(shot.key)}\n\n" for shot in shots)
-
-
-def prompt_ids(model, tokenizer, path, items: list[Item], before: str, lengths) -> list[list[int]]:
-    """Returns the ids of each item's prompt with `before` in front. lengths: (items,) most answer
-    tokens. Raises a ValueError with file and line if prompt and answer exceed the context."""
+def prompt_ids(model, tokenizer, path, items: list[Item], lengths) -> list[list[int]]:
+    """Returns the ids of each item's prompt. lengths: (items,) most answer tokens. Raises a
+    ValueError that names file and line if prompt and answer exceed the model's context."""
     limit, ids = model.config.max_position_embeddings, []
     for item, length in zip(items, lengths):
         try:
-            ids.append(item.ids(tokenizer, before))
+            ids.append(item.ids(tokenizer))
             if (total := len(ids[-1]) + length) > limit:
                 problem = f"prompt and answer may take {total} tokens, over the model's {limit}"
-                raise ValueError(f"{problem}; lower --max_new_tokens or -k")
+                raise ValueError(f"{problem}; lower --max_new_tokens")
         except ValueError as error:
             raise ValueError(f"{path}:{item.line}: {error}") from None
     return ids
 
 
-def answer_columns(model, tokenizer, path, items: list[Item], before: str, options):
+def answer_columns(model, tokenizer, path, items: list[Item], options):
     """Generates options.n answers to each item and grades them. Returns a dict of columns, and the
     answers of each item. "cut" is the share of answers without an end token or stop text."""
     n, new = options.n, options.max_new_tokens
-    prompts = prompt_ids(model, tokenizer, path, items, before, [new] * len(items))
+    prompts = prompt_ids(model, tokenizer, path, items, [new] * len(items))
     kwargs = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
     kwargs |= {"rows": options.batch_size, "stop_ids": tokenizer.stop_ids}
     kwargs["is_done"] = stop_texts(tokenizer, [item.stop for item in items for _ in range(n)])
@@ -143,11 +124,11 @@ def answer_columns(model, tokenizer, path, items: list[Item], before: str, optio
     return columns_of(values), texts
 
 
-def choice_rows(model, tokenizer, path, items: list[Item], before: str) -> list[list[list[int]]]:
+def choice_rows(model, tokenizer, path, items: list[Item]) -> list[list[list[int]]]:
     """Returns for each item the prompt's ids, then each choice's ids as they follow the prompt."""
     choices = [[tokenizer.continue_ids(item.joined(c)) for c in item.choices] for item in items]
     longest = [max(map(len, ids)) for ids in choices]
-    prompts = prompt_ids(model, tokenizer, path, items, before, longest)
+    prompts = prompt_ids(model, tokenizer, path, items, longest)
     return [[prompt, *ids] for prompt, ids in zip(prompts, choices)]
 
 
