@@ -77,7 +77,7 @@ def _rope(hf: dict) -> dict:
     _check(isinstance(rope, dict), f"rope_scaling must be an object, not {rope!r:.60}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
-    _check_number("rope_theta", hf.get("rope_theta", theta), float)  # even if not used
+    _check_number("rope_theta", hf.get("rope_theta", theta), float)  # must be valid even if unused
     _check(rope.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor must be 1")
     _check(kind in [*ROPE_SCALINGS], f"rope type {kind!r:.60} is not default, linear or llama3")
     for key in rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
