@@ -126,9 +126,8 @@ def read_pairs(path, tokenizer: Tokenizer, max_length: int) -> tuple[Pairs, Repo
 
 
 def load_pairs(path, tokenizer: Tokenizer, max_length: int = 1024) -> Pairs:
-    """Reads a JSONL file, plain or .gz, whose rows support/rows.py can read, and prints to standard
-    error which rows were dropped or truncated. Raises OSError, or a ValueError that names the file
-    and says which line is malformed or why no row can be used."""
+    """Calls read_pairs and prints to standard error which rows were dropped or truncated. Raises
+    the same errors, and a ValueError that names the file and says why if no row can be used."""
     pairs, report = read_pairs(path, tokenizer, max_length)
     if not pairs:
         why = "; ".join(report.lines()) or f"the file is empty; {ROW_FORMS}"
@@ -212,12 +211,10 @@ def attention_rule(batch: Batch, window: int | None = None) -> Callable:
 
 def row_masks(batch: Batch, window: int | None = None) -> list[Tensor]:
     """Returns a dense bool mask (1, 1, t, t) of the attention rule for each row of t tokens."""
-    masks, start, rule = [], 0, attention_rule(batch, window)
-    for tokens in batch.row_lengths:
-        place = torch.arange(start, start + tokens, device=batch.pair.device)
-        masks.append(rule(0, 0, place[:, None], place[None, :])[None, None])
-        start += tokens
-    return masks
+    rule = attention_rule(batch, window)
+    places = torch.arange(sum(batch.row_lengths), device=batch.pair.device)
+    rows = places.split(batch.row_lengths)  # (t,) each
+    return [rule(0, 0, row[:, None], row[None, :])[None, None] for row in rows]
 
 
 def row_length(pair: Sequence) -> int:
@@ -268,13 +265,12 @@ def pack_batch(pairs: Sequence, rows: list[list[int]], min_tokens: int = 0) -> B
     for number, i in enumerate(index):
         prompt, *answers = pairs[i]
         last = column + len(prompt) - 1  # the last prompt token predicts the first of each answer
-        parts = [(0, prompt, 0)]
-        parts += [(kind, ids[:-1], len(prompt)) for kind, ids in enumerate(answers, start=1)]
-        for kind, ids, position in parts:
-            here = slice(column, column + len(ids))
-            tokens[here], segment[here], pair_number[here] = ids, kind, number
-            positions[here] = np.arange(position, position + len(ids))
-            if kind and answers[kind - 1]:
+        for kind, ids in enumerate([prompt, *answers]):
+            inputs, position = (ids[:-1], len(prompt)) if kind else (prompt, 0)
+            here = slice(column, column + len(inputs))
+            tokens[here], segment[here], pair_number[here] = inputs, kind, number
+            positions[here] = np.arange(position, position + len(inputs))
+            if kind and ids:
                 source += [last, *range(here.start, here.stop)]
             column = here.stop
         targets += [token for answer in answers for token in answer]
@@ -328,8 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.max_length < 2:
         parser.error(f"--max_length {options.max_length}: must be at least 2")
     try:
-        tokenizer = load_tokenizer(options.tokenizer)
-        print(describe_file(options.file, tokenizer, options.max_length))
+        print(describe_file(options.file, load_tokenizer(options.tokenizer), options.max_length))
     except (OSError, ValueError) as error:
         parser.error(error)
 

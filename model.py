@@ -91,15 +91,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, grouped: bool) -> Tensor
     """Computes attention: q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E).
 
     mask: None for plain causal attention; (B, 1, T, S) bool, True where a query attends to a key; a
-    list of such masks for concatenated rows, each of which attends to itself only; or a BlockMask.
-    """
+    list of such masks for concatenated rows, which attend only to themselves; or a BlockMask."""
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
     if isinstance(mask, list):
         return _attend_row_by_row(q, k, v, mask, grouped)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 def _attend_row_by_row(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor], grouped: bool):
@@ -121,10 +118,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * self.head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(D, K * self.head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(H * self.head_dim, D, bias=config.attention_bias)
-        self.q_norm = self.k_norm = nn.Identity()
-        if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity  # Identity ignores its arguments
+        self.q_norm = norm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = norm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotary, mask: Mask, cache: Tensor | None, positions: Tensor):
         """x (B, T, D) -> (B, T, D). A cache (2, B, K, capacity, E) stores keys and values at
@@ -180,13 +176,10 @@ class Llama(nn.Module):
         self.config = config
         self.checkpointing = False  # recompute each block in the backward pass to save memory
         self.compiled = False
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-                "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        self.model = nn.ModuleDict()
+        self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model["norm"] = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # As in transformers, matrices are normal(0, initializer_range), norms 1 and biases 0.
@@ -251,8 +244,7 @@ class Llama(nn.Module):
         with torch.device("meta"):  # allocates no memory for the weights
             model = cls(config)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        state = read_weights(folder, shapes, dtype, device)
-        model.load_state_dict(state, strict=True, assign=True)
+        model.load_state_dict(read_weights(folder, shapes, dtype, device), strict=True, assign=True)
         return model
 
     def save_pretrained(self, folder) -> None:

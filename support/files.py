@@ -45,14 +45,8 @@ def write_json(path: Path, value: dict) -> None:
 def read_rows(path):
     """Yields the line number and the dict of each row of a JSONL file, gzipped or not, except blank
     lines. Raises OSError, or a ValueError that names the path and, for a bad row, the line."""
-    bar = {
-        "desc": f"reading {path}",
-        "unit": "B",
-        "unit_scale": True,
-        "leave": False,
-        "delay": 1,
-        "disable": None,
-    }
+    bar = {"desc": f"reading {path}", "unit": "B", "unit_scale": True, "leave": False,
+           "delay": 1, "disable": None}  # fmt: skip
     with open(path, "rb") as raw, tqdm(total=os.path.getsize(path), **bar) as progress:
         lines = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
         try:

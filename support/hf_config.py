@@ -42,9 +42,7 @@ def read_config(hf: dict, fields: tuple[dataclasses.Field, ...]) -> dict:
     for key, value in hf.items():
         only, named = (fixed | ONLY_VALUE).get(key, value), f"{key} = {value!r:.60}"
         _check(value == only, f"{named} is not implemented for {kind}, only {only!r}")
-        _check(
-            key in known, f"{named} is an unknown key (remove it if it does not change the model)"
-        )
+        _check(key in known, f"{named} is unknown (remove the key if it does not change the model)")
     for key in ("hidden_size", "num_attention_heads"):
         _check_number(key, hf.get(key), int)
     heads, values = hf["num_attention_heads"], {}
@@ -79,8 +77,7 @@ def _rope(hf: dict) -> dict:
     _check(isinstance(rope, dict), f"rope_scaling must be an object, not {rope!r:.60}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
-    _check_number("rope_theta", theta, float)
-    _check_number("rope_theta", hf.get("rope_theta", theta), float)
+    _check_number("rope_theta", hf.get("rope_theta", theta), float)  # must be valid even if unused
     _check(rope.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor must be 1")
     _check(kind in [*ROPE_SCALINGS], f"rope type {kind!r:.60} is not default, linear or llama3")
     for key in rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:

@@ -31,8 +31,7 @@ def read_row(row: dict) -> Example:
     """Converts a row to an example. Raises ValueError if the row is malformed, and UnusableError if
     an answer is empty or missing, the answers are identical, or their prompts differ."""
     if row.keys() >= {"chosen", "rejected"}:
-        is_conversation = isinstance(row["chosen"], list)
-        example = _read_conversations(row) if is_conversation else _read_texts(row)
+        example = _read_conversations(row) if isinstance(row["chosen"], list) else _read_texts(row)
     elif row.keys() >= {"prompt", "completion"} or "messages" in row:
         example = _read_completion(row)
     else:
@@ -71,24 +70,19 @@ def messages_of(row: dict, column: str) -> list[dict]:
 
 def _read_texts(row: dict) -> Example:
     """Reads a prompt and two answers, or two transcripts, which both begin with the prompt."""
-    chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
+    answers, prompts = {column: text_of(row, column) for column in ("chosen", "rejected")}, set()
     if "prompt" in row:
-        return Example("prompt, chosen, rejected", text_of(row, "prompt"), chosen, rejected)
-    prompt, chosen = _split_transcript(chosen, "chosen")
-    rejected_prompt, rejected = _split_transcript(rejected, "rejected")
-    if prompt != rejected_prompt:
+        return Example("prompt, chosen, rejected", text_of(row, "prompt"), **answers)
+    for column, transcript in answers.items():
+        before, turn, answers[column] = transcript.rpartition(ASSISTANT_TURN)
+        if not turn:
+            raise ValueError(f"a row without a 'prompt' needs {ASSISTANT_TURN!r} in {column!r}")
+        if HUMAN_TURN in answers[column]:
+            raise UnusableError("the transcript does not end in an assistant's turn")
+        prompts.add(before + turn)
+    if len(prompts) > 1:
         raise UnusableError("the transcripts differ before their last answer")
-    return Example("transcripts", prompt, chosen, rejected, continues=True)
-
-
-def _split_transcript(transcript: str, column: str) -> tuple[str, str]:
-    """Splits a transcript into a prompt and the text of the assistant's last turn."""
-    before, turn, answer = transcript.rpartition(ASSISTANT_TURN)
-    if not turn:
-        raise ValueError(f"a row without a 'prompt' needs {ASSISTANT_TURN!r} in {column!r}")
-    if HUMAN_TURN in answer:
-        raise UnusableError("the transcript does not end in an assistant's turn")
-    return before + turn, answer
+    return Example("transcripts", *prompts, **answers, continues=True)
 
 
 def _read_conversations(row: dict) -> Example:

@@ -65,8 +65,7 @@ def piece_encoder(tokens: list[bytes], ids: list[tuple[int, ...]], splits: list)
     def encode_piece(piece: str) -> tuple[int, ...]:
         # tiktoken's regular expressions may overflow their stack on longer texts.
         parts = split.findall(piece) if len(piece) > 50_000 else [piece]
-        found = [rank for part in parts for rank in bpe.encode_ordinary(part)]
-        return tuple(id for rank in found for id in ids[rank])
+        return tuple(id for part in parts for rank in bpe.encode_ordinary(part) for id in ids[rank])
 
     return functools.lru_cache(2**16)(encode_piece) if splits and not known else encode_piece
 
@@ -134,9 +133,8 @@ def compile_template(source: str):
 
 
 def render_template(source: str, messages: list[dict], add_generation_prompt: bool, names) -> str:
-    """Formats messages as one text with a chat template, a Jinja program, as transformers does.
-    `names` maps bos_token, eos_token and so on to their texts. Raises UnusableError if the template
-    refuses the messages, and ValueError if the template crashes."""
+    """Formats messages with a chat template, a Jinja program that may use `names`. Raises
+    UnusableError if the template refuses the messages, and ValueError if the template crashes."""
     values = {"messages": messages, "tools": None, "documents": None, **names}
     try:
         return compile_template(source).render(values, add_generation_prompt=add_generation_prompt)
@@ -200,8 +198,7 @@ class Tokenizer:
         text = unicodedata.normalize(self.form, text) if self.form else text
         text = text.replace(" ", SPACE) if self.space else text
         if text and self.space in PREFIXED[after]:
-            has_prefix = text.startswith(SPACE) and self.space != "legacy"
-            text = text if has_prefix else SPACE + text
+            text = text if text.startswith(SPACE) and self.space != "legacy" else SPACE + text
         pieces = [text]
         try:
             for split in self.splits:  # the group in a pattern makes `split` keep the matches

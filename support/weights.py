@@ -63,9 +63,8 @@ def write_weights(folder: Path, state: dict[str, Tensor]) -> None:
     count, files = len(shards), ["model.safetensors"]
     if count > 1:
         files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    for stale in folder.glob("model*.safetensors*"):
-        if stale.name not in files:
-            stale.unlink()
+    for stale in {*folder.glob("model*.safetensors*")} - {folder / file for file in files}:
+        stale.unlink()
     for file, shard in zip(files, shards):
         save_tensors(folder / file, shard, format="pt")
     if count > 1:

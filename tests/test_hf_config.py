@@ -116,7 +116,7 @@ WRONG = [
     ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of llama, mistral, qwen2, qwen3"),
     ({"model_type": None}, "model_type None"),
     ({"model_type": []}, "model_type"),
-    ({"layer_types": 3}, "layer_types = 3 is an unknown key (remove it if"),
+    ({"layer_types": 3}, "layer_types = 3 is unknown (remove the key if"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ({"sliding_window": 5}, "sliding_window = 5 is not implemented for llama, only None"),
     ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
