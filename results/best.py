@@ -52,7 +52,7 @@ for loss, run in best.items():
     settings.setdefault((run.flags["lr"], run.flags.get("beta")), []).append(loss)
 for (lr, beta), losses in settings.items():
     flags = {"loss": losses, "lr": lr} | ({"beta": beta} if beta else {})
-    runs += make(**flags, seed=[1, 2, 3, 4], out=f"out/best/lr{lr:g}-beta{beta}")
+    runs += make(**flags, seed=[1, 2, 3, 4], out=f"out/best/lr{lr}-beta{beta}")
 runs = [run._replace(setting=run.flags["loss"]) for run in runs]
 runs.sort(key=lambda run: run.setting != "mio")  # mio first: the table compares with mio
 gains, (rows, seeds) = changes(runs, "greedy"), summarize(runs)

@@ -40,7 +40,7 @@ tuned for accuracy; [best.md](best.md) compares tuned losses.
 found, rows = {}, {}  # found: loss -> its runs for each setting
 for loss, betas in BETAS.items():
     runs = make(loss=loss, beta=betas, lr=RATES, seed=SEEDS, epochs=4, out=f"out/dynamics/{loss}")
-    runs = [run._replace(setting=f"{loss} {run.flags['beta']:g}, lr {run.flags['lr']:g}")
+    runs = [run._replace(setting=f"{loss} {run.flags['beta']}, lr {run.flags['lr']}")
             for run in runs]  # fmt: skip
     found[loss] = [runs[i : i + len(SEEDS)] for i in range(0, len(runs), len(SEEDS))]
 for mio, dpo in zip(*found.values()):

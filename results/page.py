@@ -47,9 +47,7 @@ def spread(values: list[float]) -> str:
 def outcome(runs: list[Run], column: str = "greedy") -> str:
     """Returns a sentence, and a line for each setting in the order of the column's mean change."""
     moves, gains = changes(runs, "Δ chosen"), changes(runs, column)
-    text = (
-        f"Means over seeds (lowest to highest), in the order of the change of {column} accuracy:\n"
-    )
+    text = f"Mean changes from the start (lowest to highest seed), in the order of {column}:\n"
     for name in sorted(gains, key=lambda name: -sum(gains[name])):
         text += f"\n- {name}: {column} {spread(gains[name])} points, Δ chosen {spread(moves[name])}"
         text += f" nats, positive on {sum(x > 0 for x in moves[name])} of {len(moves[name])} seeds"

@@ -32,7 +32,7 @@ defaults. Each seed holds out another tenth of the prompts.
 
 {table}
 
-**What it shows.** {outcome}
+**What it shows.** At the start no pair counts for "reward", because all rewards are 0. {outcome}
 
 **What it does not show.** The trained models' own answers to the questions were not graded. The
 experiment has one small checkpoint, one learning rate, one beta for each loss, and few held-out
