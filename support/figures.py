@@ -158,7 +158,7 @@ def table(rows: dict[str, Row], width: int = 80, markdown: bool = False, seeds: 
     legend = [text for key, text in LEGEND.items() if any(re.match(key, c) for c in columns)]
     legend += [f"±: standard {'deviation over seeds' if seeds > 1 else 'error over prompts'}"]
     if any(isinstance(cell, Difference) for row in rows.values() for cell in row.values()):
-        scope = "prompts and seeds" if seeds > 1 else "prompts only"
+        scope = "seeds and prompts" if seeds > 1 else "prompts only"
         legend += [f"[...]: 95 % interval, paired, over {scope}"]
     if not all(rows.values()):
         legend += ["-: the two runs have no items in common"]

@@ -31,17 +31,16 @@ def items_of(rows, tmp_path):
     return read_items(write_rows(tmp_path / "items.jsonl", rows))
 
 
-@pytest.mark.parametrize("before", ["", "One choice.\n\n"])
-def test_choices_share_a_prompt_and_have_the_log_probs_of_single_sequences(before, tmp_path):
+def test_choices_share_a_prompt_and_have_the_log_probs_of_single_sequences(tmp_path):
     model, tokenizer, items = tiny_model(), byte_tokenizer(), items_of(CHOICES * 2, tmp_path)
-    rows = choice_rows(model, tokenizer, "", items, before)
+    rows = choice_rows(model, tokenizer, "", items)
     logps = answer_logps(model, rows, *LAYOUT, torch.float32)
     assert len(logps) == 6
     for row, found in zip(CHOICES * 2, logps):
         for choice, logp in zip(row["choices"], found.tolist()):
             space = "" if row["prompt"][-1].isspace() or choice[0] == " " else " "
             ids = tokenizer.encode(space + choice)
-            expected = single_logp(model, tokenizer.prompt_ids(before + row["prompt"]), ids)
+            expected = single_logp(model, tokenizer.prompt_ids(row["prompt"]), ids)
             assert logp == pytest.approx(expected, rel=1e-5)
 
 
@@ -57,8 +56,8 @@ def test_a_choice_that_the_model_cannot_read_is_named_by_file_and_line(tmp_path)
     model, items = tiny_model(max_position_embeddings=48), items_of(CHOICES, tmp_path)
     with pytest.raises(ValueError, match="x.jsonl:3: prompt and answer may take 46 tokens, over"):
         tight = tiny_model(max_position_embeddings=45)
-        choice_rows(tight, byte_tokenizer(), "x.jsonl", items, "")
-    assert len(choice_rows(model, byte_tokenizer(), "x.jsonl", items, "")) == 3
+        choice_rows(tight, byte_tokenizer(), "x.jsonl", items)
+    assert len(choice_rows(model, byte_tokenizer(), "x.jsonl", items)) == 3
 
 
 def test_log_probs_and_accuracies_are_those_of_lm_evaluation_harness(
@@ -121,7 +120,7 @@ QUESTIONS = [
 ]
 
 
-def test_published_rows_are_answered_after_shots_and_end_at_a_stop_text(
+def test_published_rows_are_answered_and_end_at_a_stop_text(
     checkpoint, tmp_path, monkeypatch, capsys
 ):
     prompts_read = []
@@ -137,18 +136,15 @@ def test_published_rows_are_answered_after_shots_and_end_at_a_stop_text(
 
     monkeypatch.setattr(Llama, "generate", generate)
     file, out = write_rows(tmp_path / "gsm.jsonl", QUESTIONS), tmp_path / "results.json"
-    shown = [{"question": f"{i} - {i}?", "answer": "#### 0"} for i in (7, 8, 9)]
-    shots = write_rows(tmp_path / "shots.jsonl", shown)
-    argv = [str(checkpoint), "--data", str(file), "--out", str(out), "--shots", str(shots)]
-    found = evaluation.main([*argv, "-k", "2", "--max_new_tokens", "90"])[str(checkpoint)]
+    argv = [str(checkpoint), "--data", str(file), "--out", str(out)]
+    found = evaluation.main([*argv, "--max_new_tokens", "90"])[str(checkpoint)]
     assert found == {"strict": 0, "flexible": pytest.approx(1 / 3), "cut": 0}
-    before = "".join(f"Question: {q['question']}\nAnswer: {q['answer']}\n\n" for q in shown[:2])
-    assert prompts_read == [f"{before}Question: {q['question']}\nAnswer:" for q in QUESTIONS]
+    assert prompts_read == [f"Question: {q['question']}\nAnswer:" for q in QUESTIONS]
     record = json.loads(out.read_text())[str(checkpoint)]
-    title = "gsm.jsonl, 2 shots, greedy"
+    title = "gsm.jsonl, greedy"
     assert record["answers"] == {title: [["so 4"], ["so 4"], ["#### 4 it is\n"]]}
     assert record["items"][title]["flexible"] == [0.0, 1.0, 0.0]
-    assert record["sha256"].keys() == {str(file), str(shots)}
+    assert record["sha256"].keys() == {str(file)}
     assert f"{title}\n\n" in capsys.readouterr().out
 
 
@@ -191,7 +187,7 @@ def test_answers_belong_to_their_items_and_those_without_an_end_are_cut(tmp_path
     options = SimpleNamespace(
         n=2, max_new_tokens=9, temperature=1, top_p=1, seed=0, batch_size=None
     )
-    columns, texts = answer_columns(model, byte_tokenizer(), "", items, "", options)
+    columns, texts = answer_columns(model, byte_tokenizer(), "", items, options)
     assert texts == [["bb ", "bb?"], ["a", "a"]]
     found = {name: column.values.tolist() for name, column in columns.items()}
     assert found["exact pass@1"] == [0.5, 1] and found["cut"] == [1, 0]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from support.curves import COLORS, PANELS, STYLES, by_experiment, plot, read_curves
+from support.curves import COLORS, PANELS, STYLES, plot, read_curves
 from support.files import write_json, write_rows
 
 
@@ -19,25 +19,6 @@ def held_out(steps, chosen, loss) -> list[dict]:
     names = "eval_logps/chosen", "eval_loss", "eval_rewards/rejected", "eval_rewards/chosen"
     rows = [dict(zip(("step", *names), (s, c, v, -v, v))) for s, c, v in zip(steps, chosen, loss)]
     return [rows[0], {"step": 1, "loss": 9.0, "logps/chosen": 9.0}, *rows[1:]]
-
-
-def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
-    rows = [{"step": 0, "loss": 1.0}]
-    runs = {
-        "a": {"loss": "mio", "seed": 0, "beta": 1.0, "init": "out/base-seed0", "out": "out/a"},
-        "b": {"loss": "mio", "seed": 1, "beta": 1.0, "init": "out/base-seed1", "log_every": 7},
-        "c": {"loss": "mio", "seed": 1, "beta": 1.0, "init": "out/base-seed0"},  # another base
-        "d": {"loss": "mio", "seed": 1, "beta": 1.0, "init": "out/base-seed12"},
-        "e": {"loss": "mio", "seed": 2, "beta": 1.0, "init": "out/base-seed22"},
-        "f": {"loss": "mio", "seed": 2, "beta": 0.5, "init": "out/base-seed2"},
-        "g": {"loss": "mio", "seed": 2, "beta": 0.5, "init": "out/base-seed2", "split_seed": 1},
-        "h": {"loss": "mio", "seed": 0, "beta": 0.5, "init": "out/base", "epochs": 1},
-        "i": {"loss": "mio", "seed": 0, "beta": 0.5, "init": "out/base", "epochs": 2},
-    }
-    folders = {name: make_run(tmp_path / name, rows, **run) for name, run in runs.items()}
-    groups = by_experiment(folders | {"no run": tmp_path})
-    assert groups.pop("a") == [tmp_path / "a", tmp_path / "b"]
-    assert groups == {name: [tmp_path / name] for name in "cdefghi"}
 
 
 def test_curves_are_those_of_held_out_pairs_if_there_are_any(tmp_path):
@@ -67,7 +48,8 @@ def test_plot_shows_the_mean_and_band_of_seeds_up_to_the_shortest_run(tmp_path):
         "other": (held_out([0, 30], [-3.0, -4.0], [0.5, 0.25]), {"seed": 0, "beta": 2.0}),
     }
     folders = {n: make_run(tmp_path / n, rows, **config) for n, (rows, config) in runs.items()}
-    figure = plot(by_experiment(folders), tmp_path / "curves.png")
+    groups = {"a": [folders[name] for name in "abc"], "other": [folders["other"]]}
+    figure = plot(groups, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert [axis.get_title() for axis in figure.axes] == list(PANELS)
     chosen, rejected, loss, rewards, *_ = figure.axes

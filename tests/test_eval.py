@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,12 +206,9 @@ def test_infinite_log_probs_cause_no_warnings(pairs_file):
 # --- A file of pairs ------------------------------------------------------------------------------
 
 
-def columns_by_title(models, file, title="x", kl_samples=0, beta=1.0, **training):
-    tokenizer = byte_tokenizer()
-    options = SimpleNamespace(kl_samples=kl_samples, max_new_tokens=5, seed=3, batch_size=None)
+def columns_by_title(models, file, title="x", beta=1.0, **training):
     training = TRAINING | {"beta": beta, "init": "base"} | training
-    pairs = load_pairs(file, tokenizer)
-    return pair_columns(models[0], tokenizer, models[1], file, title, pairs, options, training)
+    return pair_columns(*models, file, title, load_pairs(file, byte_tokenizer()), training)
 
 
 def test_information_of_a_file_has_the_rewards_as_critic_and_errors(pairs_file):
@@ -228,30 +224,6 @@ def test_information_of_a_file_has_the_rewards_as_critic_and_errors(pairs_file):
         assert column.names.tolist() == by_title["x"]["margin"].names.tolist()
     assert len(set(column.names)) == 23 and column.names[0].endswith(":1")
     assert list(columns_by_title((tiny_model(), None), pairs_file)) == ["x"]
-
-
-def test_kl_is_the_log_ratio_of_an_answer_sampled_once_for_each_prompt(tmp_path, monkeypatch):
-    answer, calls = [65, 66, 257], []
-
-    def sample_ids(model, prompts, max_new_tokens, **how):
-        calls.append((prompts, max_new_tokens, how))
-        return [answer] * len(prompts)
-
-    monkeypatch.setattr(evaluation, "sample_ids", sample_ids)
-    file = write_rows(tmp_path / "pairs.jsonl", [PAIR_ROWS[0], *PAIR_ROWS[:3]])
-    pairs, models = load_pairs(file, byte_tokenizer()), (tiny_model(), tiny_model(seed=1))
-    kl = columns_by_title(models, file, kl_samples=9)["x: critic"]["KL"]
-    assert [name.rpartition(":")[2] for name in kl.names] == ["1", "3", "4"]
-    for value, pair in zip(kl.values, pairs[1:]):
-        logps = [single_logp(model, pair.prompt, answer) for model in models]
-        assert value == pytest.approx(logps[0] - logps[1], rel=1e-4)
-    ((prompts, max_new_tokens, how),) = calls
-    assert prompts == [pair.prompt for pair in pairs[1:]] and max_new_tokens == 5
-    assert how == {"stop_ids": {257}, "seed": 3, "rows": None}
-    assert len(columns_by_title(models, file, kl_samples=2)["x: critic"]["KL"].values) == 2
-    short = [tiny_model(max_position_embeddings=max(map(len, prompts)) + 2) for _ in models]
-    columns_by_title(short, file, kl_samples=9)
-    assert calls[-1][1] == 2  # the context has room for two tokens
 
 
 def test_a_reference_with_another_vocabulary_is_refused(pairs_file):
@@ -287,12 +259,13 @@ def test_command_compares_runs_plots_their_curves_and_stores_every_value(
     monkeypatch.setattr(evaluation, "plot", lambda *arguments: plotted.append(arguments))
     runs = [trained(checkpoint, pairs_file, tmp_path / f"mio{seed}", "--seed", str(seed),
                     "--eval_data", str(pairs_file)) for seed in (0, 1)]  # fmt: skip
-    flags = ["--plot", str(tmp_path / "curves.png"), "--max_new_tokens", "9", "--kl_samples", "5"]
+    flags = ["--plot", str(tmp_path / "curves.png"), "--max_new_tokens", "9"]
     bad = write_rows(tmp_path / "bad.jsonl", [*PAIR_ROWS, {"prompt": 1}])
     assert "bad.jsonl:24" in refused([*runs, "--data", str(bad), *flags], capsys)
     assert not plotted
     found = evaluation.main([*runs, str(checkpoint), "--data", str(pairs_file), *flags])
-    assert plotted == [({"mio0": [Path(run) for run in runs]}, tmp_path / "curves.png")]
+    assert plotted == [({Path(run).name: [Path(run)] for run in (*runs, checkpoint)},
+                        tmp_path / "curves.png")]  # fmt: skip
     assert not (checkpoint / "eval.json").exists()
     printed = capsys.readouterr().out
     assert "| mio1 - mio0 |" in printed and "| init |" in printed
@@ -301,7 +274,7 @@ def test_command_compares_runs_plots_their_curves_and_stores_every_value(
     record = json.loads((Path(runs[0]) / "eval.json").read_text())
     items, critic = record["items"].values()
     lengths = load_pairs(pairs_file, byte_tokenizer()).lengths()
-    assert len(items["margin"]) == 23 and len(critic["KL"]) == 5
+    assert len(items["margin"]) == 23 == len(critic["js ≤0.4315"])
     row = found[runs[0]]
     assert row["T chosen"] == pytest.approx(0.2 * row["Δ chosen"])  # 0.2 is the beta of mio
     assert row["margin"] == pytest.approx(row["T chosen"] - row["T rejected"])
@@ -310,7 +283,7 @@ def test_command_compares_runs_plots_their_curves_and_stores_every_value(
         assert row[f"Δ/token {side}"] == pytest.approx(per_token.mean())
     assert record["figures"]["pairs.jsonl"]["margin"]["mean"] == row["margin"]
     assert record["argv"][0] == runs[0] and len(record["sha256"][str(pairs_file)]) == 64
-    assert record["options"]["kl_samples"] == 5 and record["options"]["runs"][:2] == runs
+    assert record["options"]["max_new_tokens"] == 9 and record["options"]["runs"][:2] == runs
 
 
 def test_command_compares_a_run_with_the_model_that_it_started_from(
@@ -318,7 +291,7 @@ def test_command_compares_a_run_with_the_model_that_it_started_from(
 ):
     data = ["--data", str(pairs_file)]
     run = trained(checkpoint, pairs_file, tmp_path / "out", "--loss", "sft", "--eval_data", data[1])
-    found = evaluation.main([run, str(checkpoint), *data, "--kl_samples", "0"])
+    found = evaluation.main([run, str(checkpoint), *data])
     stored = read_columns(Path(run) / "items.json")["run"]
     assert list(stored) == ["Δ chosen", "Δ rejected", "reward"]
     for name, column in stored.items():
@@ -341,7 +314,7 @@ def test_losses_of_means_have_rewards_per_token(flags, checkpoint, pairs_file, t
     logps = [[[single_logp(model, p.prompt, a) for a in p[1:]] for p in pairs]
              for model in (tiny_model(), Llama.from_pretrained(run))]  # fmt: skip
     rewards = beta * (np.array(logps[1]) - np.array(logps[0])) / pairs.lengths()[:, 1:]
-    found = evaluation.main([run, *data, "--kl_samples", "0"])[run]
+    found = evaluation.main([run, *data])[run]
     for side, expected in zip(SIDES, rewards.mean(axis=0)):
         assert rows[-1][f"eval_rewards/{side}"] == pytest.approx(expected, rel=1e-3)
         assert found[f"T {side}"] == pytest.approx(expected, rel=1e-3)
@@ -358,7 +331,7 @@ def test_command_truncates_pairs_as_training_did_and_writes_only_the_file_of_out
 ):
     flags = ["--eval_data", str(pairs_file), "--max_length", "50"]
     run, out = trained(checkpoint, pairs_file, tmp_path / "short", *flags), tmp_path / "all.json"
-    flags = ["--data", str(pairs_file), "--kl_samples", "0", "--out", str(out)]
+    flags = ["--data", str(pairs_file), "--out", str(out)]
     found = evaluation.main([run, *flags])[run]
     assert found["Δ chosen"] == pytest.approx(summary_of(run)["Δ chosen"]["mean"], abs=1e-4)
     assert json.loads(out.read_text()).keys() == {run}
@@ -370,7 +343,7 @@ def test_without_data_a_run_is_evaluated_on_the_pairs_that_its_training_held_out
 ):
     flags = ["--eval_fraction", "0.3", "--seed", "4", "--split_seed", "3", "--max_steps", "1"]
     run = trained(checkpoint, pairs_file, tmp_path / "out", *flags)
-    found = evaluation.main([run, "--kl_samples", "0"])[run]
+    found = evaluation.main([run])[run]
     assert found["Δ chosen"] == pytest.approx(summary_of(run)["Δ chosen"]["mean"], abs=1e-5)
     assert "greedy" not in found
     counts = []
@@ -381,7 +354,7 @@ def test_without_data_a_run_is_evaluated_on_the_pairs_that_its_training_held_out
 
     monkeypatch.setattr(evaluation, "task_columns", task_columns)
     (checkpoint / "base.json").write_text("{}")  # the mark of the demonstration's base model
-    assert evaluation.main([run, "--kl_samples", "0"])[run] == {"greedy": 0.5} | found
+    assert evaluation.main([run])[run] == {"greedy": 0.5} | found
     assert evaluation.main([str(checkpoint), "--n", "3"])[str(checkpoint)] == {"greedy": 0.5}
     assert counts == [(1000, 4), (1000, 3)]
 
@@ -394,7 +367,7 @@ def test_command_compares_the_rows_that_two_runs_share(checkpoint, tmp_path, cap
     runs = {"a": (file, 99), "b": (file, 80), "c": (other, 99)}
     runs = [untrained(checkpoint, tmp_path / name, eval_data=str(path), max_length=length)
             for name, (path, length) in runs.items()]  # fmt: skip
-    evaluation.main([*runs, "--kl_samples", "0"])
+    evaluation.main([*runs])
     printed = capsys.readouterr()
     assert "1 of 25 rows dropped" in printed.err
     assert "-: the two runs have no items in common" in printed.out
@@ -435,10 +408,6 @@ def test_input_that_cannot_be_evaluated_is_refused_in_one_line(
         ([str(checkpoint), "--data", "gone.jsonl"], "gone.jsonl: No such file"),
         ([str(checkpoint)], "has no held-out pairs; name files with --data"),
         ([str(checkpoint), f"{checkpoint}/", *pairs], "is named twice"),
-        ([str(checkpoint), "--data", file, "-k", "2"], "-k needs --shots"),
-        ([str(checkpoint), "--data", file, "--shots", file, "-k", "4"], "has 3 questions, but -"),
-        ([str(checkpoint), "--data", file, "--shots", file, "-k", "2"], "use --shots of another"),
-        ([str(checkpoint), "--data", file, "--shots", choices, "-k", "1"], "kind and grade; cha"),
         ([str(checkpoint), "--data", file, "--n", "4", "--temperature", "0"], "--n 4: all greedy"),
         ([str(checkpoint), "--data", file, "--n", "0"], "--n 0: must be at least 1 and at most"),
         ([str(checkpoint), "--data", file, "--n", "1025"], "--n 1025: must be at least 1 and at"),

@@ -184,7 +184,7 @@ def test_shares_are_percentages_and_other_columns_keep_their_unit():
         "margin": (math.nan, math.nan, "+nan±nan"),
         "nwj ≤0.693": (-0.0624, 0.01, "-0.062±0.010"),
         "js ≤0.4315": (0.4, 0.01, "+0.400±0.010"),
-        "KL": (-123456.0, 2e5, "-1.2e+05±2e+05"),
+        "T chosen": (-123456.0, 2e5, "-1.2e+05±2e+05"),
     }
     for name, (mean, error, text) in cells.items():
         lines = table({"mio": {name: Estimate(mean, error, 7)}}).splitlines()
@@ -245,7 +245,6 @@ def test_legend_explains_what_the_table_shows():
         "Δ chosen": ["Δ "],
         "Δ/token chosen": [],
         "js ≤0.4315": ["js"],
-        "KL": ["KL"],
     }.items():
         lines = table({"mio": {name: Estimate(1.0, 1.0, 9)}}).splitlines()
         assert lines[3:] == [*(LEGEND[key] for key in keys), "±: standard error over prompts"]

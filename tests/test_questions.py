@@ -1,4 +1,4 @@
-"""Evaluation rows become items, shots stand before their prompts, prompts fit the model."""
+"""Evaluation rows become items, and prompts must fit the model."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from support.files import write_rows
-from support.questions import Item, examples, prompt_ids, read_item, read_items
+from support.questions import Item, prompt_ids, read_item, read_items
 
 QUESTIONS = [
     {"question": "1 + 1?", "answer": "It is <<1+1=2>>2\n#### 2"},
     {"question": "2 + 2?", "answer": "#### 4"},
     {"question": "3 + 3?", "answer": "#### 6"},
 ]
-SHOTS = [{"question": f"{i} - {i}?", "answer": "#### 0"} for i in (7, 8, 9)]
 CHOICES = [
     {"prompt": "Which?", "choices": ["a", "bb bb", "ccc", "dé"], "gold": 1},
     {"prompt": "Count: ", "choices": ["one", " two"], "gold": 0},
@@ -104,42 +103,6 @@ def test_an_answer_is_joined_to_its_prompt_by_one_space():
         assert Item(1, prompt, "4", "exact").joined(text) == joined
 
 
-def test_shots_are_the_first_rows_with_their_answers(file):
-    shots, items = file(SHOTS, "shots.jsonl"), read_items(file(QUESTIONS))
-    assert examples(shots, 2, items) == (
-        "Question: 7 - 7?\nAnswer: #### 0\n\nQuestion: 8 - 8?\nAnswer: #### 0\n\n"
-    )
-    choices = file(CHOICES, "choices.jsonl")
-    others = read_items(file([CHOICES[0] | {"prompt": "Why?"}], "others.jsonl"))
-    assert examples(choices, 2, others) == "Which? bb bb\n\nCount: one\n\n"
-
-
-def test_shots_of_another_form_or_no_file_give_nothing(file):
-    items = read_items(file(QUESTIONS))
-    assert examples(None, 5, items) == ""
-    assert examples(file(CHOICES, "shots.jsonl"), 1, items) == ""
-    assert examples(file([EXACT], "shots.jsonl"), 1, items) == ""  # another grade
-    assert examples(file([*SHOTS[:1], EXACT], "shots.jsonl"), 1, items) != ""  # not shown
-
-
-def test_shots_that_cannot_be_shown_are_refused(file):
-    items = read_items(file([EXACT]))
-    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
-    for rows, k, fault in [
-        ([EXACT | {"prompt": "a"}] * 2, 3, "has 2 questions, but -k is 3; change -k"),
-        ([pair] * 9, 3, "has 0 questions, but -k is 3; change -k"),
-        ([EXACT | {"prompt": MESSAGES}], 1, "shots cannot precede conversations; leave out"),
-        ([EXACT | {"prompt": "a"}, EXACT], 2, "is also in --data; use --shots of another split"),
-    ]:
-        shots = file(rows, "shots.jsonl")
-        line = ":2" if "--data" in fault else ""
-        with pytest.raises(ValueError) as error:
-            examples(shots, k, items)
-        assert str(error.value).startswith(f"{shots}{line}: {fault}")
-    shots = file([EXACT | {"prompt": "a"}, EXACT], "shots.jsonl")
-    assert examples(shots, 1, items) == "a 4\n\n"  # the second row is not shown
-
-
 class Letters:
     """A tokenizer with an id a character, and a chat template that is JSON."""
 
@@ -152,22 +115,22 @@ class Letters:
         return [*map(ord, json.dumps([messages, add_generation_prompt]))]
 
 
-def test_prompts_are_encoded_after_the_shots(file):
+def test_prompts_are_encoded_as_text_or_as_conversations():
     items = [Item(1, "p", "k", "exact"), Item(2, MESSAGES, "k", "exact")]
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
-    ids = prompt_ids(model, Letters(), "x.jsonl", items, "shot ", [1, 2])
-    assert ids[0] == [256, *b"shot p"]
+    ids = prompt_ids(model, Letters(), "x.jsonl", items, [1, 2])
+    assert ids[0] == [256, *b"p"]
     assert bytes(ids[1]).decode() == json.dumps([MESSAGES, True])
 
 
 def test_a_prompt_that_the_model_cannot_read_is_named_by_file_and_line():
     items = [Item(3, "abc", "k", "exact"), Item(7, "abcd", "k", "exact")]
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=9))
-    assert len(prompt_ids(model, Letters(), "x.jsonl", items, "", [5, 4])) == 2
+    assert len(prompt_ids(model, Letters(), "x.jsonl", items, [5, 4])) == 2
     with pytest.raises(ValueError, match="x.jsonl:7: prompt and answer may take 10 tokens, over"):
-        prompt_ids(model, Letters(), "x.jsonl", items, "", [5, 5])
+        prompt_ids(model, Letters(), "x.jsonl", items, [5, 5])
     with pytest.raises(ValueError, match="x.jsonl:3: prompt and answer may take 10 tokens"):
-        prompt_ids(model, Letters(), "x.jsonl", items, "a", [5, 4])
+        prompt_ids(model, Letters(), "x.jsonl", items, [6, 4])
     tool = Item(4, [{"role": "tool", "content": "x"}], "k", "exact")
     with pytest.raises(ValueError, match="x.jsonl:4: the chat template refuses it"):
-        prompt_ids(model, Letters(), "x.jsonl", [tool], "", [1])
+        prompt_ids(model, Letters(), "x.jsonl", [tool], [1])
