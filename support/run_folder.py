@@ -30,8 +30,8 @@ FILES = ("init", "init_adapter", "data", "eval_data")  # may move before a resum
 MAY_CHANGE = ("epochs", "max_steps", "eval_every", "log_every", "save_every", "keep", "out")
 RECORD_KEYS = {"step", "num_tokens", "inputs", "metrics", "options"}  # the keys of training.json
 PROVENANCE = ("commit", "versions", "machine")  # keys of train_config.json
-RESULTS = ("summary.json", "eval.json", "config.json", "model*.safetensors*", "adapter",
-           *TOKENIZER_FILES, "*.partial", "checkpoints/*.partial")  # fmt: skip
+RESULTS = ("summary.json", "items.json", "eval.json", "config.json", "model*.safetensors*",
+           "adapter", *TOKENIZER_FILES, "*.partial", "checkpoints/*.partial")  # fmt: skip
 
 
 def check_out(options, sources: list) -> None:
