@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from data import load_pairs
 from mio import LOSSES
 from support import builtin_task, sampling
 from support.builtin_task import (
-    base_values,
+    base_columns,
     is_correct,
     make_base,
     make_pairs,
@@ -22,9 +23,10 @@ from support.builtin_task import (
     problems,
     solution,
     split_of,
-    task_row,
-    task_values,
+    task_columns,
 )
+from support.figures import Column, read_columns
+from support.files import digest_file
 from support.tokenizers import byte_tokenizer
 
 WRONG = "1+1=2\n#### 1000"
@@ -280,11 +282,11 @@ def test_answers_that_are_no_utf8_give_no_pair_and_the_others_keep_their_tokens(
             assert [pair.chosen, pair.rejected] == [answers[2], answers[4]]
 
 
-def test_the_row_of_a_task_holds_means_and_standard_errors():
-    assert task_row({"greedy": [0.0, 1.0]}) == {"greedy": (0.5, pytest.approx(0.5), 2)}
+def values_of(columns: dict[str, Column]) -> dict[str, list[float]]:
+    return {name: column.values.tolist() for name, column in columns.items()}
 
 
-def test_task_values_grade_greedy_and_sampled_answers(monkeypatch):
+def test_the_columns_of_the_task_grade_greedy_and_sampled_answers(monkeypatch):
     def answers(model, tokenizer, prompts, samples=1, temperature=1.0):
         assert all(split_of(prompt) == "test" for prompt in prompts)
         assert temperature == (0 if samples == 1 else 1.0)
@@ -293,24 +295,30 @@ def test_task_values_grade_greedy_and_sampled_answers(monkeypatch):
         return [[solution(p)] * i + [WRONG] * (samples - i) for i, p in enumerate(prompts)]
 
     monkeypatch.setattr(builtin_task, "sample_answers", answers)
-    values = task_values(None, None, 5)
-    assert values.keys() == {"greedy", "pass@1", "pass@4"}
+    columns = task_columns(None, None, 5)
+    assert list(columns) == ["greedy", "pass@1", "pass@4"]
+    assert columns["greedy"].estimate() == (0.4, pytest.approx(math.sqrt(0.06)), 5)
+    values = values_of(columns)
     assert values["greedy"] == [0.0, 1.0] * 2 + [0.0]
     assert values["pass@1"] == pytest.approx(np.arange(5) / 4)
     assert values["pass@4"] == [0.0] + [1.0] * 4
-    assert list(task_values(None, None, 3, samples=6)) == [
+    assert list(task_columns(None, None, 3, samples=6)) == [
         *("greedy", "pass@1", "pass@2", "pass@4", "pass@6")
     ]
 
 
-def test_values_of_the_base_model_are_computed_once(base, monkeypatch, capsys):
-    monkeypatch.setattr(builtin_task, "task_values", lambda *_: {"greedy": [0.0, 1.0]})
-    assert base_values(base, "cpu") == {"greedy": [0.0, 1.0]}
-    monkeypatch.setattr(builtin_task, "task_values", lambda *_: {"greedy": [1.0, 1.0]})
-    assert base_values(base, "cpu") == {"greedy": [0.0, 1.0]}
+def test_columns_of_the_base_model_are_computed_once(base, monkeypatch, capsys):
+    def answer_with(*values: float) -> None:
+        columns = {"greedy": Column(np.array(values))}
+        monkeypatch.setattr(builtin_task, "task_columns", lambda *_: columns)
+
+    answer_with(0.0, 1.0)
+    assert values_of(base_columns(base, "cpu")) == {"greedy": [0.0, 1.0]}
+    answer_with(1.0, 1.0)
+    assert values_of(base_columns(base, "cpu")) == {"greedy": [0.0, 1.0]}
     assert capsys.readouterr().out.count("the base model on the held-out problems") == 1
     tiny_model(seed=1).save_pretrained(base)
-    assert base_values(base, "cpu") == {"greedy": [1.0, 1.0]}
+    assert values_of(base_columns(base, "cpu")) == {"greedy": [1.0, 1.0]}
 
 
 # --- The demonstration ----------------------------------------------------------------------------
@@ -368,8 +376,8 @@ def test_the_demonstration_from_end_to_end_in_small(tmp_path, monkeypatch, capsy
     shrink(monkeypatch)
     monkeypatch.setattr(builtin_task, "encode_example", encode)
     monkeypatch.setattr(builtin_task, "sample_answers", answers)
-    few = functools.partial(builtin_task.task_values, count=60)
-    monkeypatch.setattr(builtin_task, "task_values", few)
+    few = functools.partial(builtin_task.task_columns, count=60)
+    monkeypatch.setattr(builtin_task, "task_columns", few)
     out = str(tmp_path / "sft")
     folder = train.main(["--loss", "sft", "--out", out, "--epochs", "1", "--max_steps", "2"])
     assert json.loads((tmp_path / "base" / "base.json").read_text())["steps"] == 2
@@ -382,6 +390,16 @@ def test_the_demonstration_from_end_to_end_in_small(tmp_path, monkeypatch, capsy
     assert table["change"]["greedy"]["mean"] == 0.5
     assert table["sft"]["Δ chosen"]["mean"] > 0  # supervised training on the chosen
     assert table["sft"]["Δ chosen"]["n"] == 9
+    # items.json holds the values behind the table; the pairs are those of the held-out file.
+    columns, held_out = read_columns(folder / "items.json"), tmp_path / "base/heldout_pairs.jsonl"
+    of_task = ["greedy", "pass@1", "pass@4"]
+    assert list(columns) == ["base", "run"] and list(columns["base"]) == of_task
+    assert list(columns["run"]) == [*of_task, "Δ chosen", "Δ rejected", "reward"]
+    for row, name in (("base", "base"), ("run", "sft")):
+        for title, column in columns[row].items():
+            assert column.estimate()._asdict() == pytest.approx(table[name][title])
+    names = [f"{digest_file(held_out)[:16]}:{line}" for line in range(1, 10)]
+    assert columns["run"]["reward"].names.tolist() == names
     config = json.loads((folder / "train_config.json").read_text())
     assert config["init"] == str(tmp_path / "base")
     # The last step is saved, because the evaluation after it takes longer.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from support.curves import COLORS, PANELS, STYLES, plot, read_curves
+from support.curves import COLORS, PANELS, STYLES, by_experiment, plot, read_curves
 from support.files import write_json, write_rows
 
 
@@ -21,7 +21,7 @@ def held_out(steps, chosen, loss) -> list[dict]:
     return [rows[0], {"step": 1, "loss": 9.0, "logps/chosen": 9.0}, *rows[1:]]
 
 
-def test_runs_that_differ_only_in_their_seed_share_a_label(tmp_path):
+def test_runs_that_differ_only_in_their_seed_are_one_group(tmp_path):
     rows = [{"step": 0, "loss": 1.0}]
     runs = {
         "a": {"loss": "mio", "seed": 0, "beta": 1.0, "init": "out/base-seed0", "out": "out/a"},
@@ -30,10 +30,14 @@ def test_runs_that_differ_only_in_their_seed_share_a_label(tmp_path):
         "d": {"loss": "mio", "seed": 1, "beta": 1.0, "init": "out/base-seed12"},
         "e": {"loss": "mio", "seed": 2, "beta": 1.0, "init": "out/base-seed22"},
         "f": {"loss": "mio", "seed": 2, "beta": 0.5, "init": "out/base-seed2"},
+        "g": {"loss": "mio", "seed": 2, "beta": 0.5, "init": "out/base-seed2", "split_seed": 1},
+        "h": {"loss": "mio", "seed": 0, "beta": 0.5, "init": "out/base", "epochs": 1},
+        "i": {"loss": "mio", "seed": 0, "beta": 0.5, "init": "out/base", "epochs": 2},
     }
     folders = {name: make_run(tmp_path / name, rows, **run) for name, run in runs.items()}
-    found = {label: len(group) for label, group in read_curves(folders).items()}
-    assert found == {"a (2 seeds)": 2, "c": 1, "d": 1, "e": 1, "f": 1}
+    groups = by_experiment(folders | {"no run": tmp_path})
+    assert groups.pop("a") == [tmp_path / "a", tmp_path / "b"]
+    assert groups == {name: [tmp_path / name] for name in "cdefghi"}
 
 
 def test_curves_are_those_of_held_out_pairs_if_there_are_any(tmp_path):
@@ -44,18 +48,14 @@ def test_curves_are_those_of_held_out_pairs_if_there_are_any(tmp_path):
         "empty": make_run(tmp_path / "empty", [{"step": 1}], beta=3),
         "checkpoint": tmp_path,
     }
-    found = read_curves(folders)
-    assert list(found) == ["watched", "trained"]
-    assert found["watched"][0]["loss"].tolist() == [[0, 5], [0.7, 0.6]]
-    assert found["trained"][0].keys() == {"loss"}
-    assert found["trained"][0]["loss"].tolist() == [[1, 2], [3.0, 2.0]]
+    found = {name: read_curves(folder) for name, folder in folders.items()}
+    assert found["watched"]["loss"].tolist() == [[0, 5], [0.7, 0.6]]
+    assert found["trained"].keys() == {"loss"} and found["empty"] == found["checkpoint"] == {}
+    assert found["trained"]["loss"].tolist() == [[1, 2], [3.0, 2.0]]
     for bad in ({"eval_loss": 1.0}, {"step": 1, "eval_loss": "high"}):
         write_rows(folders["trained"] / "metrics.jsonl", [bad])
         with pytest.raises(ValueError, match="trained/metrics.jsonl: step and eval_loss must be"):
-            read_curves(folders)
-    (folders["watched"] / "train_config.json").unlink()
-    (folders["trained"] / "metrics.jsonl").unlink()
-    assert read_curves(folders) == {}
+            read_curves(folders["trained"])
 
 
 def test_plot_shows_the_mean_and_band_of_seeds_up_to_the_shortest_run(tmp_path):
@@ -67,7 +67,7 @@ def test_plot_shows_the_mean_and_band_of_seeds_up_to_the_shortest_run(tmp_path):
         "other": (held_out([0, 30], [-3.0, -4.0], [0.5, 0.25]), {"seed": 0, "beta": 2.0}),
     }
     folders = {n: make_run(tmp_path / n, rows, **config) for n, (rows, config) in runs.items()}
-    figure = plot(folders, tmp_path / "curves.png")
+    figure = plot(by_experiment(folders), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert [axis.get_title() for axis in figure.axes] == list(PANELS)
     chosen, rejected, loss, rewards, *_ = figure.axes
@@ -98,7 +98,19 @@ def test_labels_of_any_length_fit_in_the_picture(tmp_path):
     names = [f"llama-3.2-1b-gsm8k-{loss}-beta0.2-lr1e-6-seed0" for loss in ("sft", "dpo", "mio")]
     rows = [{"step": step, "loss": 1.0} for step in range(2)]
     folders = {name: make_run(tmp_path / name, rows, loss=name) for name in names}
-    figure = plot(folders, tmp_path / "curves.svg")
+    figure = plot({name: [folder] for name, folder in folders.items()}, tmp_path / "curves.svg")
     assert [text.get_text() for text in figure.legends[0].texts] == names
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
+def test_groups_without_metrics_are_left_out_and_without_any_there_is_no_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{"step": step, "loss": 1.0} for step in range(2)]
+    full, empty = make_run(tmp_path / "full", rows), make_run(tmp_path / "empty", [{"step": 0}])
+    groups = {"some": [full, empty], "none": [empty, tmp_path]}
+    figure = plot(groups, tmp_path / "curves.png")
+    assert [text.get_text() for text in figure.legends[0].texts] == ["some"]
+    with pytest.raises(ValueError, match="x.png: no run has metrics in metrics.jsonl; leave out"):
+        plot({"none": [empty]}, tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()

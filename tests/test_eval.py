@@ -1,5 +1,6 @@
 """Log-probs and metrics against values by hand and single sequences, and the eval command."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -22,14 +23,13 @@ from eval import (
     pair_logps,
     preference_columns,
     preference_metrics,
-    preference_row,
     preference_values,
     reward_scale,
 )
 from mio import LOSSES, pair_loss
 from model import Llama
-from support.curves import read_curves
-from support.figures import Column
+from support.figures import Column, read_columns
+from support.files import digest_file
 from support.tokenizers import byte_tokenizer
 from support.trained_run import TRAINING
 
@@ -164,27 +164,32 @@ def test_metrics_are_means_over_all_pairs():
     assert more == metrics | {"logps/chosen": -6.0, "rewards/chosen": -2.0}
 
 
-def test_columns_by_hand_and_a_missing_answer_has_no_value():
+def test_columns_by_hand_and_a_missing_answer_has_no_value(tmp_path):
     logps, ref = torch.tensor([[1.0, 5.0], [9.0, 5.0], [3.0, 0.0]]), torch.tensor([[1.0, 1.0]] * 3)
-    pairs = Pairs([Pair([1], [2], [3]), Pair([4], [2, 2], [3]), Pair([1], [2], [])])
-    columns = preference_columns(logps, ref, pairs, beta=0.5)
+    pairs, file = Pairs(), tmp_path / "pairs.jsonl"
+    for line, pair in ((4, ([1], [2], [3])), (7, ([4], [2, 2], [3])), (9, ([1], [2], []))):
+        pairs.append(Pair(*pair), line)
+    file.write_text("rows")
+    columns = preference_columns(logps, ref, pairs, 0.5, file)
     expected = {
         "reward": [0, 1], "margin": [-2, 2], "T chosen": [0, 4, 1], "T rejected": [2, 2],
         "Δ chosen": [0, 8, 2], "Δ rejected": [4, 4], "Δ/token chosen": [0, 4, 2],
         "Δ/token rejected": [4, 4], "chosen": [1, 9, 3], "rejected": [5, 5],
     }  # fmt: skip
     assert {name: column.known()[0].tolist() for name, column in columns.items()} == expected
-    assert {tuple(column.prompts) for column in columns.values()} == {(0, 1, 0)}
-    assert preference_columns(logps, None, pairs, 1.0).keys() == {"chosen", "rejected"}
-    row = preference_row(logps, ref, pairs)
-    assert {name: figure[::2] for name, figure in row.items()} == {
-        "Δ chosen": (pytest.approx(10 / 3), 3), "Δ rejected": (4.0, 2), "reward": (0.5, 2)
-    }  # fmt: skip
-    assert preference_row(logps[2:], ref[2:], pairs[2:]).keys() == {"Δ chosen"}
+    # A hash of the file and the line name a pair, and its first pair names a prompt.
+    names = [f"{hashlib.sha256(b'rows').hexdigest()[:16]}:{line}" for line in (4, 7, 9)]
+    for column in columns.values():
+        assert column.names.tolist() == names
+        assert column.prompts.tolist() == [names[0], names[1], names[0]]
+    assert preference_columns(logps, None, pairs, 1.0, file).keys() == {"chosen", "rejected"}
+    columns = preference_columns(logps[2:], ref[2:], pairs[2:], 0.5, file)
+    assert columns.keys() == {"T chosen", "Δ chosen", "Δ/token chosen", "chosen"}
+    assert preference_columns(logps[:0], ref[:0], Pairs(), 0.5, tmp_path / "gone") == {}
 
 
 @pytest.mark.filterwarnings("error")
-def test_infinite_log_probs_cause_no_warnings():
+def test_infinite_log_probs_cause_no_warnings(pairs_file):
     ref = torch.full((4, 2), -4.0)
     logps = torch.tensor([[-3.0, -5], [-math.inf, -4], [-4, -math.inf], [-3, -2]])
     metrics = preference_metrics(logps, ref, beta=1.0)
@@ -192,7 +197,8 @@ def test_infinite_log_probs_cause_no_warnings():
     assert metrics["rewards/accuracies"] == 0.5  # of the two pairs whose rewards are finite
     ref[3, 0] = -math.inf
     assert math.isnan(preference_metrics(logps, ref, beta=1.0)["mi/dv"])  # inf - inf
-    columns = preference_columns(logps, ref, Pairs([Pair([i], [2], [3]) for i in range(4)]), 1.0)
+    pairs = Pairs([Pair([i], [2], [3]) for i in range(4)])
+    columns = preference_columns(logps, ref, pairs, 1.0, pairs_file)
     columns |= critic_columns(columns)
     for column in columns.values():
         column.estimate(), column.difference(column)
@@ -286,10 +292,7 @@ def test_command_compares_runs_plots_their_curves_and_stores_every_value(
     assert "bad.jsonl:24" in refused([*runs, "--data", str(bad), *flags], capsys)
     assert not plotted
     found = evaluation.main([*runs, str(checkpoint), "--data", str(pairs_file), *flags])
-    folders = {"mio0": Path(runs[0]), "mio1": Path(runs[1]), "init": checkpoint}
-    assert plotted == [(folders, tmp_path / "curves.png")]
-    ((label, curves),) = read_curves(folders).items()
-    assert label == "mio0 (2 seeds)" and curves[0]["rewards/margins"][0].tolist() == [0, 1]
+    assert plotted == [({"mio0": [Path(run) for run in runs]}, tmp_path / "curves.png")]
     assert not (checkpoint / "eval.json").exists()
     printed = capsys.readouterr().out
     assert "| mio1 - mio0 |" in printed and "| init |" in printed
@@ -316,9 +319,12 @@ def test_command_compares_a_run_with_the_model_that_it_started_from(
     data = ["--data", str(pairs_file)]
     run = trained(checkpoint, pairs_file, tmp_path / "out", "--loss", "sft", "--eval_data", data[1])
     found = evaluation.main([run, str(checkpoint), *data, "--kl_samples", "0"])
-    for column in ("Δ chosen", "Δ rejected", "reward"):
-        mean = summary_of(run, "sft")[column]["mean"]
-        assert found[run][column] == pytest.approx(mean, abs=1e-4)
+    stored = read_columns(Path(run) / "items.json")["run"]
+    assert list(stored) == ["Δ chosen", "Δ rejected", "reward"]
+    for name, column in stored.items():
+        assert summary_of(run, "sft")[name] == column.estimate()._asdict()
+        assert found[run][name] == pytest.approx(column.estimate().mean, abs=1e-4)
+        assert column.names[2] == f"{digest_file(pairs_file)[:16]}:3"
     assert found[run]["Δ chosen"] > 0
     pairs, model = load_pairs(pairs_file, byte_tokenizer()), tiny_model()
     logps = np.array([[single_logp(model, p.prompt, a) for a in p[1:]] for p in pairs])
@@ -362,18 +368,18 @@ def test_command_truncates_pairs_as_training_did_and_writes_only_the_file_of_out
 def test_without_data_a_run_is_evaluated_on_the_pairs_that_its_training_held_out(
     checkpoint, pairs_file, tmp_path, monkeypatch
 ):
-    flags = ["--eval_fraction", "0.3", "--seed", "3", "--max_steps", "1"]
+    flags = ["--eval_fraction", "0.3", "--seed", "4", "--split_seed", "3", "--max_steps", "1"]
     run = trained(checkpoint, pairs_file, tmp_path / "out", *flags)
     found = evaluation.main([run, "--kl_samples", "0"])[run]
     assert found["Δ chosen"] == pytest.approx(summary_of(run)["Δ chosen"]["mean"], abs=1e-5)
     assert "greedy" not in found
     counts = []
 
-    def task_values(model, tokenizer, count, samples):
+    def task_columns(model, tokenizer, count, samples):
         counts.append((count, samples))
-        return {"greedy": [0.0, 1.0]}
+        return {"greedy": Column(np.array([0.0, 1.0]))}
 
-    monkeypatch.setattr(evaluation, "task_values", task_values)
+    monkeypatch.setattr(evaluation, "task_columns", task_columns)
     (checkpoint / "base.json").write_text("{}")  # the mark of the demonstration's base model
     assert evaluation.main([run, "--kl_samples", "0"])[run] == {"greedy": 0.5} | found
     assert evaluation.main([str(checkpoint), "--n", "3"])[str(checkpoint)] == {"greedy": 0.5}

@@ -5,6 +5,9 @@ import json
 import math
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,15 +45,15 @@ def job_of(checkpoint: Path, data: Path, *flags):
 # --- What a job holds -----------------------------------------------------------------------------
 
 
-def test_pairs_are_split_by_the_seed_or_held_out_in_a_file(checkpoint, pairs_file, tmp_path):
+def test_pairs_are_split_by_the_split_seed_or_held_out_in_a_file(checkpoint, pairs_file, tmp_path):
     pairs = list(load_pairs(pairs_file, byte_tokenizer()))
     splits = []
-    for seed in (0, 1):
-        job = job_of(checkpoint, pairs_file, "--seed", seed)
+    for flags in ((), ("--seed", 1), ("--seed", 1, "--split_seed", 1)):
+        job = job_of(checkpoint, pairs_file, *flags)
         assert len(job.pairs) == 21 and sorted([*job.pairs, *job.held_out]) == sorted(pairs)
         assert sorted([*job.pairs.lines, *job.held_out.lines]) == list(range(1, 24))
         splits.append(list(job.held_out))
-    assert splits[0] != splits[1]
+    assert splits[0] == splits[1] != splits[2]
     file = write_rows(tmp_path / "held_out.jsonl", PAIR_ROWS[:4])
     job = job_of(checkpoint, pairs_file, "--eval_data", file)
     assert list(job.pairs) == pairs and list(job.held_out) == pairs[:4]
@@ -330,7 +333,8 @@ def test_the_reference_is_computed_once_and_never_taken_from_a_damaged_file(
     job = job_of(checkpoint, pairs_file)
     right = reference_logps(job, job.pairs)
     assert "the initial weights on the training pairs ..." in capsys.readouterr().out
-    (file,) = (tmp_path / "cache").iterdir()
+    (file,) = (tmp_path / "cache").glob("reference-*/*")
+    assert file.name == "logps.safetensors" and len(file.parent.name) == len("reference-") + 16
     assert torch.equal(reference_logps(job, job.pairs), right)
     assert f"reference log-probs: found in {file}" in capsys.readouterr().out
     content = file.read_bytes()
@@ -375,14 +379,47 @@ def test_a_reference_that_is_not_finite_ends_a_run_in_one_line(checkpoint, pairs
         reference_logps(job, job.pairs)
     flags = ("--init", checkpoint, "--data", pairs_file, "--out", tmp_path / "out")
     assert f"{checkpoint}: log-probs are not finite" in refused(*flags)
-    assert not (tmp_path / "cache").exists() and not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert [*(tmp_path / "cache").glob("*/*")] == [*(tmp_path / "out").iterdir()] == []
 
 
-def test_runs_beside_each_other_share_the_reference(checkpoint, pairs_file, tmp_path, capsys):
-    run(checkpoint, pairs_file, tmp_path / "one", "--max_steps", "1")
-    assert "found in" not in capsys.readouterr().out
-    rows = metrics(
-        run(checkpoint, pairs_file, tmp_path / "two", "--loss", "dpo", "--max_steps", "1")
-    )
-    assert "reference log-probs: found in" in capsys.readouterr().out
-    assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+def test_losses_and_seeds_share_the_reference_and_another_split_has_its_own(
+    checkpoint, pairs_file, tmp_path, capsys
+):
+    starts = []
+    for flags, folders in (
+        ("--loss mio --seed 1", 1),
+        ("--loss dpo --seed 1", 1),
+        ("--loss mio --seed 7", 1),
+        ("--loss mio --seed 7 --split_seed 7", 2),
+    ):
+        out = tmp_path / f"run{len(starts)}"
+        rows = metrics(run(checkpoint, pairs_file, out, *flags.split(), "--max_steps", "1"))
+        is_new = len(starts) in (0, 3)
+        assert ("reference log-probs: found in" in capsys.readouterr().out) == (not is_new)
+        assert len([*(tmp_path / "cache").glob("reference-*/logps.safetensors")]) == folders
+        assert rows[1]["loss"] == pytest.approx(math.log(2 if "dpo" in flags else 4), abs=1e-5)
+        starts.append((rows[0]["eval_logps/chosen"], rows[0]["eval_logps/rejected"]))
+    assert starts[0] == starts[1] == starts[2] and starts[2] != starts[3]
+
+
+def test_two_runs_at_a_time_compute_the_reference_once(checkpoint, pairs_file, monkeypatch, capsys):
+    """Threads open the folder one by one, so its lock separates them as it separates processes."""
+    job, computed, begin = job_of(checkpoint, pairs_file), [], threading.Barrier(2, timeout=30)
+
+    def logps_of(*of_pairs, original=job_module.logps_of):
+        computed.append(threading.get_ident())
+        time.sleep(0.5)  # in which the other thread would compute them, too
+        return original(*of_pairs)
+
+    def run_reference(_):
+        begin.wait()
+        return reference_logps(job, job.pairs)
+
+    monkeypatch.setattr(job_module, "logps_of", logps_of)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(run_reference, range(2))
+    assert len(computed) == 1 and torch.equal(one, other)
+    out = capsys.readouterr().out
+    assert out.count("waiting for another run that computes these log-probs") == 1
+    assert out.count("the initial weights on the training pairs ...") == 1
+    assert out.count("reference log-probs: found in") == 1

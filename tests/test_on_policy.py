@@ -107,7 +107,7 @@ def test_pairs_are_right_against_wrong_from_the_weights_of_the_step(argv):
         assert pair.prompt == job.tokenizer.prompt_ids(QUESTIONS[line - 1]["prompt"])
     expected = [[single_logp(job.reference, p, side) for side in (1, 2)] for p in drawn.pairs]
     torch.testing.assert_close(drawn.ref_logps, torch.tensor(expected), rtol=1e-4, atol=1e-4)
-    assert drawn.metrics.keys() == {"reward", "num_drawn"}
+    assert drawn.metrics.keys() == {"reward", "cut", "num_drawn"}
     move(job.model, scale=0.3)
     moved = draw_pairs(job, 1, rows=range(12))
     assert list(moved.pairs) != list(drawn.pairs)

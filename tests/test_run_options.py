@@ -50,8 +50,9 @@ def test_defaults_are_those_of_the_loss_and_of_the_kind_of_run(inputs):
     own, demonstration = parse(*inputs), parse()
     names = ("loss", "epochs", "batch_size", "max_length", "lr", "max_new_tokens")
     assert [getattr(own, name) for name in names] == ["mio", 1, 32, 1024, 1e-6, 256]
-    assert [getattr(demonstration, name) for name in names] == ["mio", 2, 64, 96, 2e-4, 48]
+    assert [getattr(demonstration, name) for name in names] == ["mio", 2, 48, 96, 2e-4, 48]
     assert own.lora_alpha is own.lora_targets is own.gpu is own.mfu is own.max_steps is None
+    assert own.jobs is None and own.split_seed == demonstration.split_seed == 0
     assert own.device == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -100,7 +101,7 @@ def test_help_shows_both_defaults(capsys):
         train.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and "--loss STR objective; --loss help lists all losses" in text
-    assert "optimizer step (default: 32, demonstration: 64)" in text
+    assert "optimizer step (default: 32, demonstration: 48)" in text
     assert "implicit reward (default: the loss's own)" in text
     assert "folder for the run's files (default: out/LOSS)" in text
     assert "--gamma FLOAT option of --loss simpo; see --loss help" in text

@@ -353,7 +353,7 @@ def test_every_metric_of_every_row(checkpoint, pairs_file, tmp_path, monkeypatch
     flags = ("--epochs", "2", "--micro_tokens", "100", "--eval_fraction", "0.13", "--beta", "0.5")
     folder = run(checkpoint, pairs_file, tmp_path / "out", *flags, "--eval_every", "4")
     rows, tokenizer = metrics(folder), byte_tokenizer()
-    pairs, held_out = split_pairs(load_pairs(pairs_file, tokenizer), 0.13, seed=1)
+    pairs, held_out = split_pairs(load_pairs(pairs_file, tokenizer), 0.13, seed=0)  # --split_seed
     assert [row["step"] for row in rows] == list(range(7))  # steps of 8, 8 and 4 pairs, twice
     first = models[0]
     models.append(train.Llama.from_pretrained(folder))
@@ -459,8 +459,10 @@ def test_the_bar_shows_metrics_on_a_terminal(checkpoint, pairs_file, tmp_path, c
     row = metrics(run(checkpoint, pairs_file, tmp_path / "terminal"))[-1]
     shown = capsys.readouterr().err
     assert "mio: 100%" in shown
-    for label, name in (("loss", "loss"), ("margin", "rewards/margins")):
+    assert list(train.BAR.values()) == ["loss", "margin", "accuracy", "reward", "cut off"]
+    for name, label in list(train.BAR.items())[:3]:  # the others belong to drawn answers
         assert f"{label}={row[name]:.3g}" in shown
+    assert "reward=" not in shown and "cut off=" not in shown
 
 
 def test_answers_that_are_missing_have_no_value(checkpoint, tmp_path, monkeypatch):
@@ -596,13 +598,14 @@ def test_training_stops_at_a_loss_or_at_weights_that_are_not_finite(
 SMALL = {"--loss": "mio", "--eval_every": "2", "--batch_size": "3", "--eval_fraction": "0.25",
          "--epochs": "2"}  # fmt: skip
 # Two steps in which a chosen answer loses probability; only then does dpop differ from dpo.
-QUICK = SMALL | {"--epochs": "1", "--lr": "1e-2", "--warmup": "0", "--seed": "2"}
+QUICK = SMALL | {"--epochs": "1", "--lr": "1e-2", "--warmup": "0", "--seed": "2",
+                 "--split_seed": "2"}  # fmt: skip
 CHANGES = {
     "--loss": "dpo", "--beta": "0.9", "--epochs": "1", "--max_steps": "2", "--batch_size": "5",
     "--max_length": "50", "--lr": "2e-3", "--warmup": "0.9", "--schedule": "constant",
     "--weight_decay": "0.5", "--grad_clip": "0.01", "--seed": "2", "--dtype": "bfloat16",
     "--eval_fraction": "0.4", "--eval_every": "1", "--log_every": "3", "--eval_data": "OTHER",
-    "--average_logps": "",
+    "--split_seed": "3", "--average_logps": "",
 }  # fmt: skip
 # Options of losses: a value, and the losses that have the option. A new option is set to 0.3.
 OWN = {f"--{name}": ("0.3", " ".join(losses)) for name, losses in options_of_losses().items()} | {
@@ -619,7 +622,7 @@ NO_CHANGE = {
 }  # fmt: skip
 ELSEWHERE = (
     "init data out config resume overwrite on_policy samples max_new_tokens lora_rank "
-    "lora_alpha lora_targets lora_rslora init_adapter plan gpu mfu"
+    "lora_alpha lora_targets lora_rslora init_adapter plan gpu mfu jobs"
 )
 
 

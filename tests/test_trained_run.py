@@ -36,13 +36,19 @@ def lines_of(run) -> dict[str, list[int]]:
 
 
 def test_without_files_the_data_are_the_pairs_that_training_held_out(make_run, pairs_file):
-    data = {"data": str(pairs_file), "eval_fraction": 0.3, "seed": 5, "beta": 0.7}
+    data = {"data": str(pairs_file), "eval_fraction": 0.3, "seed": 4, "split_seed": 5, "beta": 0.7}
     run = read_run(make_run(**data), {})
     _, held_out = split_pairs(load_pairs(pairs_file, byte_tokenizer()), 0.3, 5)
     assert lines_of(run) == {"pairs.jsonl, held out": held_out.lines.tolist()}
     assert run.data["pairs.jsonl, held out"][0] == str(pairs_file)
     assert run.training["beta"] == 0.7 and run.training["dtype"] == "float32"
     assert not run.is_demonstration
+    other = read_run(make_run("another", **data | {"seed": 5}), {})  # the seed makes no difference
+    assert lines_of(other) == lines_of(run)
+    _, default = split_pairs(load_pairs(pairs_file, byte_tokenizer()), 0.3, 0)
+    del data["split_seed"]
+    run = read_run(make_run("default", **data), {})
+    assert lines_of(run) == {"pairs.jsonl, held out": default.lines.tolist()} != lines_of(other)
 
 
 def test_a_file_of_held_out_pairs_comes_before_a_share_and_rows_are_truncated(
