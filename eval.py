@@ -255,6 +255,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             from support.outcome import side_by_side  # imports this file
 
             prompts = prompts or [line.strip() for line in sys.stdin if line.strip()]
+            if not all(text.strip() for text in prompts or [""]):
+                raise ValueError("--prompt: there is no text; write a TEXT or a line of input")
             print(side_by_side(names, prompts, options))
             return {}
         files = {path: read_items(path) for path in data}

@@ -106,5 +106,6 @@ def what_happened(job) -> str:
         blocks = "".join(BLOCKS[round(scale * (x - low))] for x in change)
         lines.append(f"  {side:9} {curves[side][0]:6.2f} {blocks} {curves[side][-1]:.2f}")
     grid = f"python train.py --loss {shlex.quote(','.join(dict.fromkeys((loss, 'dpo', 'sft'))))}"
-    lines += ["", "Next:", f'  python eval.py {base} {shlex.quote(str(run))} --prompt "7+9-3+5"']
+    folders = shlex.join([str(base), str(run)])
+    lines += ["", "Next:", f'  python eval.py {folders} --prompt "7+9-3+5"']
     return "\n".join([*lines, f"  {grid} --seed 0,1,2 --jobs 2"])

@@ -460,8 +460,10 @@ def test_the_bar_shows_metrics_on_a_terminal(checkpoint, pairs_file, tmp_path, c
     row = metrics(run(checkpoint, pairs_file, tmp_path / "terminal"))[-1]
     shown = capsys.readouterr().err
     assert "mio: 100%" in shown
-    for label, name in (("loss", "loss"), ("margin", "rewards/margins")):
+    assert list(train.BAR.values()) == ["loss", "margin", "accuracy", "reward", "cut off"]
+    for name, label in list(train.BAR.items())[:3]:  # the others belong to drawn answers
         assert f"{label}={row[name]:.3g}" in shown
+    assert "reward=" not in shown and "cut off=" not in shown
 
 
 def test_answers_that_are_missing_have_no_value(checkpoint, tmp_path, monkeypatch):
