@@ -175,8 +175,8 @@ def _make_runs(grid: Grid, runs: list[Run], signals: list[int]) -> dict[Path, st
 def _make_run(run: Run, env: dict[str, str], signals: list[int]) -> tuple[float, str]:
     """Makes or resumes a run in a process of its own, whose output goes to a file. After a signal,
     the run saves a checkpoint and stops. Returns its seconds and, if it failed, its last line."""
-    start = time.monotonic()
-    with locked(run.folder, "waiting for this run, which an earlier command started"):
+    start, wait = time.monotonic(), "waiting for this run, which an earlier command started"
+    with locked(run.folder, wait):
         how = {"resume": True} if newest_checkpoint(run.folder) else run.flags | {"overwrite": True}
     if signals or (run.folder / "summary.json").is_file():
         return 0.0, ""
@@ -189,6 +189,9 @@ def _make_run(run: Run, env: dict[str, str], signals: list[int]) -> tuple[float,
     if process.poll() is None:
         process.terminate()
     failed = process.wait() and not signals
+    if failed:  # if the earlier command's run was still starting, it may have taken the lock since
+        with locked(run.folder, wait):
+            failed = not (run.folder / "summary.json").is_file()
     return time.monotonic() - start, file.read_text().strip().split("\n")[-1] if failed else ""
 
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, tiny_model, write_rows
-from test_eval import single_logp
+from test_eval import refused, single_logp
 
 import eval as evaluation
 from data import LAYOUT
 from eval import answer_logps
 from model import Llama
+from support.grading import GRADERS
 from support.questions import answer_columns, choice_columns, choice_rows, columns_of, read_items
 from support.tokenizers import byte_tokenizer
 
@@ -191,6 +192,29 @@ def test_answers_belong_to_their_items_and_those_without_an_end_are_cut(tmp_path
     assert texts == [["bb ", "bb?"], ["a", "a"]]
     found = {name: column.values.tolist() for name, column in columns.items()}
     assert found["exact pass@1"] == [0.5, 1] and found["cut"] == [1, 0]
+
+
+def test_a_grader_of_ones_own_has_a_column_with_the_mean_score(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(GRADERS, "length", lambda key, text: len(text) / int(key))
+    rows = [{"prompt": p, "answer": "8", "grade": "length"} for p in ("a", "bb")]
+    file, texts = write_rows(tmp_path / "own.jsonl", rows), ["1234", "12", "12345678", "1234"]
+
+    def generate(self, prompts, max_new_tokens, **how):
+        assert len(prompts) in (2, 4)
+        return [[*text.encode(), 257] for text in texts[: len(prompts)]]
+
+    monkeypatch.setattr(Llama, "generate", generate)
+    argv, name = [str(checkpoint), "--data", str(file), "--max_new_tokens", "9"], str(checkpoint)
+    assert evaluation.main(argv)[name] == {"length": (0.5 + 0.25) / 2, "cut": 0}
+    found = evaluation.main([*argv, "--n", "2"])[name]
+    assert found == {"length": (0.375 + 0.75) / 2, "cut": 0}
+    assert "| length | cut % |" in capsys.readouterr().out
+    rows[1]["grade"] = "width"
+    write_rows(file, rows)
+    message = "own.jsonl:2: the grade 'width' is unknown; choose from gsm8k, math, exact, letter, l"
+    assert message in refused(argv, capsys)
 
 
 def test_an_item_without_a_value_has_nan():

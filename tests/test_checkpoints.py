@@ -88,7 +88,7 @@ def test_draws_after_a_resume_equal_those_of_a_run_that_never_stopped(
     assert differences(whole, half) == []
 
 
-def test_a_run_with_fewer_steps_is_the_beginning_of_a_longer_one(undisturbed, tmp_path):
+def test_a_run_with_fewer_steps_is_the_beginning_of_a_longer_one(undisturbed, tmp_path, capsys):
     whole, flags = undisturbed / "out", (*SAVED, "--log_every", "1")
     init, data = undisturbed / "init", undisturbed / "pairs.jsonl"
     part = run(init, data, tmp_path / "part", *flags, "--max_steps", "5")
@@ -108,8 +108,16 @@ def test_a_run_with_fewer_steps_is_the_beginning_of_a_longer_one(undisturbed, tm
     train.main(["--resume", "--out", str(moved)])
     one, other = (json.loads((folder / "summary.json").read_text()) for folder in (whole, moved))
     assert one["table"] == other["table"] and one["loss"] == other["loss"]
+    assert "the learning-rate schedule" not in capsys.readouterr().out
     longer = train.main(["--resume", "--out", str(moved), "--epochs", "4"])
     assert metrics(longer)[-1]["step"] == 12 and steps(longer) == [12]
+    schedule = "--epochs 4: the learning-rate schedule now spans 12 steps, so the learning rate "
+    assert schedule + "jumps at step 10\n" in capsys.readouterr().out
+    # Step 9 was the last of 9, and step 10 is as far as if there had been 12 from the beginning.
+    options, rows = train.Options(lr=1e-3), metrics(longer)
+    found = {row["step"]: row["learning_rate"] for row in rows[1:]}
+    assert found[8] == train.learning_rate(options, 8, 9)
+    assert found[10] == train.learning_rate(options, 10, 12) > found[8]
 
 
 def test_a_run_that_max_steps_ended_can_go_on_to_its_end(checkpoint, pairs_file, tmp_path):

@@ -217,3 +217,22 @@ def test_a_right_answer_earns_its_reward_only_if_it_ends_with_a_stop_id():
     assert grade_answer(item, tokenizer, [*b"#### 41", 257]) == 0.0
     # The first reading of gsm8k is the strict one.
     assert grade_answer(item, tokenizer, [*b"it is 42", 257]) == 0.0
+
+
+def share(key: str, text: str) -> Fraction:
+    """A grader of one's own: the share of the key's words that the text has."""
+    words = key.split()
+    return Fraction(sum(word in text.split() for word in words), len(words))
+
+
+def test_a_grader_of_ones_own_scores_each_answer(monkeypatch):
+    monkeypatch.setitem(GRADERS, "share", share)
+    assert grade_values("share", "a b c d", ["b d x"]) == {"share": 0.5}
+    assert grade_values("share", "a b c d", ["a", "no", "a b c d"]) == {
+        "share": pytest.approx(5 / 12)  # the mean, without votes or pass@k
+    }
+    tokenizer = SimpleNamespace(stop_ids={257}, decode=lambda ids: bytes(ids).decode())
+    item = SimpleNamespace(grade="share", key="a b c d")
+    reward = grade_answer(item, tokenizer, [*b"c a x", 257])
+    assert reward == 0.5 and type(reward) is float
+    assert grade_answer(item, tokenizer, list(b"a b c d")) == 0.0  # cut off

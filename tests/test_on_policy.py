@@ -11,7 +11,7 @@ from runs import metrics, parse_options, refused
 
 import train
 from data import Pair, StepData
-from support import on_policy
+from support import grading, on_policy
 from support.job import load_job
 from support.lora import merge_lora
 from support.on_policy import check_draws, draw_pairs, prompts_per_step
@@ -113,6 +113,73 @@ def test_pairs_are_right_against_wrong_from_the_weights_of_the_step(argv):
     assert list(moved.pairs) != list(drawn.pairs)
     expected = [[single_logp(job.reference, p, side) for side in (1, 2)] for p in moved.pairs]
     torch.testing.assert_close(moved.ref_logps, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+def drawn_texts(monkeypatch, *texts: str) -> None:
+    """Lets the policy answer each prompt with these texts in turn; "!" marks one that is cut."""
+
+    def sample_ids(model, prompts, max_new_tokens, **how):
+        answers = [[*text.strip("!").encode()] + [257] * (text[-1:] != "!") for text in texts]
+        return answers * (len(prompts) // len(texts))
+
+    monkeypatch.setattr(on_policy, "sample_ids", sample_ids)
+
+
+def length(key: str, text: str) -> float:
+    """A grader of one's own, whose scores are fractions."""
+    return len(text) / 10
+
+
+@pytest.fixture
+def own_grader(argv, tmp_path, monkeypatch) -> list[str]:
+    """Flags of a run on questions that `length` grades."""
+    monkeypatch.setattr(on_policy, "grade_answer", grading.grade_answer)
+    monkeypatch.setitem(grading.GRADERS, "length", length)
+    rows = [row | {"grade": "length"} for row in QUESTIONS]
+    return [*argv, "--data", str(write_rows(tmp_path / "own.jsonl", rows))]
+
+
+def test_the_best_answer_is_paired_with_the_worst(own_grader, monkeypatch):
+    """Their scores are 0.2, 0.5, 0 (cut off), 0.1, 0.5 and 0."""
+    flags = ("--on_policy", "--samples", "6")
+    drawn_texts(monkeypatch, "aa", "bbbbb", "cccc!", "d", "eeeee", "")
+    drawn = draw_pairs(job_of(own_grader, *flags), 1, rows=[0, 4])
+    assert [(p.chosen, p.rejected) for p in drawn.pairs] == [([*b"bbbbb", 257], [*b"cccc"])] * 2
+    assert [*drawn.pairs.lines] == [1, 5]
+    assert drawn.metrics["reward"] == pytest.approx(1.3 / 6)
+    assert drawn.metrics["cut"] == pytest.approx(1 / 6)
+    assert drawn.metrics["num_drawn"] == 2 * (3 + 6 + 4 + 2 + 6 + 1)
+    drawn_texts(monkeypatch, "aa", "bb", "cc", "dd", "ee", "ff")  # equal scores give no pair
+    assert len(draw_pairs(job_of(own_grader, *flags), 1, rows=[0, 4]).pairs) == 0
+
+
+def test_rlhf_is_rewarded_by_a_grader_of_ones_own(own_grader, monkeypatch):
+    """At the reference the returns are the scores: 0.2, 0.5, 0 (cut off) and 0.1."""
+    drawn_texts(monkeypatch, "aa", "bbbbb", "cccc!", "d")
+    drawn = draw_pairs(job_of(own_grader, "--loss", "rlhf"), 1, rows=[3])
+    expected = [[0.2 - 0.6 / 3, 0.5 - 0.3 / 3], [0.0 - 0.8 / 3, 0.1 - 0.7 / 3]]
+    torch.testing.assert_close(drawn.advantages, torch.tensor(expected), atol=1e-5, rtol=0)
+    assert drawn.metrics["reward"] == pytest.approx(0.2) and drawn.metrics["cut"] == 0.25
+
+
+@pytest.mark.parametrize("flags", [["--on_policy"], ["--loss", "rlhf"]])
+def test_steps_with_equal_rewards_say_so_once(flags, argv, monkeypatch, capsys):
+    text = "in this step the answers to each prompt have equal rewards, which give no gradient"
+    on_policy.say_once.cache_clear()  # another test may have been told
+    train.main([*argv, *flags, "--max_steps", "1"])
+    assert text not in capsys.readouterr().out  # half of the answers are right
+    monkeypatch.setattr(on_policy, "grade_answer", lambda *_: 0.0)
+    out = train.main([*argv, *flags, "--overwrite", "--epochs", "2"])
+    assert [row["reward"] for row in metrics(out)[1:]] == [0.0] * (8 if "rlhf" in flags else 4)
+    assert capsys.readouterr().out.count(text) == 1
+
+
+def test_the_bar_shows_the_reward_and_the_share_cut_off(argv, monkeypatch, capsys):
+    monkeypatch.setattr(train.sys.stderr, "isatty", lambda: True)
+    row = metrics(train.main([*argv, "--loss", "rlhf", "--max_steps", "1"]))[1]
+    shown = capsys.readouterr().err
+    assert f"reward={row['reward']:.3g}, cut off={row['cut']:.3g}" in shown
+    assert "margin=" not in shown  # drawn answers are neither chosen nor rejected
 
 
 def test_each_step_and_each_seed_draws_other_answers_from_the_same_weights(argv):
