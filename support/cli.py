@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import textwrap
 import time
 from typing import get_args
 
@@ -82,7 +83,14 @@ def stage(title: str):
     print(f"{title} ...", flush=True)
     start, notes = time.perf_counter(), []
     yield notes
-    print(f"  {time.perf_counter() - start:.1f} s", *notes, sep=", ", flush=True)
+    seconds = f"{time.perf_counter() - start:.1f} s"
+    print(wrapped("  " + ", ".join([seconds, *notes])), flush=True)
+
+
+def wrapped(line: str) -> str:
+    """Breaks a line between words where it has 80 characters; long paths stay whole."""
+    form = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, 80, subsequent_indent="  ", **form)
 
 
 def pick_device(name: str) -> str:

@@ -18,7 +18,7 @@ from eval import pair_logps
 from mio import find_loss
 from model import Llama
 from support import lora, on_policy, run_folder, run_options, weights
-from support.cli import stage
+from support.cli import stage, wrapped
 from support.files import digest, locked, read_json
 from support.trained_run import load_checkpoint
 
@@ -161,16 +161,17 @@ def describe(job: Job) -> str:
     rows, unit = f"{len(job.pairs)} pairs", "pairs"
     if job.questions:
         rows, unit = f"{len(job.questions)} questions, {options.samples} answers to each", "prompts"
-    return (
-        f"{options.loss}: {loss.function.__doc__}   [{loss.source}]\n"
-        f"  log-probs as {loss.uses} over an answer's tokens{''.join(arguments)}, "
-        f"{'with' if loss.needs_reference else 'without'} a reference\n"
+    lines = [
+        f"{options.loss}: {loss.function.__doc__}   [{loss.source}]",
+        f"  log-probs as {'means' if options.average_logps else loss.uses} over an answer's tokens"
+        f"{''.join(arguments)}, {'with' if loss.needs_reference else 'without'} a reference",
         f"  {options.init}: {total:,} parameters, {trained:,} of them trained, {options.dtype} "
-        f"products on {options.device}\n"
+        f"products on {options.device}",
         f"  {rows}, {len(job.held_out)} held out; steps {job.record.get('step', 0) + 1} to "
         f"{job.stop} of {job.steps}, {on_policy.prompts_per_step(options)} {unit} each; lr "
-        f"{options.lr:g}, {options.schedule}, seed {options.seed}"
-    )
+        f"{options.lr:g}, {options.schedule}, seed {options.seed}",
+    ]
+    return "\n".join(map(wrapped, lines))
 
 
 def logps_of(job: Job, pairs: Pairs) -> Tensor:

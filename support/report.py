@@ -1,10 +1,9 @@
 """Reports on a file for `python data.py FILE`: rows, lengths, the first pair. Imports data.py."""
 
-import textwrap
-
 import numpy as np
 
 from data import Pair, Pairs, pack_batch, read_pairs, row_length
+from support.cli import wrapped
 
 QUANTILES = (0, 25, 50, 75, 95, 100)  # percent
 MAX_LINES = 12  # most lines for a prompt or an answer; the middle of a longer text is left out
@@ -15,7 +14,7 @@ def describe_file(path, tokenizer, max_length: int) -> str:
     pairs, report = read_pairs(path, tokenizer, max_length)
     forms = ", ".join(f"{count} of {form}" for form, count in report.forms.items())
     lines = [f"{report.rows} rows, of which training uses {forms or 'none'}"]
-    lines += [textwrap.fill(line, 79, subsequent_indent="  ") for line in report.lines()]
+    lines += map(wrapped, report.lines())
     lines += [f"{len(pairs)} pairs to train on, at most {max_length} tokens each"]
     if not pairs:
         return "\n".join(lines)

@@ -130,7 +130,9 @@ def test_pairs_that_split_their_ids_in_another_place_have_another_hash():
 
 
 def test_a_run_says_with_what_it_trains(checkpoint, pairs_file):
-    text = describe(job_of(checkpoint, pairs_file, "--loss", "simpo", "--batch_size", 8))
+    lines = describe(job_of(checkpoint, pairs_file, "--loss", "simpo", "--batch_size", 8))
+    assert max(len(line) for line in lines.split("\n") if "/" not in line) <= 80  # paths stay whole
+    text = " ".join(lines.split()).replace(" [", "   [")
     assert f"simpo: {LOSSES['simpo'].function.__doc__}   [arXiv 2405.14734]" in text
     assert (
         "log-probs as means over an answer's tokens, beta 2, gamma 0.5, without a reference" in text
@@ -140,6 +142,7 @@ def test_a_run_says_with_what_it_trains(checkpoint, pairs_file):
     flags = ("--loss", "simpo", "--gamma", 0, "--beta", 4)
     assert "beta 4, gamma 0, without" in describe(job_of(checkpoint, pairs_file, *flags))
     text = describe(job_of(checkpoint, pairs_file, "--loss", "ukl", "--max_steps", 0))
+    text = " ".join(text.split())
     assert "over an answer's tokens, with a reference" in text and "to 0 of 1" in text
 
 
