@@ -1,12 +1,13 @@
 """Turns the rows of a data file into packed batches.
 
-    row of the file -> Example (support/rows.py) -> Pair of token ids -> Batch -> hidden states
+    row of the file -> Example (support/rows.py) -> Pair of token ids -> Batch
 
-One function implements each of these rules: where the end token goes (`encode_example`), how a pair
-that is too long is cut (`truncate`), which tokens attend to which (`attention_rule`), which hidden
-state predicts which token (`pack_batch`), and the order of the pairs in an epoch (`epoch_order`).
+One function implements each of these rules: where the end token goes
+(`encode_example`), how a pair that is too long is cut (`truncate`), which
+tokens attend to which (`attention_rule`), which hidden state predicts which
+token (`pack_batch`), and the order of pairs in an epoch (`epoch_order`).
 
-    python data.py FILE.jsonl --tokenizer FOLDER    reports how training would use a file
+    python data.py FILE.jsonl --tokenizer FOLDER    how training uses a file
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Evaluation: log-probs of answers, preference metrics, and the comparison of runs.
+"""Evaluation: log-probs of answers, preference metrics, comparison of runs.
 
-    python eval.py out/base out/mio out/dpo               the demonstration's runs, side by side
-    python eval.py out/mio BASE --data gsm8k-test.jsonl   a file of questions, choices or pairs
-    python eval.py out/base out/mio --prompt "7+9-3+5"    what the runs answer, side by side
+    python eval.py out/base out/mio out/dpo             the demonstration's runs
+    python eval.py out/mio BASE --data FILE.jsonl       questions, choices, pairs
+    python eval.py out/base out/mio --prompt "7+9-3+5"  answers side by side
 
-A table shows the mean and the standard error of each column over the items of a file. The value of
-every item is kept, so that two runs are compared on the same items.
+A table shows the mean and the standard error of each column over the items of
+a file. The value of every item is kept, so two runs share the same items.
 """
 
 import dataclasses

@@ -270,6 +270,11 @@ class Loss:
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
+    @property
+    def averages(self) -> bool:
+        """Tells whether --average_logps changes the loss."""
+        return "sums" in self.uses and self.answers != "drawn"
+
     def own(self, options: dict[str, float]) -> dict[str, float]:
         return {name: value for name, value in options.items() if name in self.options}
 
@@ -334,7 +339,7 @@ def find_loss(name: str) -> Loss:
     term = rf"(?:(\d*\.?\d+)\*)?({'|'.join(n for n in LOSSES if n not in alone)})"
     found = [re.fullmatch(term, part) for part in name.split("+")]
     weights = {match[2]: float(match[1] or 1) for match in found if match}
-    if len(found) < 2 or len(weights) < len(found):
+    if len(found) < 2 or len(weights) < len(found) or not all(weights.values()):
         sums = f"a sum like mio+0.1*sft of different losses, without {', '.join(alone)}"
         raise ValueError(f"--loss {name}: choose from {', '.join(LOSSES)}, or {sums}")
     return weighted_sum(weights)

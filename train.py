@@ -1,14 +1,16 @@
 """Preference optimization of a language model from pairs of answers.
 
-    python train.py --loss mio                                    the built-in demonstration
-    python train.py --loss mio --init FOLDER --data FILE.jsonl    your model and your pairs
-    python train.py --loss mio,dpo --seed 0,1,2 --jobs 2          a grid of runs, compared
-    python train.py --resume --out out/mio                        continue a run
+    python train.py --loss mio                              the demonstration
+    python train.py --loss mio --init FOLDER --data FILE    your model and pairs
+    python train.py --loss mio,dpo --seed 0,1,2 --jobs 2    a grid, compared
+    python train.py --resume --out out/mio                  continue a run
 
-rows -> pairs -> packed batch -> hidden states (N, D) -> log-probs (2B,) -> losses (B,) -> AdamW
+rows -> pairs -> packed batch -> hidden states (N, D) -> log-probs (2B,)
+     -> losses (B,) -> AdamW
 
-A run has five stages: base model, pairs, reference log-probs, training, evaluation. Only the
-demonstration creates its base model and its pairs; other runs read them from --init and --data.
+A run has five stages: base model, pairs, reference log-probs, training,
+evaluation. Only the demonstration creates its base model and its pairs;
+other runs read them from --init and --data.
 """
 
 import contextlib
@@ -297,7 +299,11 @@ def check_first_step(options: Options, data: StepData, losses: Tensor, logps: Te
     allowed = (1e-4 if options.dtype == "float32" else 5e-3) * (1 + ref.abs().max())
     objective, loss = find_loss(options.loss), mean(losses)
     known = objective.loss_at_reference(**objective.arguments(options))
-    known = loss if math.isnan(known) else known  # NaN: the value depends on the answers
+    if math.isnan(known):  # the value depends on the answers: that of the reference itself
+        lengths = torch.from_numpy(data.pairs.lengths()[data.index, 1:])
+        kwargs = dict(zip(("chosen_lengths", "rejected_lengths"), lengths.unbind(dim=1)))
+        kwargs |= objective.arguments(options)
+        known = mean(pair_loss(options.loss, *ref.unbind(dim=1) * 2, **kwargs))
     # The drift may explain a difference: slopes are about beta or, for ipo and sppo, 1 / beta.
     error = abs(loss - known) - 10 * max(options.beta, 1 / options.beta) * drift
     if not (drift <= allowed and error <= 1e-5 * (1 + abs(known))):

@@ -49,7 +49,7 @@ for seed in range(3):
     folders = {"base": f"out/beyond/losses/base{f'-seed{seed}' if seed else ''}"}
     folders |= {run.setting: str(run.folder) for run in runs if run.seed == seed}
     file = Path(f"out/beyond/pass-seed{seed}.json")
-    records = evaluate(file, *folders.values(), "--n", 64, "--kl_samples", 0)
+    records = evaluate(file, *folders.values(), "--n", 64)
     for name, folder in folders.items():
         items = records[folder]["items"]["problems"]
         found.setdefault(name, []).append({c: Column(np.array(x)) for c, x in items.items()})

@@ -41,7 +41,7 @@ def add_options(parser: Parser, options: type, shown_defaults: dict[str, str] | 
         default = (shown_defaults or {}).get(name, field.default)
         default = "" if default is None or default is False else f" (default: {default})"
         metavar = "|".join(checks.get("choices", ())) or kind_of(field).__name__.upper()
-        kwargs = {"metavar": metavar if len(metavar) < 60 else "NAME"}
+        kwargs = {"metavar": metavar if len(metavar) < 50 else "NAME"}
         if field.type is bool:
             kwargs = {"action": "store_true", "default": None}
         if "const" in checks:

@@ -1,6 +1,5 @@
 """Statistics with standard errors, paired comparisons of runs, and the tables that show both."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -116,7 +115,7 @@ def write_columns(file: Path, rows: dict[str, dict[str, Column]]) -> None:
         row: {name: [x if x is None else x.tolist() for x in column] for name, column in cs.items()}
         for row, cs in rows.items()
     }
-    write_json(file, json.loads(json.dumps(lists), parse_constant=lambda nan: None))
+    write_json(file, lists)
 
 
 def read_columns(file: Path) -> dict[str, dict[str, Column]]:

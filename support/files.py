@@ -38,8 +38,10 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
+    """Writes a JSON object, with null for NaN and infinity, which JSON lacks."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda constant: None)
     with atomic_write(path) as partial:
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
 
 
 def read_rows(path):

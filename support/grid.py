@@ -1,4 +1,5 @@
-"""Runs a grid: one run of train.py for each combination of the flags that have several values."""
+"""Runs a grid: one run of train.py for each combination of the flags that have several values.
+Imports mio.py."""
 
 import dataclasses
 import importlib.util
@@ -19,12 +20,14 @@ from mio import find_loss
 from support import curves
 from support.cli import check_value
 from support.figures import Row, over_seeds, paired_difference, read_columns, table
-from support.files import locked, read_json, write_json
+from support.files import digest, locked, read_json, write_json
 from support.run_folder import catch_signals, newest_checkpoint
 from support.run_options import LOSS_OPTIONS, make_options
+from support.weights import weight_files
 
 TRAIN = Path(__file__).parent.parent / "train.py"
-ONE_VALUE = ("out", "config", "plan", "gpu", "device", "jobs")  # flags that cannot vary
+ONE_VALUE = ("out", "config", "gpu", "device", "jobs")  # flags that cannot vary
+REFUSED = ("resume", "overwrite", "plan")  # a grid goes on by itself
 MAX_RUNS = 1000
 
 
@@ -52,20 +55,34 @@ class Grid(NamedTuple):
     def runs(self) -> list[Run]:
         """Returns the runs; the seed varies fastest. A run leaves out flags that its loss does not
         use, so that --beta may vary in a grid of --loss mio,sft."""
-        names, found = sorted(self.axes, key="seed".__eq__), {}
+        names = [name for name in self.axes if name != "seed"] + ["seed"] * ("seed" in self.axes)
+        found: dict[Path, Run] = {}
         for values in product(*map(self.axes.get, names)):
             flags = self.fixed | dict(zip(names, values))
             if "loss" in self.axes:
                 loss = find_loss(flags["loss"])
                 used = loss.options.keys() | ({"beta"} if loss.uses_beta else set())
-                unused = (LOSS_OPTIONS | {"beta"}) - used
+                used |= {"average_logps"} if loss.averages else set()
+                unused = (LOSS_OPTIONS | {"beta", "average_logps"}) - used
                 flags = {name: value for name, value in flags.items() if name not in unused}
             parts = {n: f"{n}={flags[n]}".replace(os.sep, "_") for n in names if n in flags}
             folder = self.out / ",".join(parts.values())
             setting = ",".join(part for name, part in parts.items() if name != "seed")
             setting = setting.removeprefix("loss=") or "all"
-            found[folder] = Run(folder, setting, int(flags.get("seed", 0)), flags)
+            run = Run(folder, setting, int(flags.get("seed", 0)), flags)
+            if found.setdefault(folder, run) != run or len(folder.name.encode()) > 240:
+                raise ValueError(
+                    f"{folder.name}: is too long or the folder of two runs; rename files"
+                )
         return list(found.values())
+
+    def inputs(self) -> dict[str, str]:
+        """Returns hashes of the files that the runs read. Raises OSError if one is missing."""
+        flags = self.fixed | self.axes
+        given = {n: flags[n] for n in ("init", "data", "eval_data", "config") if n in flags}
+        paths = [Path(p) for x in given.values() for p in (x if isinstance(x, list) else [x])]
+        files = {p: [p / "config.json", *weight_files(p)] if p.is_dir() else [p] for p in paths}
+        return {str(path): digest(*parts) for path, parts in files.items()}
 
 
 def arguments(flags: dict) -> list[str]:
@@ -93,13 +110,13 @@ def find_grid(flags: dict, options: type) -> Grid | None:
         axes[name] = [check_value(field, part) for part in parts if part]
         if len({*axes[name]}) < len(parts):
             raise ValueError(f"--{name} {text}: a value is empty or repeated; remove it")
-    fixed = {name: value for name, value in flags.items() if name not in axes}
     if not axes:
         return None
-    for name in fixed.keys() & {"resume", "overwrite"}:
+    fixed = {n: check_value(fields[n], value) for n, value in flags.items() if n not in axes}
+    for name in fixed.keys() & {*REFUSED}:
         raise ValueError(f"--{name}: a grid goes on by itself where it stopped; leave out --{name}")
-    jobs = check_value(fields["jobs"], fixed.pop("jobs", 1))
-    return Grid(axes, fixed, Path(fixed.pop("out", "out/grid")), jobs)
+    jobs, out = fixed.pop("jobs", 1), Path(fixed.pop("out", "out/grid"))
+    return Grid(axes, fixed, out, jobs)
 
 
 def run_grid(grid: Grid, options: type) -> Path:
@@ -115,17 +132,21 @@ def run_grid(grid: Grid, options: type) -> Path:
         if not any(name in run.flags for run in runs):
             raise ValueError(f"--{name}: no loss of the grid uses it; leave out --{name}")
     out, file = grid.out, grid.out / "grid.json"
-    if file.is_file():
-        old = read_json(file)
-        axes = old.get("axes") or {}
-        kept = all(set(values) <= set(grid.axes.get(name, ())) for name, values in axes.items())
-        if old.get("fixed") != grid.fixed or axes.keys() != grid.axes.keys() or not kept:
+    flags = {"axes": grid.axes, "fixed": grid.fixed, "inputs": grid.inputs()}
+    if file.is_file() and any(out.glob("*/summary.json")):
+        old = {"axes": {}, "inputs": {}} | read_json(file)
+        kept = all({*values} <= {*grid.axes.get(name, ())} for name, values in old["axes"].items())
+        if old.get("fixed") != grid.fixed or old["axes"].keys() != grid.axes.keys() or not kept:
             raise ValueError(f"--out {out}: holds another grid ({file}); choose another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        for path in old["inputs"].keys() & flags["inputs"].keys():
+            if old["inputs"][path] != flags["inputs"][path]:
+                raise ValueError(
+                    f"{path}: has changed since the grid started; choose another --out"
+                )
+    elif not file.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: holds other files, but no grid; choose an empty folder")
-    flags = {"axes": grid.axes, "fixed": grid.fixed}
     with locked(out), catch_signals() as signals:
-        write_json(file, (read_json(file) if file.exists() else {}) | flags)
+        write_json(file, flags)
         failed = _make_runs(grid, runs, signals)
         if signals:
             print(f"stopped; the same command continues the grid: {grid.command()}")
@@ -151,7 +172,7 @@ def run_grid(grid: Grid, options: type) -> Path:
 def _make_runs(grid: Grid, runs: list[Run], signals: list[int]) -> dict[Path, str]:
     """Makes the runs, `grid.jobs` at a time. Returns the last line of each run that failed."""
     left = [run for run in runs if not (run.folder / "summary.json").is_file()]
-    sizes = " x ".join(f"{len(values)} {name}" for name, values in grid.axes.items())
+    sizes = ", ".join(f"{len(values)} of --{name}" for name, values in grid.axes.items())
     print(f"{len(runs)} runs ({sizes}) in {grid.out}; {len(runs) - len(left)} are finished")
     env, failed = dict(os.environ), {}
     if grid.jobs > 1:
@@ -161,14 +182,16 @@ def _make_runs(grid: Grid, runs: list[Run], signals: list[int]) -> dict[Path, st
         futures = {pool.submit(_make_run, run, env, signals): run for run in left}
         for done, future in enumerate(as_completed(futures), start=1):
             run, (seconds, error) = futures[future], future.result()
+            if signals:
+                continue
             progress.update()
-            if error:
-                failed[run.folder] = error
-            if not signals:
-                tqdm.write(f"  {run.folder.name}: {error or f'{seconds:.0f} s'}")
-                if done == 1 < len(left):
-                    minutes = seconds * (len(left) - 1) / grid.jobs / 60
-                    tqdm.write(f"  the other {len(left) - 1} runs take about {minutes:.0f} min")
+            failed |= {run.folder: error} if error else {}
+            tqdm.write(f"  {run.folder.name}: {error or f'{seconds:.0f} s'}")
+            if done == 1 < len(left):
+                minutes = seconds * (len(left) - 1) / grid.jobs / 60
+                tqdm.write(
+                    f"  the rest ({len(left) - 1} of {len(left)}) takes about {minutes:.1f} min"
+                )
     return failed
 
 
@@ -176,9 +199,11 @@ def _make_run(run: Run, env: dict[str, str], signals: list[int]) -> tuple[float,
     """Makes or resumes a run in a process of its own, whose output goes to a file. After a signal,
     the run saves a checkpoint and stops. Returns its seconds and, if it failed, its last line."""
     start, wait = time.monotonic(), "waiting for this run, which an earlier command started"
+    if signals:
+        return 0.0, ""
     with locked(run.folder, wait):
         how = {"resume": True} if newest_checkpoint(run.folder) else run.flags | {"overwrite": True}
-    if signals or (run.folder / "summary.json").is_file():
+    if (run.folder / "summary.json").is_file():
         return 0.0, ""
     command = [sys.executable, str(TRAIN), *arguments(how | {"out": run.folder})]
     file = run.folder.with_name(f"{run.folder.name}.log")

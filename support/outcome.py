@@ -44,9 +44,9 @@ def answers_of(folder, prompts: list[str], options) -> list[list[str]]:
 def side_by_side(runs: dict[str, Path], prompts: list[str], options) -> str:
     """Returns text of at most 80 columns: each prompt, and below it the answers of each run."""
     answers, lines = {name: answers_of(run, prompts, options) for name, run in runs.items()}, []
-    width = min(max(map(len, runs)), 30)
+    width = min(max(map(len, runs)), 46)
     for i, prompt in enumerate(prompts):
-        lines += textwrap.wrap(prompt, 80) + [""]
+        lines += [x for line in prompt.splitlines() for x in textwrap.wrap(line, 80)] + [""]
         for name, of_prompts in answers.items():
             for text in of_prompts[i]:
                 parts = [x for line in text.splitlines() for x in textwrap.wrap(line, 76 - width)]

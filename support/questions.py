@@ -19,7 +19,7 @@ class Item(NamedTuple):
 
     line: int  # the line number in its file
     prompt: str | list[dict]  # text or messages
-    key: str  # the right answer, as a few-shot example shows it
+    key: str  # the right answer
     grade: str | None  # a key of GRADERS; None with choices
     stop: tuple[str, ...] = ()  # texts that end an answer
     choices: tuple[str, ...] = ()

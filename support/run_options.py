@@ -51,7 +51,8 @@ def make_options(flags: dict, cls: type):
         for name in found.keys() - fields.keys() - skipped:
             raise ValueError(f"{flags['config']}: there is no option {name!r}; remove this key")
         if "loss" in flags and flags["loss"] != found.get("loss", flags["loss"]):
-            skipped |= {"beta", "out", *LOSS_OPTIONS}  # the file's values are for another loss
+            # The file's values are for another loss.
+            skipped |= {"beta", "average_logps", "out", *LOSS_OPTIONS}
         flags = {name: x for name, x in found.items() if name not in skipped} | flags
     flags = {name: cli.check_value(fields[name], value) for name, value in flags.items()}
     if flags.get("resume"):
@@ -123,7 +124,7 @@ def check_together(options) -> None:
     for name, other in (needed | dict.fromkeys(LORA_FLAGS, "lora_rank")).items():
         if name in given and other not in given:
             raise ValueError(f"--{name} needs --{other}; add --{other} or leave out --{name}")
-    if options.average_logps and (loss.uses == "means" or on_policy.is_rlhf(options)):
+    if options.average_logps and not loss.averages:
         raise ValueError(f"--average_logps: has no use with --loss {options.loss}; leave it out")
     if options.average_logps and options.on_policy and options.beta is None:
         raise ValueError("--average_logps with --on_policy needs a --beta; give one")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_rows
 from runs import make_inputs, metrics, refused
 
 import train
@@ -34,7 +35,7 @@ def test_the_runs_of_a_grid_are_all_combinations_with_the_seed_fastest():
     ]  # fmt: skip
     assert len(found) == len(set(found)) == 8
     run = grid_of(seed="0,1", loss="mio,dpo", epochs="3").runs()[3]
-    assert run.flags == {"loss": "dpo", "seed": 1, "epochs": "3"}
+    assert run.flags == {"loss": "dpo", "seed": 1, "epochs": 3}
     assert (run.setting, run.seed) == ("dpo", 1)
     given = arguments(run.flags | {"lora_rslora": True, "lr": [0.1, 0.2]})
     assert " ".join(given[-3:]) == "--lora_rslora --lr 0.1,0.2"
@@ -47,7 +48,9 @@ def test_a_run_leaves_out_the_flags_that_its_loss_does_not_use():
         "loss=mio,beta=0.5", "loss=mio,beta=1.0", "loss=sft",
     ]  # fmt: skip
     runs = grid_of(loss="simpo,dpo+0.1*sft", gamma="0.4").runs()
-    assert [run.flags.get("gamma") for run in runs] == ["0.4", None]
+    assert [run.flags.get("gamma") for run in runs] == [0.4, None]
+    runs = grid_of(loss="mio,sft,ipo", average_logps=True).runs()
+    assert [run.flags.get("average_logps") for run in runs] == [True, None, None]
     sums = names(loss="mio+0.1*sft,mio")
     assert sums == ["loss=mio+0.1*sft", "loss=mio"]
 
@@ -71,6 +74,8 @@ def test_a_flag_with_one_value_makes_no_grid(tmp_path, monkeypatch):
         (["--config", "a,b"], "--config a,b: takes one value"),
         (["--seed", "0,1", "--resume"], "--resume: a grid goes on by itself"),
         (["--seed", "0,1", "--overwrite"], "--overwrite: a grid goes on by itself"),
+        (["--seed", "0,1", "--plan", "llama-3.2-1b"], "--plan: a grid goes on by itself"),
+        (["--data", "a/b,a_b", "--init", "x"], "is too long or the folder of two runs"),
         (["--seed", "0,1", "--jobs", "0"], "--jobs 0: must be at least 1"),
         (["--jobs", "2"], "--jobs needs a flag with several values"),
         (["--loss", "mio,dpo", "--gamma", "0.5"], "--gamma: no loss of the grid uses it"),
@@ -89,15 +94,19 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
     assert "holds other files, but no grid" in refused("--seed", "0,1", "--out", folder)
-    record = {"axes": {"loss": ["mio", "dpo"], "seed": [0, 1]}, "fixed": {"epochs": "1"}}
+    record = {"axes": {"loss": ["mio", "dpo"], "seed": [0, 1]}, "fixed": {"epochs": 1}}
     (folder / "grid.json").write_text(json.dumps(record))
+    write_run(folder / "loss=mio,seed=0", "mio", 0, [0.0])
+    (folder / "loss=mio,seed=0" / "summary.json").write_text("{}")
     for flags in (
         ["--loss", "mio,sft", "--seed", "0,1", "--epochs", "1"],  # without dpo
         ["--loss", "mio,dpo", "--seed", "0,1"],  # with other epochs
         ["--loss", "mio,dpo", "--lr", "1,2", "--epochs", "1"],  # with another flag
     ):
         assert "holds another grid" in refused(*flags, "--out", folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["grid.json", "notes.txt"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "grid.json", "loss=mio,seed=0", "notes.txt",
+    ]  # fmt: skip
 
 
 def write_run(folder: Path, setting: str, seed: int, values, base=None) -> Run:
@@ -168,13 +177,29 @@ def test_a_killed_grid_goes_on_with_the_same_command_to_the_same_table(tmp_path,
 
 def test_a_run_that_fails_is_reported_and_does_not_stop_the_others(tmp_path, capsys):
     init, data = make_inputs(tmp_path)
-    flags = ["--init", init, "--data", f"{data},{tmp_path / 'missing.jsonl'}", "--batch_size", "8"]
+    bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": 1, "chosen": "a", "rejected": "b"}])
+    flags = ["--init", init, "--data", f"{data},{bad}", "--batch_size", "8", "--max_steps", "1"]
     with pytest.raises(SystemExit) as stop:
-        train.main([str(x) for x in (*flags, "--max_steps", "1", "--out", tmp_path / "grid")])
+        train.main([str(x) for x in (*flags, "--out", tmp_path / "grid")])
     out = capsys.readouterr().out
     assert stop.value.code == 1
-    assert "missing.jsonl: No such file or directory" in out and "pairs.jsonl" in out
+    assert "bad.jsonl:1: 'prompt' must be a string" in out and "pairs.jsonl" in out
     assert len(read_json(tmp_path / "grid" / "grid.json")["runs"]) == 1
+    # A file that has changed since the grid started is refused: its runs would not be comparable.
+    with open(data, "a") as file:
+        file.write("\n")
+    assert f"{data}: has changed since the grid" in refused(*flags, "--out", tmp_path / "grid")
+    missing = [
+        *flags[:2],
+        "--data",
+        tmp_path / "no.jsonl",
+        "--seed",
+        "0,1",
+        "--out",
+        tmp_path / "x",
+    ]
+    assert "no.jsonl: No such file or directory" in refused(*missing)
+    assert not (tmp_path / "x").exists()
 
 
 def test_after_ctrl_c_the_runs_are_saved_and_the_same_command_continues(tmp_path):
