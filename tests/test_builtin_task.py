@@ -270,7 +270,7 @@ def test_answers_that_are_no_utf8_give_no_pair_and_the_others_keep_their_tokens(
     settings = {"prompts": 6, "held_out": 4, "samples": 5, "per_prompt": 2}
     monkeypatch.setattr(builtin_task, "PAIRS", settings)
     make_pairs(base, 0, "cpu")
-    note = capsys.readouterr().out
+    note = " ".join(capsys.readouterr().out.split())
     for name, count in (("pairs", 6), ("heldout_pairs", 4)):
         file = base / f"{name}.jsonl"
         dropped = f"({2 * count} answers dropped: not UTF-8)"

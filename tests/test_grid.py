@@ -149,7 +149,7 @@ def test_a_killed_grid_goes_on_with_the_same_command_to_the_same_table(tmp_path,
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert train.main(command(init, data, whole)) == whole
     out = capsys.readouterr().out
-    assert "2 runs (2 loss)" in out and "the other 1 runs take about" in out
+    assert "2 runs (2 of --loss)" in out and "the rest (1 of 2) takes about" in out
     table = out[out.rindex("\n\n") :]
     assert "dpo - mio" in out and max(map(len, table.splitlines())) <= 80
     argv = [sys.executable, str(TRAIN), *command(init, data, killed)]

@@ -447,7 +447,8 @@ def test_a_sum_declares_what_its_terms_need():
 
 
 @pytest.mark.parametrize("name", ["mio+0.5*nll", "mio+mio", "0.5*mio", "mio+", "mio+-1*sft",
-                                  "mio+0*sft", "dpo+0.1*dv", "kto+sft", "sft+rlhf", "nosuch"])  # fmt: skip
+                                  "mio+0*sft", "dpo+0.1*dv", "kto+sft", "sft+rlhf",
+                                  "nosuch"])  # fmt: skip
 def test_a_name_that_is_neither_a_loss_nor_a_sum_is_refused(name):
     with pytest.raises(ValueError, match=r"choose from mio, dpo, .* without dv, kto, rlhf$"):
         pair_loss(name, *[double(0.0)] * 4, beta=0.1)

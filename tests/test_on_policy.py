@@ -241,12 +241,15 @@ def test_a_run_draws_and_says_how_many(argv, monkeypatch, capsys):
     monkeypatch.setattr(on_policy, "sample_ids", sample_ids)
     train.main([*argv, "--loss", "rlhf", "--max_steps", "2"])
     assert counts == [12, 12]  # twice --batch_size 6
-    assert "4 answers to each" in (text := capsys.readouterr().out) and "3 prompts each" in text
+    text = " ".join(capsys.readouterr().out.split())
+    assert "4 answers to each" in text and "3 prompts each" in text
     flags = ["--overwrite", "--batch_size", "32", "--max_steps", "0"]
     train.main([*argv, "--loss", "rlhf", *flags])
-    assert "16 prompts each" in capsys.readouterr().out  # 16 * 4 answers make 32 pairs
+    assert "16 prompts each" in " ".join(
+        capsys.readouterr().out.split()
+    )  # 16 * 4 answers make 32 pairs
     train.main([*argv, "--on_policy", *flags])
-    assert "32 prompts each" in capsys.readouterr().out
+    assert "32 prompts each" in " ".join(capsys.readouterr().out.split())
 
 
 # --- Runs -----------------------------------------------------------------------------------------

@@ -149,8 +149,9 @@ def test_long_names_and_empty_answers_fit(two, tmp_path, capsys, monkeypatch):
     out = ask(capsys, *map(str, folders), "--prompt", "long " * 30)
     lines = out.split("\n")
     assert max(map(len, lines)) <= 80 and "".join(lines[:2]).count("long") == 30
-    assert f"  {'a' * 28}-a  (empty)" in lines
-    assert f"  {'b' * 28}-b  {('word ' * 9).strip()}" in lines and out.count("word") == 40
+    assert f"  {'a' * 40}-a  (empty)" in lines
+    (first,) = (line for line in lines if line.startswith(f"  {'b' * 40}-b  word"))
+    assert len(first) > 70 and out.count("word") == 40
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line(two, tmp_path, capsys, monkeypatch):
