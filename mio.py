@@ -34,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from support.loss_sums import weighted_sum
+
 # --- Losses: functions that map both sides of B pairs to (B,); each docstring is the formula ------
 
 
@@ -271,9 +273,11 @@ class Loss:
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
     @property
-    def averages(self) -> bool:
-        """Tells whether --average_logps changes the loss."""
-        return "sums" in self.uses and self.answers != "drawn"
+    def flags(self) -> set[str]:
+        """The flags of train.py that change this loss but not every other loss."""
+        averages = "sums" in self.uses and self.answers != "drawn"
+        names = {"beta": self.uses_beta, "average_logps": averages} | dict.fromkeys(self.options, 1)
+        return {name for name, is_used in names.items() if is_used}
 
     def own(self, options: dict[str, float]) -> dict[str, float]:
         return {name: value for name, value in options.items() if name in self.options}
@@ -331,8 +335,8 @@ OPTION_BOUNDS = {"label_smoothing": (0.0, 0.49), "epsilon": (1e-12, 0.49)}  # le
 
 
 def find_loss(name: str) -> Loss:
-    """Returns a loss of LOSSES, or the sum that a name like "mio+0.1*sft" describes. The terms of
-    a sum share beta, and each takes its own options. Raises ValueError for other names."""
+    """Returns a loss of LOSSES, or the sum that a name like "mio+0.1*sft" describes. Raises
+    ValueError for other names."""
     if name in LOSSES:
         return LOSSES[name]
     alone = [n for n, loss in LOSSES.items() if not loss.pairwise or loss.answers == "drawn"]
@@ -342,30 +346,7 @@ def find_loss(name: str) -> Loss:
     if len(found) < 2 or len(weights) < len(found) or not all(weights.values()):
         sums = f"a sum like mio+0.1*sft of different losses, without {', '.join(alone)}"
         raise ValueError(f"--loss {name}: choose from {', '.join(LOSSES)}, or {sums}")
-    return weighted_sum(weights)
-
-
-def weighted_sum(weights: dict[str, float]) -> Loss:
-    """Returns the loss that is the sum over names of weight times loss."""
-    losses = [LOSSES[name] for name in weights]
-    terms = list(zip(weights.values(), losses))
-
-    def total(chosen: Answers, rejected: Answers, **options) -> Tensor:
-        return sum(w * x.function(chosen, rejected, **x.own(options)) for w, x in terms)
-
-    parameters = {k: p for x in losses for k, p in inspect.signature(x.function).parameters.items()}
-    total.__signature__ = inspect.Signature(list(parameters.values()))
-    total.__doc__ = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
-    return Loss(
-        total,
-        " and ".join(kind for kind in ("sums", "means") if any(kind in x.uses for x in losses)),
-        next((x.beta for x in losses if x.uses_beta), 1.0),
-        lambda **settings: sum(w * x.loss_at_reference(**settings) for w, x in terms),
-        "; ".join(x.source for x in losses),
-        needs_reference=any(x.needs_reference for x in losses),
-        uses_beta=any(x.uses_beta for x in losses),
-        answers=min(x.answers for x in losses),  # "both" if any loss needs both answers
-    )
+    return weighted_sum(weights, [LOSSES[name] for name in weights])
 
 
 def pair_loss(

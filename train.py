@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
@@ -205,10 +206,8 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
     run_folder.restore_moments(model, optimizer, progress.moments)
     remaining = range(progress.step + 1, job.stop + 1)
     with run_folder.metrics_log(options) as (row, log):
-        held_out_logps = progress.start_logps
-        if progress.step and not remaining:  # a resumed run without further steps
-            held_out_logps = logps_of(job, job.held_out)
-        if progress.step == 0 or not remaining:
+        held_out_logps = logps_of(job, job.held_out) if not remaining else progress.start_logps
+        if progress.step == 0 or not remaining:  # the start, or a resumed run that is at its end
             row |= {"step": progress.step, "epoch": progress.step / job.per_epoch}
             row |= held_out_metrics(job, held_out_logps, progress.start_logps)
         if progress.step == 0:
@@ -232,8 +231,7 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
             is_last = step == job.stop
             is_logged = evaluate or step % options.log_every == 0
             stopped = bool(signals)
-            save = options.save_every and (is_last or step % options.save_every == 0)
-            save = save or stopped or (is_last and goes_on_later(job))
+            save = stopped or saves(job, step)
             if not (is_logged or save or is_last):
                 continue  # does not read the losses, because the CPU would wait for the GPU
             for each in unchecked:
@@ -262,10 +260,13 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
     return held_out_logps, row
 
 
-def goes_on_later(job: Job) -> bool:
-    """Tells whether the last step is saved without --save_every: if --max_steps ends the run early,
-    and in the demonstration, whose last evaluation takes longer than a checkpoint."""
-    return job.stop < job.steps or builtin_task.is_demonstration(job.options.init)
+def saves(job: Job, step: int) -> bool:
+    """Tells whether a run saves a checkpoint after a step. Without --save_every it does so after
+    the last step, if --max_steps ends the run early or if, as in the demonstration, an evaluation
+    follows that takes longer than saving."""
+    every, is_last = job.options.save_every, step == job.stop
+    goes_on = job.stop < job.steps or builtin_task.is_demonstration(job.options.init)
+    return bool(every and step % every == 0) or (is_last and bool(every or goes_on))
 
 
 def step_data(job: Job, progress: Progress, step: int) -> StepData:
@@ -300,10 +301,7 @@ def check_first_step(options: Options, data: StepData, losses: Tensor, logps: Te
     objective, loss = find_loss(options.loss), mean(losses)
     known = objective.loss_at_reference(**objective.arguments(options))
     if math.isnan(known):  # the value depends on the answers: that of the reference itself
-        lengths = torch.from_numpy(data.pairs.lengths()[data.index, 1:])
-        kwargs = dict(zip(("chosen_lengths", "rejected_lengths"), lengths.unbind(dim=1)))
-        kwargs |= objective.arguments(options)
-        known = mean(pair_loss(options.loss, *ref.unbind(dim=1) * 2, **kwargs))
+        known = loss_of(options, ref, ref, data.pairs.lengths()[data.index])
     # The drift may explain a difference: slopes are about beta or, for ipo and sppo, 1 / beta.
     error = abs(loss - known) - 10 * max(options.beta, 1 / options.beta) * drift
     if not (drift <= allowed and error <= 1e-5 * (1 + abs(known))):
@@ -311,6 +309,15 @@ def check_first_step(options: Options, data: StepData, losses: Tensor, logps: Te
         remedy = "remove the cache folder next to --out and start again"
         raise TrainingError(f"step 0: {found}, but it should be {known:.6f}; {remedy}")
     tqdm.write(f"  step 0: rewards 0 within {drift * options.beta:.1e}, loss {loss:.6f}")
+
+
+def loss_of(options: Options, logps: Tensor, ref_logps: Tensor, lengths: np.ndarray) -> float:
+    """Returns the mean loss of pairs. logps, ref_logps: (pairs, 2); lengths: (pairs, 3)."""
+    sums = *logps.unbind(dim=1), *ref_logps.unbind(dim=1)  # four tensors (pairs,)
+    _, chosen, rejected = torch.from_numpy(lengths).unbind(dim=1)
+    arguments = find_loss(options.loss).arguments(options)
+    arguments |= {"chosen_lengths": chosen, "rejected_lengths": rejected}
+    return mean(pair_loss(options.loss, *sums, **arguments))
 
 
 def check_finite(job: Job, step: int, data: StepData, losses: Tensor, grad_norm: Tensor) -> None:
@@ -355,10 +362,7 @@ def held_out_metrics(job: Job, logps: Tensor, start_logps: Tensor) -> dict[str, 
     options, metrics = job.options, {"loss": math.nan}
     lengths = torch.from_numpy(job.held_out.lengths()[:, 1:])  # (pairs, 2)
     if not job.mismatched and not is_rlhf(options):
-        sums = *logps.unbind(dim=1), *start_logps.unbind(dim=1)
-        arguments = find_loss(options.loss).arguments(options)
-        arguments |= zip(("chosen_lengths", "rejected_lengths"), lengths.unbind(dim=1))
-        metrics["loss"] = mean(pair_loss(options.loss, *sums, **arguments))
+        metrics["loss"] = loss_of(options, logps, start_logps, job.held_out.lengths())
     logps = torch.where(lengths > 0, logps, torch.nan)
     scale = evaluation.reward_scale(lengths, **vars(options))
     metrics |= evaluation.preference_metrics(logps, start_logps, scale)

@@ -78,7 +78,7 @@ def is_demonstration(init) -> bool:
 def solves_problems(folder) -> bool:
     """Tells whether a folder holds the demonstration's base model or one of its runs."""
     config = Path(folder) / "train_config.json"
-    return is_demonstration(read_json(config).get("init", "") if config.is_file() else folder)
+    return is_demonstration((config.is_file() and read_json(config).get("init")) or folder)
 
 
 def prepare(options, drawn: bool, make_optimizer, train_step):

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
+from support.sampling import answer_text
+
 # Accepts only plain decimal notation: the exact value of 1e9999999 takes minutes to compute.
 DECIMAL = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 # Matches a capital letter by itself, but neither the pronoun I nor the article A.
@@ -127,5 +129,5 @@ def grade_values(grade: str, key: str, texts: list[str]) -> dict[str, float]:
 def grade_answer(item, tokenizer, answer: list[int]) -> float:
     """Returns the reward of an answer (ids) to a `questions.Item`: its first value (see above) if
     the answer ends with a stop id, otherwise 0."""
-    right, *_ = grade_values(item.grade, item.key, [tokenizer.decode(answer[:-1])]).values()
-    return right if answer[-1] in tokenizer.stop_ids else 0.0
+    text, ended = answer_text(tokenizer, answer)
+    return next(iter(grade_values(item.grade, item.key, [text]).values())) if ended else 0.0

@@ -20,10 +20,10 @@ from mio import find_loss
 from support import curves
 from support.cli import check_value
 from support.figures import Row, over_seeds, paired_difference, read_columns, table
-from support.files import digest, locked, read_json, write_json
+from support.files import digest_file, locked, read_json, write_json
 from support.run_folder import catch_signals, newest_checkpoint
-from support.run_options import LOSS_OPTIONS, make_options
-from support.weights import weight_files
+from support.run_options import LOSS_FLAGS, make_options
+from support.weights import hash_model
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 ONE_VALUE = ("out", "config", "gpu", "device", "jobs")  # flags that cannot vary
@@ -60,10 +60,7 @@ class Grid(NamedTuple):
         for values in product(*map(self.axes.get, names)):
             flags = self.fixed | dict(zip(names, values))
             if "loss" in self.axes:
-                loss = find_loss(flags["loss"])
-                used = loss.options.keys() | ({"beta"} if loss.uses_beta else set())
-                used |= {"average_logps"} if loss.averages else set()
-                unused = (LOSS_OPTIONS | {"beta", "average_logps"}) - used
+                unused = LOSS_FLAGS - find_loss(flags["loss"]).flags
                 flags = {name: value for name, value in flags.items() if name not in unused}
             parts = {n: f"{n}={flags[n]}".replace(os.sep, "_") for n in names if n in flags}
             folder = self.out / ",".join(parts.values())
@@ -71,9 +68,7 @@ class Grid(NamedTuple):
             setting = setting.removeprefix("loss=") or "all"
             run = Run(folder, setting, int(flags.get("seed", 0)), flags)
             if found.setdefault(folder, run) != run or len(folder.name.encode()) > 240:
-                raise ValueError(
-                    f"{folder.name}: is too long or the folder of two runs; rename files"
-                )
+                raise ValueError(f"{folder.name}: the name of two runs, or too long; rename files")
         return list(found.values())
 
     def inputs(self) -> dict[str, str]:
@@ -81,8 +76,7 @@ class Grid(NamedTuple):
         flags = self.fixed | self.axes
         given = {n: flags[n] for n in ("init", "data", "eval_data", "config") if n in flags}
         paths = [Path(p) for x in given.values() for p in (x if isinstance(x, list) else [x])]
-        files = {p: [p / "config.json", *weight_files(p)] if p.is_dir() else [p] for p in paths}
-        return {str(path): digest(*parts) for path, parts in files.items()}
+        return {str(p): hash_model(p) if p.is_dir() else digest_file(p) for p in paths}
 
 
 def arguments(flags: dict) -> list[str]:
@@ -140,9 +134,7 @@ def run_grid(grid: Grid, options: type) -> Path:
             raise ValueError(f"--out {out}: holds another grid ({file}); choose another --out")
         for path in old["inputs"].keys() & flags["inputs"].keys():
             if old["inputs"][path] != flags["inputs"][path]:
-                raise ValueError(
-                    f"{path}: has changed since the grid started; choose another --out"
-                )
+                raise ValueError(f"{path}: has changed since the grid started; change --out")
     elif not file.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: holds other files, but no grid; choose an empty folder")
     with locked(out), catch_signals() as signals:
@@ -188,10 +180,9 @@ def _make_runs(grid: Grid, runs: list[Run], signals: list[int]) -> dict[Path, st
             failed |= {run.folder: error} if error else {}
             tqdm.write(f"  {run.folder.name}: {error or f'{seconds:.0f} s'}")
             if done == 1 < len(left):
-                minutes = seconds * (len(left) - 1) / grid.jobs / 60
-                tqdm.write(
-                    f"  the rest ({len(left) - 1} of {len(left)}) takes about {minutes:.1f} min"
-                )
+                rest = len(left) - 1
+                minutes = seconds * rest / grid.jobs / 60
+                tqdm.write(f"  the rest ({rest} of {len(left)}) takes about {minutes:.1f} min")
     return failed
 
 

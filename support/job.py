@@ -98,8 +98,7 @@ def load_job(options) -> Job:
     }
     # A resumed run reads the initial weights only if they are frozen, replaced, or the reference.
     if not record or reference or options.lora_rank or options.init != record["options"]["init"]:
-        init = Path(options.init)
-        inputs["init"] = digest(*weights.weight_files(init), init / "config.json")
+        inputs["init"] = weights.hash_model(Path(options.init))
     job = Job(options, model, tokenizer, pairs, held_out, inputs, checkpoint, record, mismatched,
               questions, reference)  # fmt: skip
     every = options.eval_every or max(1, math.ceil(job.steps / 10))
@@ -154,7 +153,7 @@ def check_answers(pairs: Pairs, needed: str, path, loss: str) -> None:
 def describe(job: Job) -> str:
     """Returns a summary of the run to print before training, which shows a wrong flag early."""
     options, loss = job.options, find_loss(job.options.loss)
-    used = loss.options.keys() | ({"beta"} if loss.uses_beta else set())
+    used = loss.flags - {"average_logps"}
     arguments = [f", {n} {x:g}" for n, x in loss.arguments(options).items() if n in used]
     total = sum(p.numel() for p in job.model.parameters())
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)

@@ -15,7 +15,7 @@ from support.cli import stage
 from support.curves import read_curves
 from support.figures import Column, Row, write_columns
 from support.questions import Item
-from support.sampling import sample_answers, sample_ids
+from support.sampling import answer_text, sample_answers, sample_ids
 from support.trained_run import load_checkpoint
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -37,7 +37,7 @@ def answers_of(folder, prompts: list[str], options) -> list[list[str]]:
     kwargs = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
     kwargs |= {"rows": options.batch_size, "stop_ids": tokenizer.stop_ids}
     answers = sample_ids(model, ids, min(options.max_new_tokens, room), **kwargs)
-    texts = [tokenizer.decode(a[:-1] if a[-1] in tokenizer.stop_ids else a) for a in answers]
+    texts = [answer_text(tokenizer, answer)[0] for answer in answers]
     return [texts[i : i + options.n] for i in range(0, len(texts), options.n)]
 
 

@@ -9,7 +9,7 @@ from support.figures import Column
 from support.files import read_rows
 from support.grading import GRADERS, grade_values
 from support.rows import COLUMNS, messages_of, text_of
-from support.sampling import sample_ids, stop_texts
+from support.sampling import answer_text, sample_ids, stop_texts
 
 FORMS = "write {question, answer}, {prompt, answer, grade}, {prompt, choices, gold} or pairs"
 
@@ -114,8 +114,7 @@ def answer_columns(model, tokenizer, path, items: list[Item], options):
     for item in items:
         found, cut = [], 0
         for answer in islice(answers, n):
-            ended = answer[-1] in tokenizer.stop_ids
-            text = tokenizer.decode(answer[:-1] if ended else answer)
+            text, ended = answer_text(tokenizer, answer)
             stop = min((text.find(s) for s in item.stop if s in text), default=None)
             found.append(text[:stop])
             cut += not ended and stop is None

@@ -27,7 +27,7 @@ def options_of_losses() -> dict[str, list[str]]:
     return {name: [loss for loss in LOSSES if name in LOSSES[loss].options] for name in names}
 
 
-LOSS_OPTIONS = options_of_losses().keys()
+LOSS_FLAGS = options_of_losses().keys() | {"beta", "average_logps"}
 
 
 def read_flags(argv: list[str] | None, cls: type, description: str):
@@ -51,8 +51,7 @@ def make_options(flags: dict, cls: type):
         for name in found.keys() - fields.keys() - skipped:
             raise ValueError(f"{flags['config']}: there is no option {name!r}; remove this key")
         if "loss" in flags and flags["loss"] != found.get("loss", flags["loss"]):
-            # The file's values are for another loss.
-            skipped |= {"beta", "average_logps", "out", *LOSS_OPTIONS}
+            skipped |= {"out", *LOSS_FLAGS}  # the file's values are for another loss
         flags = {name: x for name, x in found.items() if name not in skipped} | flags
     flags = {name: cli.check_value(fields[name], value) for name, value in flags.items()}
     if flags.get("resume"):
@@ -124,14 +123,10 @@ def check_together(options) -> None:
     for name, other in (needed | dict.fromkeys(LORA_FLAGS, "lora_rank")).items():
         if name in given and other not in given:
             raise ValueError(f"--{name} needs --{other}; add --{other} or leave out --{name}")
-    if options.average_logps and not loss.averages:
-        raise ValueError(f"--average_logps: has no use with --loss {options.loss}; leave it out")
     if options.average_logps and options.on_policy and options.beta is None:
         raise ValueError("--average_logps with --on_policy needs a --beta; give one")
-    unused = LOSS_OPTIONS - loss.options.keys()
-    if not loss.uses_beta and options.beta != loss.beta:  # records of a run hold loss.beta
-        unused.add("beta")
-    for name in sorted(given & unused):
+    recorded = {"beta"} if options.beta == loss.beta else set()  # even if the loss has no beta
+    for name in sorted(given & (LOSS_FLAGS - loss.flags - recorded)):
         raise ValueError(f"--{name}: --loss {options.loss} does not use it; leave out --{name}")
     if not (options.init or options.plan) and (options.max_length or shortest) < shortest:
         raise ValueError(f"--max_length: the demonstration needs {shortest} tokens; raise it")

@@ -123,8 +123,15 @@ def sample_answers(model, tokenizer, prompts: list, *, samples=1, temperature=1.
     ids = [tokenizer.prompt_ids(prompt) for prompt in prompts for _ in range(samples)]
     kwargs = {"stop_ids": tokenizer.stop_ids, "temperature": temperature, "seed": seed}
     answers = sample_ids(model, ids, ANSWER_TOKENS, **kwargs)
-    texts = [tokenizer.decode(a[:-1]) if a[-1] in tokenizer.stop_ids else "" for a in answers]
+    found = (answer_text(tokenizer, answer) for answer in answers)
+    texts = [text if ended else "" for text, ended in found]
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+
+
+def answer_text(tokenizer, answer: list[int]) -> tuple[str, bool]:
+    """Returns the text of an answer without its stop token, and whether it has a stop token."""
+    ended = answer[-1] in tokenizer.stop_ids
+    return tokenizer.decode(answer[:-1] if ended else answer), ended
 
 
 def stop_texts(tokenizer, stops: list[tuple[str, ...]]) -> Callable | None:

@@ -37,7 +37,7 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
             raise ValueError(f"{config}: {name} or dtype is malformed; restore the original file")
     init, path, fraction = training["init"], training["data"], training["eval_fraction"]
     kwargs = {"tokenizer": load_tokenizer(folder), "max_length": training["max_length"]}
-    is_demonstration = not files and builtin_task.is_demonstration(init or folder)
+    is_demonstration = not files and builtin_task.solves_problems(folder)
     data = {}
     if not files and training["eval_data"]:
         files = {training["eval_data"]: None}

@@ -6,7 +6,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from support.files import atomic_write, read_json, write_json
+from support.files import atomic_write, digest, read_json, write_json
 
 MAX_SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
@@ -22,6 +22,11 @@ def weight_files(folder: Path) -> list[Path]:
     if any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise ValueError(f"{index}: weight_map must name files of the folder; copy the index again")
     return [folder / name for name in sorted(set(names))]
+
+
+def hash_model(folder: Path) -> str:
+    """Returns a hash of the weights and of config.json. Raises OSError if a file is missing."""
+    return digest(*weight_files(folder), folder / "config.json")
 
 
 def read_weights(folder: Path, shapes: dict, dtype, device="cpu") -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ def test_a_flag_with_one_value_makes_no_grid(tmp_path, monkeypatch):
         (["--seed", "0,1", "--resume"], "--resume: a grid goes on by itself"),
         (["--seed", "0,1", "--overwrite"], "--overwrite: a grid goes on by itself"),
         (["--seed", "0,1", "--plan", "llama-3.2-1b"], "--plan: a grid goes on by itself"),
-        (["--data", "a/b,a_b", "--init", "x"], "is too long or the folder of two runs"),
+        (["--data", "a/b,a_b", "--init", "x"], "a_b: the name of two runs, or too long"),
         (["--seed", "0,1", "--jobs", "0"], "--jobs 0: must be at least 1"),
         (["--jobs", "2"], "--jobs needs a flag with several values"),
         (["--loss", "mio,dpo", "--gamma", "0.5"], "--gamma: no loss of the grid uses it"),

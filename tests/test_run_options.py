@@ -133,9 +133,18 @@ INPUTS = ("--init", "init", "--data", "pairs.jsonl")
         (("--init", "", "--data", "pairs.jsonl"), "--init FOLDER is missing"),
         (("--init", "init", "--data", ""), "--data FILE.jsonl is missing"),
         (("--resume", "--overwrite"), "--resume: there is no run in"),
-        (("--average_logps", "--loss", "simpo"), "--average_logps: has no use with --loss simpo"),
-        (("--average_logps", "--loss", "ipo"), "--average_logps: has no use with --loss ipo"),
-        (("--average_logps", "--loss", "rlhf"), "--average_logps: has no use with --loss rlhf"),
+        (
+            ("--average_logps", "--loss", "simpo"),
+            "--average_logps: --loss simpo does not use it; leave out",
+        ),
+        (
+            ("--average_logps", "--loss", "ipo"),
+            "--average_logps: --loss ipo does not use it; leave out",
+        ),
+        (
+            ("--average_logps", "--loss", "rlhf"),
+            "--average_logps: --loss rlhf does not use it; leave out",
+        ),
         (("--average_logps", "--on_policy"), "--average_logps with --on_policy needs a --beta"),
         ((*INPUTS, "--gpu", "h100"), "--gpu needs --plan; add --plan or leave out --gpu"),
         (("--eval_data", "x"), "--eval_data needs --data"),
