@@ -1,82 +1,106 @@
 """Helpers of the scripts in this folder: they make grids, read their runs and write the pages."""
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that scripts can import the project
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
-from support.figures import read_columns, table  # noqa: E402
-from support.files import read_json  # noqa: E402
+from support.figures import Column, read_columns, squares, table  # noqa: E402
+from support.files import read_json, write_json  # noqa: E402
 from support.grid import Run, arguments, find_grid, summarize  # noqa: E402
 from support.run_options import read_flags  # noqa: E402
 
+SEEDS, TEST_SEEDS = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]
+ALL = SEEDS + TEST_SEEDS
+# A color, a marker and a name for each loss, the same in all figures.
+LOOKS = {"mio": ("#0072B2", "o"), "dpo": ("#D55E00", "s"), "bce": ("#009E73", "^"),
+         "sft": ("#000000", "*"), "ipo": ("#CC79A7", "v"), "orpo": ("#E69F00", "D"),
+         "nwj": ("#56B4E9", "X"), "rlhf": ("#777777", "P")}  # fmt: skip
+
 
 def make(**flags) -> list[Run]:
-    """Makes the runs of a grid that are not finished, two at a time, and returns all its runs."""
-    train.main(argv := arguments({"jobs": 2} | flags))
-    return find_grid(read_flags(argv, train.Options, "")[1], train.Options).runs()
+    """Makes the runs of a grid that are not finished, two at a time, and returns all its runs. The
+    file clock.json in the grid's folder adds up the seconds by the clock."""
+    argv, start = arguments({"jobs": 2} | flags), time.monotonic()
+    grid = find_grid(read_flags(argv, train.Options, "")[1], train.Options)
+    left = [run for run in grid.runs() if not (run.folder / "summary.json").is_file()]
+    if left:
+        train.main(argv)
+        spend(grid.out / "clock.json", time.monotonic() - start)
+    return grid.runs()
+
+
+def spend(file: Path, seconds: float) -> None:
+    before = read_json(file)["seconds"] if file.is_file() else 0
+    write_json(file, {"seconds": before + seconds})
+
+
+def bases(seeds: list[int]) -> dict[int, dict]:
+    """Makes the base models and pairs of all ten seeds. Returns the flags that name the files of
+    each of `seeds`."""
+    make(loss="sft", max_steps=0, seed=ALL, out="out/bases")
+    found = {}
+    for seed in seeds:
+        folder = Path("out/bases") / (f"base-seed{seed}" if seed else "base")
+        files = {"data": folder / "pairs.jsonl", "eval_data": folder / "heldout_pairs.jsonl"}
+        found[seed] = {"init": folder, **files, "seed": seed}
+    return found
 
 
 def evaluate(file: Path, *argv) -> dict[str, dict]:
     """Returns what eval.py wrote to `file`, by run; runs eval.py if the file does not exist."""
     if not file.exists():
+        start = time.monotonic()
         evaluation.main([*map(str, argv), "--out", str(file)])
+        spend(file.with_suffix(".clock.json"), time.monotonic() - start)
     return read_json(file)
 
 
-def changes(runs: list[Run], column: str) -> dict[str, list[float]]:
-    """Returns, for each setting, the mean of a column in each run minus the base's, if it has this
-    column: in nats for Δ, otherwise in points."""
+def columns_of(run: Run) -> dict[str, Column]:
+    """Returns the columns of a run, with `gain`: for each problem, greedy minus the base's."""
+    rows = read_columns(run.folder / "items.json")
+    gain = rows["run"]["greedy"].values - rows["base"]["greedy"].values
+    return rows["run"] | {"gain": Column(100 * gain)}
+
+
+def means(runs: list[Run], *columns: str) -> dict[str, np.ndarray]:
+    """Returns (columns, seeds) for each setting: the mean over the items of each run."""
     found = {}
     for run in runs:
-        rows = read_columns(run.folder / "items.json")
-        means = {name: row[column].estimate().mean for name, row in rows.items() if column in row}
-        change = (means["run"] - means.get("base", 0)) * (1 if "Δ" in column else 100)
-        found.setdefault(run.setting, []).append(change)
-    return found
+        values = columns_of(run)
+        found.setdefault(run.setting, []).append([values[c].estimate().mean for c in columns])
+    return {setting: np.array(values).T for setting, values in found.items()}
 
 
-def spread(values: list[float]) -> str:
-    return f"{np.mean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
+def interval(values, digits: int = 2) -> str:
+    """Returns the mean and the 95 % interval (Student's t) of values, one for each seed."""
+    values, form = np.array(values), f"+.{digits}f"
+    mean = values.mean()
+    half = np.sqrt(squares((values - mean) / len(values))[1])
+    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
 
 
-def outcome(runs: list[Run], column: str = "greedy") -> str:
-    """Returns a sentence, and a line for each setting in the order of the column's mean change."""
-    moves, gains = changes(runs, "Δ chosen"), changes(runs, column)
-    text = f"Mean changes from the start (lowest to highest seed), in the order of {column}:\n"
-    for name in sorted(gains, key=lambda name: -sum(gains[name])):
-        text += f"\n- {name}: {column} {spread(gains[name])} points, Δ chosen {spread(moves[name])}"
-        text += f" nats, positive on {sum(x > 0 for x in moves[name])} of {len(moves[name])} seeds"
-    return text
+def clock(*folders) -> str:
+    """Returns the minutes by the clock that the grids and evaluations in folders took."""
+    files = [file for folder in folders for file in Path(folder).rglob("*clock.json")]
+    seconds = sum(read_json(file)["seconds"] for file in files)
+    return f"{seconds / 60:.0f}"
 
 
-def draw(script: str, rows: dict[str, list[float]], label: str) -> None:
-    """Draws each row's values as ticks on a line, with a dot for their mean."""
-    figure = Figure(figsize=(7, 1 + len(rows) / 4), layout="constrained")
-    axis = figure.subplots()
-    for name, values in rows.items():
-        color = {"mio": "#0072B2", "dpo": "#D55E00"}.get(name[:3], "0.4")
-        axis.plot(values, [name] * len(values), "|-", lw=1, color=color)
-        axis.plot([np.mean(values)], [name], "o", color=color)
-    axis.axvline(0, color="0.4", lw=0.8, zorder=0)
-    axis.set(xlabel=label, ylim=(len(rows) - 0.5, -0.5))
-    figure.savefig(Path(script).with_suffix(".png"), dpi=150)
-
-
-def write(script, text: str, runs: list[Run], **values) -> None:
-    """Writes a page: `text` with values, and with the origin and a table of the runs."""
+def write(script, text: str, runs: list[Run], *folders, **values) -> None:
+    """Writes a page: `text` with values, the origin of the runs, and a table of their means."""
     configs = [read_json(run.folder / "train_config.json") for run in runs]
     commits = " and ".join(sorted({(config["commit"] or "unknown")[:12] for config in configs}))
-    minutes = sum(read_json(run.folder / "summary.json")["seconds"] for run in runs) / 60
-    made = f"`python results/{Path(sys.argv[0]).name}` made this page (commit {commits}, torch "
-    made += f"{configs[0]['versions']['torch']}, {configs[0]['machine']}; the times of all\n"
-    made += f"{len(runs)} runs add up to {minutes:.0f} minutes). The runs are those of:\n"
+    made = f"`python results/{Path(sys.argv[0]).name}` made this page in {clock(*folders)} minutes"
+    made += f" by the clock, two runs at a time\n(commit {commits}, torch "
+    made += f"{configs[0]['versions']['torch']}, {configs[0]['machine']}). The runs are those of:\n"
     for file in dict.fromkeys(run.folder.parent / "grid.md" for run in runs):
         made += f"\n- {file.read_text(encoding='utf-8').splitlines()[0]}"
     rows, seeds = summarize(runs)
+    rows = {name: row for name, row in rows.items() if " - " not in name}
     values = {"table": table(rows, markdown=True, seeds=seeds), "made": made} | values
     Path(script).with_suffix(".md").write_text(text.format(**values), encoding="utf-8")
