@@ -91,16 +91,29 @@ def clock(*folders) -> str:
     return f"{seconds / 60:.0f}"
 
 
-def write(script, text: str, runs: list[Run], *folders, **values) -> None:
-    """Writes a page: `text` with values, the origin of the runs, and a table of their means."""
+def write(script, runs: list[Run], *folders, **values: str) -> None:
+    """Fills the parts of the script's page that lie between <!-- NAME --> and <!-- end --> with
+    `values`, with "made", the origin of the runs, and with "table", a table of their means."""
     configs = [read_json(run.folder / "train_config.json") for run in runs]
     commits = " and ".join(sorted({(config["commit"] or "unknown")[:12] for config in configs}))
-    made = f"`python results/{Path(sys.argv[0]).name}` made this page in {clock(*folders)} minutes"
-    made += f" by the clock, two runs at a time\n(commit {commits}, torch "
-    made += f"{configs[0]['versions']['torch']}, {configs[0]['machine']}). The runs are those of:\n"
+    made = f"`python results/{Path(script).name}` took {clock(*folders)} minutes by the clock, two "
+    made += f"runs at a time (commit {commits}, torch {configs[0]['versions']['torch']}, "
+    made += f"{configs[0]['machine']}). The runs are those of:\n"
     for file in dict.fromkeys(run.folder.parent / "grid.md" for run in runs):
         made += f"\n- {file.read_text(encoding='utf-8').splitlines()[0]}"
     rows, seeds = summarize(runs)
     rows = {name: row for name, row in rows.items() if " - " not in name}
-    values = {"table": table(rows, markdown=True, seeds=seeds), "made": made} | values
-    Path(script).with_suffix(".md").write_text(text.format(**values), encoding="utf-8")
+    values = {"made": made, "table": table(rows, markdown=True, seeds=seeds)} | values
+    fill(Path(script).with_suffix(".md"), **values)
+
+
+def fill(page: Path, **values: str) -> None:
+    """Replaces the marked parts of a page. Raises ValueError if a mark is missing."""
+    text = page.read_text(encoding="utf-8")
+    for name, value in values.items():
+        mark = f"<!-- {name} -->"
+        before, found, after = text.partition(mark)
+        if not found:
+            raise ValueError(f"{page}: has no {mark}")
+        text = f"{before}{mark}\n{value}\n<!-- end -->{after.partition('<!-- end -->')[2]}"
+    page.write_text(text, encoding="utf-8")
