@@ -1,5 +1,6 @@
 """Helpers of the scripts in this folder: they make grids, read their runs and write the pages."""
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -23,15 +24,15 @@ LOOKS = {"mio": ("#0072B2", "o"), "dpo": ("#D55E00", "s"), "bce": ("#009E73", "^
 
 
 def make(**flags) -> list[Run]:
-    """Makes the runs of a grid that are not finished, two at a time, and returns all its runs. The
-    file clock.json in the grid's folder adds up the seconds by the clock."""
-    argv, start = arguments({"jobs": 2} | flags), time.monotonic()
-    grid = find_grid(read_flags(argv, train.Options, "")[1], train.Options)
-    left = [run for run in grid.runs() if not (run.folder / "summary.json").is_file()]
-    if left:
-        train.main(argv)
-        spend(grid.out / "clock.json", time.monotonic() - start)
-    return grid.runs()
+    """Makes the runs of a grid that are not finished, two at a time, and returns all its runs; or
+    makes one run, if no flag has several values. clock.json in the folder adds up the seconds."""
+    grid = find_grid(read_flags(arguments(flags), train.Options, "")[1], train.Options)
+    runs = grid.runs() if grid else [Run(Path(flags["out"]), flags["loss"], flags["seed"], flags)]
+    if not all((run.folder / "summary.json").is_file() for run in runs):
+        start = time.monotonic()
+        train.main(arguments(flags | ({"jobs": 2} if grid else {})))
+        spend(Path(flags["out"]) / "clock.json", time.monotonic() - start)
+    return runs
 
 
 def spend(file: Path, seconds: float) -> None:
@@ -84,11 +85,24 @@ def interval(values, digits: int = 2) -> str:
     return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
 
 
+def markdown(*head, rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
 def clock(*folders) -> str:
     """Returns the minutes by the clock that the grids and evaluations in folders took."""
     files = [file for folder in folders for file in Path(folder).rglob("*clock.json")]
     seconds = sum(read_json(file)["seconds"] for file in files)
     return f"{seconds / 60:.0f}"
+
+
+def command(run: Run) -> str:
+    """Returns the command that made a run, or the grid of a run."""
+    grid = run.folder.parent / "grid.md"
+    if grid.is_file():
+        return grid.read_text(encoding="utf-8").splitlines()[0].strip("`")
+    return shlex.join(["python", "train.py", *arguments(run.flags)])
 
 
 def write(script, runs: list[Run], *folders, **values: str) -> None:
@@ -99,8 +113,7 @@ def write(script, runs: list[Run], *folders, **values: str) -> None:
     made = f"`python results/{Path(script).name}` took {clock(*folders)} minutes by the clock, two "
     made += f"runs at a time (commit {commits}, torch {configs[0]['versions']['torch']}, "
     made += f"{configs[0]['machine']}). The runs are those of:\n"
-    for file in dict.fromkeys(run.folder.parent / "grid.md" for run in runs):
-        made += f"\n- {file.read_text(encoding='utf-8').splitlines()[0]}"
+    made += "".join(f"\n- `{line}`" for line in dict.fromkeys(map(command, runs)))
     rows, seeds = summarize(runs)
     rows = {name: row for name, row in rows.items() if " - " not in name}
     values = {"made": made, "table": table(rows, markdown=True, seeds=seeds)} | values

@@ -1,4 +1,4 @@
-"""A softmax over 20 answers, trained on one pair by plain gradient descent: python results/toy.py"""
+"""Trains a softmax over 20 answers on one pair by gradient descent: python results/toy.py"""
 
 import time
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from page import LOOKS, fill, interval
+from page import LOOKS, fill, markdown
 from torch import Tensor
 
 from mio import pair_loss
@@ -14,34 +14,38 @@ from mio import pair_loss
 ANSWERS, FEATURES, DRAWS, STEPS, RATE = 20, 8, 100, 4000, 0.1
 LOSSES, BETAS, RARE = ["dpo", "mio", "bce", "nwj"], [0.1, 0.5, 2.0], [10.0**-n for n in range(1, 7)]
 FALLS = np.linspace(0, 12, 49)  # nats by which the rejected log-prob has fallen
-STYLES = dict(zip(BETAS, (":", "--", "-")))
 
 
-def descend(logits, weights: Tensor, loss: str, beta: float) -> Tensor:
-    """Minimizes the loss of a pair, answers 0 and 1, from weights (draws, P); logits(weights) is
-    (draws, answers). The step is RATE / beta times the gradient, so that all betas start equally
-    fast. Returns (STEPS + 1, draws, 2): changes of both log-probs from the start, in nats."""
+def descend(logits, weights: Tensor, loss: str, betas: Tensor) -> np.ndarray:
+    """Minimizes the loss of a pair, answers 0 and 1, from weights (R, P) with a beta for each of R
+    trials; logits(weights) is (R, answers). A step is RATE / beta times the gradient, so all betas
+    start equally fast. Returns (STEPS + 1, R, 2): changes of both log-probs, in nats."""
     path = []
     for _ in range(STEPS + 1):
         weights = weights.detach().requires_grad_()
-        logps = logits(weights).log_softmax(dim=1)[:, :2]  # (draws, 2)
+        logps = logits(weights).log_softmax(dim=1)[:, :2]  # (R, 2)
         path.append(logps.detach())
         sums = *logps.unbind(1), *path[0].unbind(1)
-        (gradient,) = torch.autograd.grad(pair_loss(loss, *sums, beta=beta).sum(), weights)
-        weights = weights - RATE / beta * gradient
-    return torch.stack(path) - path[0]
+        (gradient,) = torch.autograd.grad(pair_loss(loss, *sums, beta=betas).sum(), weights)
+        weights = weights - RATE / betas[:, None] * gradient
+    return (torch.stack(path) - path[0]).numpy()
 
 
 def shared_features() -> dict[tuple[str, float], np.ndarray]:
-    """Returns paths by loss and beta: logits are features times weights plus the base's logits.
-    The features of chosen and rejected have a correlation of 0.9; all others are independent."""
+    """Returns paths (STEPS + 1, DRAWS, 2) by loss and beta. Logits are the base's plus features
+    times weights. Features of chosen and rejected correlate by 0.9, others are independent."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(DRAWS, ANSWERS, FEATURES, generator=generator, dtype=torch.float64)
     features[:, 1] = 0.9 * features[:, 0] + (1 - 0.9**2) ** 0.5 * features[:, 1]
     base = torch.randn(DRAWS, ANSWERS, generator=generator, dtype=torch.float64)
-    start = torch.zeros(DRAWS, FEATURES, dtype=torch.float64)
-    logits = lambda weights: base + (features @ weights[:, :, None])[:, :, 0]  # noqa: E731
-    return {(x, b): descend(logits, start, x, b).numpy() for x in LOSSES for b in BETAS}
+    features, base = features.repeat(len(BETAS), 1, 1), base.repeat(len(BETAS), 1)  # (R, ...)
+    betas = torch.tensor(BETAS, dtype=torch.float64).repeat_interleave(DRAWS)  # (R,)
+    found = {}
+    for loss in LOSSES:
+        logits = lambda weights: base + (features @ weights[:, :, None])[:, :, 0]  # noqa: E731
+        path = descend(logits, torch.zeros_like(features[:, 0]), loss, betas)
+        found |= {(loss, beta): x for beta, x in zip(BETAS, np.split(path, len(BETAS), axis=1))}
+    return found
 
 
 def chosen_at(path: np.ndarray, falls: np.ndarray) -> np.ndarray:
@@ -58,7 +62,9 @@ def free_logits(loss: str, beta: float) -> np.ndarray:
     chosen = torch.tensor(RARE, dtype=torch.float64)[:, None]
     rest = ((0.5 - chosen) / (ANSWERS - 2)).expand(-1, ANSWERS - 2)
     start = torch.cat((chosen, torch.full_like(chosen, 0.5), rest), dim=1).log()
-    return descend(lambda weights: weights, start, loss, beta)[-1, :, 0].numpy()
+    return descend(lambda weights: weights, start, loss, torch.full_like(chosen[:, 0], beta))[
+        -1, :, 0
+    ]
 
 
 def policy_gradient(beta: float, draws: int | None) -> np.ndarray:
@@ -106,70 +112,62 @@ def gradients() -> list[list[str]]:
     return rows
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def draw(paths: dict, rises: dict[str, np.ndarray], figure: Figure) -> None:
-    """Draws both panels: paths with shared features, and the rise of a rare chosen answer."""
-    left, right = figure.subplots(1, 2)
-    for (loss, beta), path in paths.items():
-        if loss not in ("dpo", "mio") or (loss == "dpo" and beta > BETAS[0]):
-            continue  # dpo has one path for all betas
-        chosen = chosen_at(path, FALLS)
+def draw(left, right, paths: dict, rises: dict[str, np.ndarray]) -> None:
+    """Draws paths with shared features, in the median of the draws that reach a fall and as far as
+    half of the draws reach it, and the rise of a rare chosen answer."""
+    lines = {"dpo, every beta": ("dpo", 0.1, "-")}  # dpo has one path for all betas
+    lines |= {f"mio, beta {b:g}": ("mio", b, style) for b, style in zip(BETAS, (":", "--", "-"))}
+    for name, (loss, beta, style) in lines.items():
+        chosen = chosen_at(paths[loss, beta], FALLS)  # (falls, draws)
         kept = (~np.isnan(chosen)).mean(axis=1) >= 0.5
-        name = "dpo, every beta" if loss == "dpo" else f"mio, beta {beta:g}"
-        style = "-" if loss == "dpo" else STYLES[beta]
-        y = np.nanmedian(chosen[kept], axis=1)
-        left.plot(FALLS[kept], y, style, color=LOOKS[loss][0], lw=2, label=name)
-        left.plot(FALLS[kept][-1], y[-1], LOOKS[loss][1], color=LOOKS[loss][0])
-    left.set(xlabel="fall of the rejected log-prob, nats", title="Answers with shared features")
-    left.set_ylabel("change of the chosen log-prob, nats")
-    for name, rise in rises.items():
-        color, marker = LOOKS[name[:4].strip(",") if name[:4] in LOOKS else name[:3]]
-        style = {"e": "--", "8": ":", "o": "-"}.get(name.partition(", ")[2][:1], "-")
+        y, (color, marker) = np.nanmedian(chosen[kept], axis=1), LOOKS[loss]
+        left.plot(FALLS[kept], y, style, marker=marker, markevery=8, color=color, label=name)
+    for (name, rise), style in zip(rises.items(), ("-", "-", "-", "-", "-", "--", ":")):
+        color, marker = LOOKS[name.partition(",")[0]]
         right.plot(RARE, rise, style, marker=marker, color=color, label=name)
+    left.set(
+        xlabel="fall of the rejected log-prob, nats", title="toy: answers with shared features"
+    )
+    left.set_ylabel("change of the chosen log-prob, nats")
     right.set(xscale="log", xlabel="probability of the chosen answer before training")
-    right.set(ylabel="rise of the chosen log-prob, nats", title="A rare answer, beta 0.1")
+    right.set(
+        ylabel="rise of the chosen log-prob, nats", title="toy: a rare chosen answer, beta 0.1"
+    )
     for axis in (left, right):
         axis.axhline(0, color="0.4", lw=0.8, zorder=0)
         axis.legend(frameon=False, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
 
 
-def measure() -> tuple[dict, dict]:
-    """Returns the paths with shared features, and the rises by loss and beta."""
-    rises = {}
-    for beta in (0.1, 1.0):
-        found = {loss: free_logits(loss, beta) for loss in LOSSES}
-        found |= {
-            "rlhf, optimum": optimum(beta),
-            "rlhf, exact gradient": policy_gradient(beta, None),
-        }
-        rises[beta] = found | {"rlhf, 8 draws a step": policy_gradient(beta, 8)}
-    return shared_features(), rises
+def rare(beta: float) -> dict[str, np.ndarray]:
+    """Returns the rises of a chosen answer, (RARE,) each."""
+    found = {loss: free_logits(loss, beta) for loss in LOSSES} | {"rlhf, optimum": optimum(beta)}
+    found |= {"rlhf, exact gradient": policy_gradient(beta, None)}
+    return found | {"rlhf, 8 draws a step": policy_gradient(beta, 8)}
+
+
+def main() -> None:
+    start, page = time.monotonic(), Path(__file__)
+    paths, rises, rows = shared_features(), {beta: rare(beta) for beta in (0.1, 1.0)}, []
+    for (loss, beta), path in paths.items():
+        cells = [f"{x:+.2f}" for x in np.median(path[-1], axis=0)]
+        cells += [f"{(path[-1, :, 0] < -1).mean():.0%}"]
+        for chosen in chosen_at(path, np.array([2, 8])):
+            reached = chosen[~np.isnan(chosen)]
+            cells += [f"{np.median(reached):+.2f} ({len(reached)})" if len(reached) else "- (0)"]
+        rows.append([loss, f"{beta:g}", *cells])
+    head = "loss", "beta", "Δ chosen", "Δ rejected", "chosen fell by more than 1 nat"
+    shared = markdown(*head, "Δ chosen at a fall of 2 nats", "at a fall of 8 nats", rows=rows)
+    free = [[name, f"{beta:g}", *(f"{x:+.2f}" for x in rise)]
+            for beta, found in rises.items() for name, rise in found.items()]  # fmt: skip
+    head = "loss", "both fell by, nats", "π_w", "∂/∂π_w", "∂/∂π_l", "∂/∂logit_w", "∂/∂logit_l"
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    draw(*figure.subplots(1, 2), paths, rises[0.1])
+    figure.savefig(page.with_suffix(".png"), dpi=150)
+    fill(page.with_suffix(".md"), shared=shared, free=markdown("", "beta", *RARE, rows=free),
+         gradients=markdown(*head, rows=gradients()),
+         made=f"It takes {time.monotonic() - start:.0f} seconds.")  # fmt: skip
 
 
 if __name__ == "__main__":
-    start = time.monotonic()
-    paths, rises = measure()
-    rows = []
-    for (loss, beta), path in paths.items():
-        last, at_two = path[-1], chosen_at(path, np.array([2.0]))[0]
-        cells = [f"{x:+.2f}" for x in np.median(last, axis=0)] + [f"{(last[:, 0] < -1).mean():.0%}"]
-        cells += [f"{np.nanmedian(at_two):+.2f}", f"{(~np.isnan(at_two)).mean():.0%}"]
-        rows.append([loss, f"{beta:g}", *cells])
-    gap = chosen_at(paths["mio", 0.5], FALLS[[8]]) - chosen_at(paths["dpo", 0.5], FALLS[[8]])
-    shared = markdown(["loss", "beta", "Δ chosen", "Δ rejected", "chosen fell by more than 1 nat",
-                       "Δ chosen at a fall of 2 nats", "draws that reach it"], rows)  # fmt: skip
-    free = [[name, f"{beta:g}", *(f"{x:+.2f}" for x in rise)]
-            for beta, found in rises.items() for name, rise in found.items()]  # fmt: skip
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    draw(paths, rises[0.1], figure)
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
-    fill(Path(__file__).with_suffix(".md"), shared=shared,
-         gap=interval(gap[~np.isnan(gap)]), free=markdown(["", "beta", *map(str, RARE)], free),
-         gradients=markdown(["loss", "both fell by, nats", "π_w", "∂/∂π_w", "∂/∂π_l",
-                             "∂/∂logit_w", "∂/∂logit_l"], gradients()),
-         made=f"It took {time.monotonic() - start:.0f} seconds.")  # fmt: skip
+    main()
