@@ -1,4 +1,4 @@
-"""Helpers of the scripts in this folder: they make grids, read their runs and write the pages."""
+"""Helpers of the scripts in this folder: they make grids, read their runs and fill the pages."""
 
 import shlex
 import sys
@@ -10,40 +10,62 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that scripts can import the project
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
-from support.figures import Column, read_columns, squares, table  # noqa: E402
-from support.files import read_json, write_json  # noqa: E402
-from support.grid import Run, arguments, find_grid, summarize  # noqa: E402
+from support.builtin_task import solution  # noqa: E402
+from support.figures import read_columns, squares, table  # noqa: E402
+from support.files import read_json, write_json, write_rows  # noqa: E402
+from support.grid import Grid, Run, arguments, find_grid, make_runs, summarize  # noqa: E402
+from support.run_folder import catch_signals  # noqa: E402
 from support.run_options import read_flags  # noqa: E402
+from support.sampling import ANSWER_TOKENS  # noqa: E402
 
 SEEDS, TEST_SEEDS = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]
-ALL = SEEDS + TEST_SEEDS
-# A color, a marker and a name for each loss, the same in all figures.
-LOOKS = {"mio": ("#0072B2", "o"), "dpo": ("#D55E00", "s"), "bce": ("#009E73", "^"),
-         "sft": ("#000000", "*"), "ipo": ("#CC79A7", "v"), "orpo": ("#E69F00", "D"),
-         "nwj": ("#56B4E9", "X"), "rlhf": ("#777777", "P")}  # fmt: skip
+LOOKS = {
+    "mio": ("#0072B2", "o"),
+    "dpo": ("#D55E00", "s"),
+    "bce": ("#009E73", "^"),
+    "sft": ("#000000", "*"),
+    "ipo": ("#CC79A7", "v"),
+    "orpo": ("#E69F00", "D"),
+    "nwj": ("#56B4E9", "X"),
+    "mio+0.1*sft": ("#E69F00", "D"),
+    "rlhf": ("#777777", "P"),
+    "base": ("#777777", "."),
+}  # fmt: skip  (color and marker, the same in all figures)
 
 
 def make(**flags) -> list[Run]:
     """Makes the runs of a grid that are not finished, two at a time, and returns all its runs; or
-    makes one run, if no flag has several values. clock.json in the folder adds up the seconds."""
+    makes one run, if no flag has several values."""
     grid = find_grid(read_flags(arguments(flags), train.Options, "")[1], train.Options)
     runs = grid.runs() if grid else [Run(Path(flags["out"]), flags["loss"], flags["seed"], flags)]
-    if not all((run.folder / "summary.json").is_file() for run in runs):
+    if not grid:
+        make_all(runs, runs[0].folder)
+    elif not all((run.folder / "summary.json").is_file() for run in runs):
         start = time.monotonic()
-        train.main(arguments(flags | ({"jobs": 2} if grid else {})))
-        spend(Path(flags["out"]) / "clock.json", time.monotonic() - start)
+        train.main(arguments(flags | {"jobs": 2}))
+        spend(grid.out / "clock.json", start)
     return runs
 
 
-def spend(file: Path, seconds: float) -> None:
+def make_all(runs: list[Run], folder: Path) -> None:
+    """Makes any runs that are not finished, two at a time; clock.json adds up their seconds."""
+    if left := [run for run in runs if not (run.folder / "summary.json").is_file()]:
+        start = time.monotonic()
+        with catch_signals() as signals:
+            failed = make_runs(Grid({}, {}, folder, 2), left, signals)
+        assert not failed and not signals, failed or "stopped; the same command goes on"
+        spend(folder / "clock.json", start)
+
+
+def spend(file: Path, start: float) -> None:
+    """Adds the seconds since `start` to those that the file holds."""
     before = read_json(file)["seconds"] if file.is_file() else 0
-    write_json(file, {"seconds": before + seconds})
+    write_json(file, {"seconds": before + time.monotonic() - start})
 
 
 def bases(seeds: list[int]) -> dict[int, dict]:
-    """Makes the base models and pairs of all ten seeds. Returns the flags that name the files of
-    each of `seeds`."""
-    make(loss="sft", max_steps=0, seed=ALL, out="out/bases")
+    """Makes the base models and pairs of ten seeds. Returns the flags for each of `seeds`."""
+    make(loss="sft", max_steps=0, seed=SEEDS + TEST_SEEDS, out="out/bases")
     found = {}
     for seed in seeds:
         folder = Path("out/bases") / (f"base-seed{seed}" if seed else "base")
@@ -52,49 +74,57 @@ def bases(seeds: list[int]) -> dict[int, dict]:
     return found
 
 
-def evaluate(file: Path, *argv) -> dict[str, dict]:
-    """Returns what eval.py wrote to `file`, by run; runs eval.py if the file does not exist."""
+def ask(file: Path, texts: list[str]) -> None:
+    """Writes a file of problems that eval.py and --loss rlhf grade."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(file, [{"prompt": t, "answer": solution(t), "grade": "gsm8k"} for t in texts])
+
+
+def evaluate(file: Path, models: list, data: Path, *flags) -> list[dict]:
+    """Returns what eval.py writes to `file` for each model: the table of `data` and its items."""
     if not file.exists():
-        start = time.monotonic()
-        evaluation.main([*map(str, argv), "--out", str(file)])
-        spend(file.with_suffix(".clock.json"), time.monotonic() - start)
-    return read_json(file)
-
-
-def columns_of(run: Run) -> dict[str, Column]:
-    """Returns the columns of a run, with `gain`: for each problem, greedy minus the base's."""
-    rows = read_columns(run.folder / "items.json")
-    gain = rows["run"]["greedy"].values - rows["base"]["greedy"].values
-    return rows["run"] | {"gain": Column(100 * gain)}
+        start, models = time.monotonic(), [str(model) for model in models]
+        flags = "--max_new_tokens", ANSWER_TOKENS, *flags, "--out", file
+        evaluation.main([*models, "--data", *map(str, (data, *flags))])
+        spend(file.with_suffix(".clock.json"), start)
+    records = read_json(file).values()
+    return [next(iter(r["figures"].values())) | {"items": r["items"]} for r in records]
 
 
 def means(runs: list[Run], *columns: str) -> dict[str, np.ndarray]:
-    """Returns (columns, seeds) for each setting: the mean over the items of each run."""
+    """Returns (columns, seeds) for each setting: means over the items of each run, of rates minus
+    those of the base, in points."""
     found = {}
     for run in runs:
-        values = columns_of(run)
-        found.setdefault(run.setting, []).append([values[c].estimate().mean for c in columns])
+        rows = read_columns(run.folder / "items.json")
+        values = [rows["run"][c].estimate().mean for c in columns]
+        values = [x if "Δ" in c else 100 * (x - rows["base"][c].estimate().mean)
+                  for c, x in zip(columns, values)]  # fmt: skip
+        found.setdefault(run.setting, []).append(values)
     return {setting: np.array(values).T for setting, values in found.items()}
 
 
 def interval(values, digits: int = 2) -> str:
     """Returns the mean and the 95 % interval (Student's t) of values, one for each seed."""
-    values, form = np.array(values), f"+.{digits}f"
-    mean = values.mean()
-    half = np.sqrt(squares((values - mean) / len(values))[1])
+    mean, form = np.mean(values), f"+.{digits}f"
+    half = np.sqrt(squares((np.array(values) - mean) / len(values))[1])
     return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
 
 
-def markdown(*head, rows: list[list[str]]) -> str:
+def markdown(*head, rows: list[list]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def clock(*folders) -> str:
-    """Returns the minutes by the clock that the grids and evaluations in folders took."""
-    files = [file for folder in folders for file in Path(folder).rglob("*clock.json")]
-    seconds = sum(read_json(file)["seconds"] for file in files)
-    return f"{seconds / 60:.0f}"
+def save(script: str, figure, columns: int = 0) -> None:
+    """Saves a figure beside its script, with a legend below if it has `columns`."""
+    for axis in figure.axes:
+        axis.axhline(0, color="0.4", lw=0.8, zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    if columns:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), **place)
+    figure.savefig(Path(script).with_suffix(".png"), dpi=150)
 
 
 def command(run: Run) -> str:
@@ -105,28 +135,29 @@ def command(run: Run) -> str:
     return shlex.join(["python", "train.py", *arguments(run.flags)])
 
 
-def write(script, runs: list[Run], *folders, **values: str) -> None:
-    """Fills the parts of the script's page that lie between <!-- NAME --> and <!-- end --> with
-    `values`, with "made", the origin of the runs, and with "table", a table of their means."""
+def write(script: str, runs: list[Run], *folders, compare: bool = False, **values: str) -> None:
+    """Fills the page of a script with `values`, with "made", the origin of the runs, and with
+    "table", a table of their means and, with `compare`, of differences from the first setting."""
     configs = [read_json(run.folder / "train_config.json") for run in runs]
     commits = " and ".join(sorted({(config["commit"] or "unknown")[:12] for config in configs}))
-    made = f"`python results/{Path(script).name}` took {clock(*folders)} minutes by the clock, two "
+    files = [file for folder in folders for file in Path(folder).rglob("*clock.json")]
+    minutes = sum(read_json(file)["seconds"] for file in files) / 60
+    made = f"`python results/{Path(script).name}` took {minutes:.0f} minutes by the clock, two "
     made += f"runs at a time (commit {commits}, torch {configs[0]['versions']['torch']}, "
     made += f"{configs[0]['machine']}). The runs are those of:\n"
     made += "".join(f"\n- `{line}`" for line in dict.fromkeys(map(command, runs)))
     rows, seeds = summarize(runs)
-    rows = {name: row for name, row in rows.items() if " - " not in name}
+    rows = {name: row for name, row in rows.items() if compare or " - " not in name}
     values = {"made": made, "table": table(rows, markdown=True, seeds=seeds)} | values
-    fill(Path(script).with_suffix(".md"), **values)
+    fill(script, **values)
 
 
-def fill(page: Path, **values: str) -> None:
-    """Replaces the marked parts of a page. Raises ValueError if a mark is missing."""
+def fill(script: str, **values: str) -> None:
+    """Replaces the parts of a script's page between <!-- NAME --> and <!-- end --> by `values`."""
+    page = Path(script).with_suffix(".md")
     text = page.read_text(encoding="utf-8")
     for name, value in values.items():
-        mark = f"<!-- {name} -->"
-        before, found, after = text.partition(mark)
-        if not found:
-            raise ValueError(f"{page}: has no {mark}")
+        before, mark, after = text.partition(f"<!-- {name} -->")
+        assert mark, f"{page} has no <!-- {name} -->"
         text = f"{before}{mark}\n{value}\n<!-- end -->{after.partition('<!-- end -->')[2]}"
     page.write_text(text, encoding="utf-8")

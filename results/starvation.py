@@ -7,28 +7,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from page import LOOKS, evaluate, interval, make, markdown, spend, write
+from page import ANSWER_TOKENS, LOOKS, ask, evaluate, interval, make, markdown, save, spend, write
 
 from model import Llama
 from support.builtin_task import BASE_MODEL, is_correct, problems, solution
 from support.figures import read_columns
 from support.files import write_rows
-from support.sampling import ANSWER_TOKENS, sample_answers
+from support.sampling import sample_answers
 from support.tokenizers import byte_tokenizer, load_tokenizer
 
 OUT, SEEDS = Path("out/starvation"), [0, 1, 2]
-SEEN, LEAKED = 15_000, 360  # problems of both kinds that the base is trained on
+SEEN, RARE = 15_000, 360  # problems of both kinds that the base is trained on
 BINS = [0, -2, -4, -6, -np.inf]  # powers of ten of the base's probability of the right answer
 RANGES = ["1 to 1e-2", "1e-2 to 1e-4", "1e-4 to 1e-6", "below 1e-6"]
 GRIDS = {"mio": {"loss": ["mio", "bce", "sft"], "beta": [0.1, 0.5, 2.0]},
          "dpo": {"loss": "dpo", "beta": [0.05, 0.25, 1.0]}}  # fmt: skip
-NAMES = {f"{loss},beta={beta}": f"{loss}, beta {beta:g}"
-         for loss in ("mio", "bce") for beta in GRIDS["mio"]["beta"]}  # fmt: skip
-NAMES |= {f"beta={beta}": f"dpo, beta {beta:g}" for beta in GRIDS["dpo"]["beta"]}
 
 
-def problems_of(split: str, count: int, seed, negative: bool = True) -> list[str]:
-    """Returns `count` problems whose running total falls below zero, or (not `negative`) never does."""
+def rare(split: str, count: int, seed, negative: bool = True) -> list[str]:
+    """Returns problems whose running total falls below zero, or (not `negative`) never does."""
     texts = problems(split, (3 if negative else 2) * count, seed)
     return [text for text in texts if ("=-" in solution(text)) == negative][:count]
 
@@ -36,33 +33,30 @@ def problems_of(split: str, count: int, seed, negative: bool = True) -> list[str
 def prepare(seed: int) -> dict:
     """Makes a base that has hardly seen a total below zero, and its pairs. Returns their flags."""
     folder, base = OUT / f"data-seed{seed}", OUT / f"base-seed{seed}"
-    trained = "train", 1500, [seed, 3]
+    trained = rare("train", 1500, [seed, 3])
     flags = {"max_length": 96, "seed": seed, "eval_fraction": 0.0, "schedule": "constant"}
     if not folder.is_dir():
         torch.manual_seed(seed)
         Llama(BASE_MODEL).save_pretrained(folder)
         byte_tokenizer().save(folder)
-        texts = problems_of("train", SEEN, [seed, 2], negative=False)
-        texts += problems_of("train", LEAKED, [seed, 2])
+        texts = rare("train", SEEN, [seed, 2], negative=False) + rare("train", RARE, [seed, 2])
         rows = [{"prompt": text, "completion": solution(text)} for text in texts]
         write_rows(folder / "seen.jsonl", rows)
-        for name, texts in (("asked", trained), ("tested", ("test", 200, [seed, 4]))):
-            texts = problems_of(*texts)
-            rows = [{"prompt": t, "answer": solution(t), "grade": "gsm8k"} for t in texts]
-            write_rows(folder / f"{name}.jsonl", rows)
+        ask(folder / "asked.jsonl", trained)
+        ask(folder / "tested.jsonl", rare("test", 200, [seed, 4]))
     make(loss="sft", init=folder, data=folder / "seen.jsonl", lr=2e-3, batch_size=64, **flags,
          out=base)  # fmt: skip
     files = {"data": folder / "pairs.jsonl", "eval_data": folder / "heldout.jsonl"}
     if not files["eval_data"].exists():
         start, model = time.monotonic(), (Llama.from_pretrained(base), load_tokenizer(base))
-        for file, which in zip(files.values(), (trained, ("test", 300, [seed, 3]))):
-            texts, rows = problems_of(*which), []
+        for file, texts in zip(files.values(), (trained, rare("test", 300, [seed, 3]))):
+            rows = []
             for text, answers in zip(texts, sample_answers(*model, texts, samples=4, seed=seed)):
                 usable = [a for a in answers if a.strip() and "\ufffd" not in a]
                 if wrong := [a for a in usable if not is_correct(text, a)]:
                     rows += [{"prompt": text, "chosen": solution(text), "rejected": wrong[0]}]
             write_rows(file, rows)
-        spend(OUT / f"pairs-seed{seed}-clock.json", time.monotonic() - start)
+        spend(OUT / f"pairs-seed{seed}-clock.json", start)
     return flags | {"init": base, "lr": 3e-4, "batch_size": 48} | files
 
 
@@ -70,26 +64,31 @@ def train_all(seed: int) -> tuple[dict, list]:
     """Makes the runs of a seed. Returns the flags with the base and pairs, and the runs."""
     flags, runs = prepare(seed), []
     for name, grid in GRIDS.items():
-        runs += make(**grid, epochs=2, **flags, out=OUT / f"{name}-seed{seed}")
+        made = make(**grid, epochs=2, **flags, out=OUT / f"{name}-seed{seed}")
+        prefix = "dpo, " if name == "dpo" else ""
+        for run in made:
+            name = prefix + run.setting.replace(",", ", ").replace("=", " ")
+            runs.append(run._replace(setting=name))
     drawn = {"data": OUT / f"data-seed{seed}/asked.jsonl", "max_new_tokens": ANSWER_TOKENS}
     runs += make(loss="rlhf", epochs=1, **(flags | drawn), out=OUT / f"rlhf-seed{seed}")
-    return flags, [run._replace(setting=NAMES.get(run.setting, run.setting)) for run in runs]
+    return flags, runs
 
 
 def measure(seed: int, flags: dict, runs: list, gains: dict, rates: dict) -> list[int]:
     """Adds to `gains` the rise of right answers by bin (bins,), in nats, and to `rates` pass@1 and
     pass@64, in percent. Returns the number of held-out pairs in each bin."""
-    base, folders = flags["init"], [flags["init"], *(run.folder for run in runs)]
-    options = "--n", 64, "--max_new_tokens", ANSWER_TOKENS, "--batch_size", 1000
-    tested = OUT / f"data-seed{seed}/tested.jsonl"
-    answers = evaluate(OUT / f"pass-seed{seed}.json", *folders, "--data", tested, *options)
-    for name, folder in zip(["base", *(run.setting for run in runs)], folders):
-        (columns,) = answers[str(folder)]["figures"].values()
-        passes = [100 * columns[f"strict pass@{k}"]["mean"] for k in (1, 64)]
+    models, tested = (
+        [flags["init"], *(x.folder for x in runs)],
+        OUT / f"data-seed{seed}/tested.jsonl",
+    )
+    options = "--n", 64, "--batch_size", 1000
+    records = evaluate(OUT / f"pass-seed{seed}.json", models, tested, *options)
+    for name, record in zip(["base", *(run.setting for run in runs)], records):
+        passes = [100 * record[f"strict pass@{k}"]["mean"] for k in (1, 64)]
         rates.setdefault(name, []).append(passes)
-    found = evaluate(OUT / f"logps-seed{seed}.json", base, "--data", flags["eval_data"])
-    items = found[str(base)]["items"][flags["eval_data"].name]
-    powers = np.array(items["chosen"]) / np.log(10)  # (pairs,)
+    held_out = flags["eval_data"]
+    (record,) = evaluate(OUT / f"logps-seed{seed}.json", models[:1], held_out)
+    powers = np.array(record["items"][held_out.name]["chosen"]) / np.log(10)  # (pairs,)
     bins = [(low < powers) & (powers <= high) for high, low in zip(BINS, BINS[1:])]
     for run in runs:
         change = read_columns(run.folder / "items.json")["run"]["Δ chosen"].values  # (pairs,)
@@ -102,22 +101,18 @@ def draw(gains: dict, rates: dict) -> None:
     left, right = figure.subplots(1, 2)
     styles = cycle(("-", "--", ":"))  # the betas of a loss, the smallest first
     for name, values in gains.items():
-        color, marker = LOOKS[name.split(",")[0]]
         style = next(styles) if "beta" in name else "-"
+        color, marker = LOOKS[name.partition(",")[0]]
         left.plot(RANGES, values.mean(0), style, marker=marker, color=color, label=name)
     for i, (name, values) in enumerate(rates.items()):
-        color = LOOKS.get(name.split(",")[0], ("0.4", ""))[0]
+        color, marker = LOOKS[name.partition(",")[0]]
         right.plot(values[:, 1], [i] * len(values), "|", ms=12, color=color)
-        right.plot(values[:, 1].mean(), i, "o", color=color)
-    left.set(xlabel="probability of the right answer under the base")
-    left.set_ylabel("rise of its log-prob, nats")
-    left.axhline(0, color="0.4", lw=0.8, zorder=0)
+        right.plot(values[:, 1].mean(), i, marker, color=color)
+    left.set(xlabel="probability of the right answer under the base", ylabel="rise, nats")
     left.legend(frameon=False, fontsize=8)
     right.set(yticks=range(len(rates)), yticklabels=rates, ylim=(len(rates) - 0.5, -0.5))
-    right.set(
-        xlabel="pass@64 on problems of the rare kind, % (a tick for each seed)", xlim=(0, 100)
-    )
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
+    right.set(xlabel="pass@64 on the rare kind of problem, %; a tick for each seed", xlim=(0, 100))
+    save(__file__, figure)
 
 
 if __name__ == "__main__":

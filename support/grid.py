@@ -139,7 +139,7 @@ def run_grid(grid: Grid, options: type) -> Path:
         raise ValueError(f"--out {out}: holds other files, but no grid; choose an empty folder")
     with locked(out), catch_signals() as signals:
         write_json(file, flags)
-        failed = _make_runs(grid, runs, signals)
+        failed = make_runs(grid, runs, signals)
         if signals:
             print(f"stopped; the same command continues the grid: {grid.command()}")
             sys.exit(128 + signals[0])
@@ -161,7 +161,7 @@ def run_grid(grid: Grid, options: type) -> Path:
     return out
 
 
-def _make_runs(grid: Grid, runs: list[Run], signals: list[int]) -> dict[Path, str]:
+def make_runs(grid: Grid, runs: list[Run], signals: list[int]) -> dict[Path, str]:
     """Makes the runs, `grid.jobs` at a time. Returns the last line of each run that failed."""
     left = [run for run in runs if not (run.folder / "summary.json").is_file()]
     sizes = ", ".join(f"{len(values)} of --{name}" for name, values in grid.axes.items())
