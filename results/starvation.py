@@ -43,7 +43,7 @@ def prepare(seed: int) -> dict:
         rows = [{"prompt": text, "completion": solution(text)} for text in texts]
         write_rows(folder / "seen.jsonl", rows)
         ask(folder / "asked.jsonl", trained)
-        ask(folder / "tested.jsonl", rare("test", 200, [seed, 4]))
+        ask(folder / "tested.jsonl", rare("test", 128, [seed, 4]))
     make(loss="sft", init=folder, data=folder / "seen.jsonl", lr=2e-3, batch_size=64, **flags,
          out=base)  # fmt: skip
     files = {"data": folder / "pairs.jsonl", "eval_data": folder / "heldout.jsonl"}
