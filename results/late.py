@@ -81,6 +81,7 @@ if __name__ == "__main__":
             found.setdefault(run.setting, {}).setdefault(name, []).append(values)
     found = {s: {c: np.array(x) for c, x in columns.items()} for s, columns in found.items()}
     halves = {s: {c: second_half(c, x) for c, x in columns.items()} for s, columns in found.items()}
+    columns = list(halves["sft"])
     for a, b in ("mio, beta 0.2", "dpo, beta 0.1"), ("mio, beta 1.0", "dpo, beta 0.5"):
         halves[f"{a}, minus {b}"] = {c: x - halves[b][c] for c, x in halves[a].items()}
     rows = [[name, *(interval(x, 1 if c == "greedy" else 2) for c, x in columns.items())]
@@ -89,5 +90,5 @@ if __name__ == "__main__":
     gains = [[name, *(f"{y:+.1f}" for y in [*x, x.max() - x[-1]])] for name, x in means.items()]
     head = ["epoch", *range(3, EPOCHS + 1, 3), "highest minus last"]
     draw(found)
-    write(__file__, runs, "out/late", changes=markdown("", *halves[name], rows=rows),
+    write(__file__, runs, "out/late", changes=markdown("", *columns, rows=rows),
           accuracy=markdown(*head, rows=gains))  # fmt: skip
