@@ -3,21 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+import page
 from frontier import BETAS, LOSSES, RATES
 from matplotlib.figure import Figure
-from page import (
-    LOOKS,
-    TEST_SEEDS,
-    Run,
-    ask,
-    bases,
-    evaluate,
-    make_all,
-    markdown,
-    means,
-    save,
-    write,
-)
 
 from support.builtin_task import problems
 
@@ -26,20 +14,20 @@ ALL_RATES, ALL_BETAS = [3e-5, 1e-4, *RATES, 3e-3, 1e-2], [1 / 128, 1 / 32, *BETA
 Place = tuple[str, int, int]  # a loss, and positions in ALL_RATES and in ALL_BETAS
 
 
-def train(places: list[Place], seeds: list[int]) -> dict[Place, list[Run]]:
+def train(places: list[Place], seeds: list[int]) -> dict[Place, list[page.Run]]:
     """Makes a run of each place on each seed, or takes it from the runs of the frontier."""
     found = {}
     for loss, i, j in places:
         flags = {"loss": loss} | ({"beta": ALL_BETAS[j]} if loss != "sft" else {})
         flags |= {"lr": ALL_RATES[i]}
         name = ",".join(f"{key}={value}" for key, value in flags.items())
-        for seed, files in bases(seeds).items():
+        for seed, files in page.bases(seeds).items():
             known = Path(f"out/frontier/seed{seed}") / name
             folder = known if known.is_dir() else OUT / f"seed{seed}" / name
             flags |= files | {"epochs": 1, "eval_every": 30}
             setting = name.removeprefix("loss=")
-            found.setdefault((loss, i, j), []).append(Run(folder, setting, seed, dict(flags)))
-    make_all([run for runs in found.values() for run in runs], OUT)
+            found.setdefault((loss, i, j), []).append(page.Run(folder, setting, seed, dict(flags)))
+    page.make_all([run for runs in found.values() for run in runs], OUT)
     return found
 
 
@@ -47,7 +35,7 @@ def accuracies(places: list[Place]) -> dict[Place, float]:
     """Returns the greedy accuracy on validation problems, in %, in the mean over tuning seeds."""
     found = {}
     for place, runs in train(places, TUNING).items():
-        records = [evaluate(x.folder / "validation.json", [x.folder], QUESTIONS) for x in runs]
+        records = [page.evaluate(x.folder / "validation.json", [x.folder], QUESTIONS) for x in runs]
         found[place] = 100 * np.mean([record["strict"]["mean"] for (record,) in records])
     return found
 
@@ -73,9 +61,9 @@ def tune() -> tuple[dict[Place, float], list[Place]]:
 
 
 if __name__ == "__main__":
-    ask(QUESTIONS, problems("validation", 500, seed=1))
+    page.ask(QUESTIONS, problems("validation", 500, seed=1))
     tried, best = tune()
-    runs = [run for runs in train(best, TEST_SEEDS).values() for run in runs]
+    runs = [run for runs in train(best, page.TEST_SEEDS).values() for run in runs]
     rows = []
     for place in best:
         loss, i, j = place
@@ -83,15 +71,11 @@ if __name__ == "__main__":
         others = ", ".join(f"{tried[x]:.1f}" for x in near(place))
         count = sum(x[0] == loss for x in tried)
         rows.append([loss, f"{ALL_RATES[i]:g}", beta, f"{tried[place]:.1f}", others, count])
-    gains = means(runs, "greedy")
+    gains = page.means(runs, "greedy")
     figure = Figure(figsize=(7, 3), layout="constrained")
     axis = figure.subplots()
-    for name, (values,) in sorted(gains.items(), key=lambda gain: -gain[1].mean()):
-        color, marker = LOOKS[name.partition(",")[0]]
-        axis.plot(values, [name] * len(values), "|-", color=color)
-        axis.plot([values.mean()], [name], marker, color=color)
+    page.ticks(axis, {name: gain for name, (gain,) in gains.items()})
     axis.set(xlabel="gain in greedy accuracy, points; a tick for each seed", xlim=(0, None))
-    axis.invert_yaxis()
-    save(__file__, figure)
+    page.save(__file__, figure)
     head = "loss", "lr", "beta", "accuracy, %", "of its neighbors, %", "settings tried"
-    write(__file__, runs, OUT, compare=True, tuned=markdown(*head, rows=rows))
+    page.write(__file__, runs, OUT, compare=True, tuned=(head, rows))

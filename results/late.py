@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import page
 from matplotlib.figure import Figure
-from page import LOOKS, SEEDS, ask, bases, evaluate, interval, make, markdown, save, write
 
 from support.builtin_task import problems
 from support.curves import read_curves
@@ -22,15 +22,15 @@ FIRST = {"held-out chosen": 0, "held-out rejected": 0, "training chosen": 1, "gr
 
 def train_all() -> list:
     """Makes the runs of all seeds."""
-    ask(QUESTIONS, problems("test", 500, seed=0))
+    page.ask(QUESTIONS, problems("test", 500, seed=0))
     runs = []
-    for seed, files in bases(SEEDS).items():
+    for seed, files in page.bases(page.SEEDS).items():
         data = Path(f"out/late/pairs-seed{seed}.jsonl")
         write_rows(data, [row for _, row in read_rows(files["data"])][:PAIRS])
         flags = files | {"data": data, "epochs": EPOCHS, "schedule": "constant"}
         flags |= {"eval_every": EVERY // 3, "save_every": EVERY, "keep": EPOCHS // 3}
         for name, grid in GRIDS.items():
-            made = make(**grid, **flags, out=f"out/late/{name}-seed{seed}")
+            made = page.make(**grid, **flags, out=f"out/late/{name}-seed{seed}")
             name = "" if name == "chosen" else f"{name}, "
             runs += [run._replace(setting=name + run.setting.replace("=", " ")) for run in made]
     return runs
@@ -47,7 +47,7 @@ def curves_of(run) -> dict[str, np.ndarray]:
         found[f"training {side}"] = sums[1:] / np.bincount(epochs)[1:]
     found = {name: values - values[0] for name, values in found.items()}
     models = run.flags["init"], *checkpoints(run.folder)
-    records = evaluate(run.folder / "accuracy.json", models, QUESTIONS)
+    records = page.evaluate(run.folder / "accuracy.json", models, QUESTIONS)
     base, *right = [100 * record["strict"]["mean"] for record in records]
     return found | {"greedy": np.array(right) - base}
 
@@ -61,17 +61,12 @@ def second_half(name: str, values: np.ndarray) -> np.ndarray:
 def draw(found: dict[str, dict]) -> None:
     figure = Figure(figsize=(11, 8), layout="constrained")
     for axis, (title, first) in zip(figure.subplots(2, 2).flat, FIRST.items()):
-        for name, columns in found.items():
-            color, marker = LOOKS[name.partition(",")[0]]
-            style = "--" if name.endswith(("0.1", "0.2")) else "-"
-            y = columns[title]  # (seeds, points)
-            x = np.linspace(first, EPOCHS, y.shape[1])
-            looks = {"marker": marker, "markevery": 1 if title == "greedy" else 3, "label": name}
-            axis.plot(x, y.mean(0), style, color=color, **looks)
-            axis.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.12)
+        columns = {name: columns[title] for name, columns in found.items()}  # (seeds, points) each
+        curves = {n: (np.linspace(first, EPOCHS, y.shape[1]), y) for n, y in columns.items()}
+        page.lines(axis, curves, every=1 if title == "greedy" else 3)
         unit = "gain in greedy accuracy, points" if title == "greedy" else "change, nats"
         axis.set(title=title.replace("greedy", "test problems"), xlabel="epoch", ylabel=unit)
-    save(__file__, figure, columns=6)
+    page.save(__file__, figure, columns=6)
 
 
 if __name__ == "__main__":
@@ -84,11 +79,11 @@ if __name__ == "__main__":
     columns = list(halves["sft"])
     for a, b in ("mio, beta 0.2", "dpo, beta 0.1"), ("mio, beta 1.0", "dpo, beta 0.5"):
         halves[f"{a}, minus {b}"] = {c: x - halves[b][c] for c, x in halves[a].items()}
-    rows = [[name, *(interval(x, 1 if c == "greedy" else 2) for c, x in columns.items())]
+    rows = [[name, *(page.interval(x, 1 if c == "greedy" else 2) for c, x in columns.items())]
             for name, columns in halves.items()]  # fmt: skip
     means = {name: columns["greedy"].mean(0) for name, columns in found.items()}
     gains = [[name, *(f"{y:+.1f}" for y in [*x, x.max() - x[-1]])] for name, x in means.items()]
     head = ["epoch", *range(3, EPOCHS + 1, 3), "highest minus last"]
     draw(found)
-    write(__file__, runs, "out/late", changes=markdown("", *columns, rows=rows),
-          accuracy=markdown(*head, rows=gains))  # fmt: skip
+    page.write(__file__, runs, "out/late", changes=(["", *columns], rows),
+          accuracy=(head, gains))  # fmt: skip

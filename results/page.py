@@ -1,8 +1,8 @@
 """Helpers of the scripts in this folder: they make grids, read their runs and fill the pages."""
 
-import shlex
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that scripts can imp
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from support.builtin_task import solution  # noqa: E402
+from support.curves import STYLES  # noqa: E402
 from support.figures import read_columns, squares, table  # noqa: E402
 from support.files import read_json, write_json, write_rows  # noqa: E402
 from support.grid import Grid, Run, arguments, find_grid, make_runs, summarize  # noqa: E402
@@ -111,9 +112,27 @@ def interval(values, digits: int = 2) -> str:
     return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
 
 
-def markdown(*head, rows: list[list]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+def lines(axis, curves: dict[str, tuple], band: bool = True, every: int = 1) -> None:
+    """Draws each curve, x (points,) and y (seeds, points), as its mean and range. The settings of a
+    loss, which begins the name of a curve, differ in line style."""
+    counts = Counter()
+    for name, (x, y) in curves.items():
+        loss = name.partition(",")[0]
+        color, marker = LOOKS[loss]
+        looks = {"color": color, "marker": marker, "mfc": "none", "markevery": every}
+        axis.plot(x, y.mean(0), STYLES[counts[loss]], label=name, **looks)
+        if band:
+            axis.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.12)
+        counts[loss] += 1
+
+
+def ticks(axis, rows: dict[str, np.ndarray]) -> None:
+    """Draws a line for each row, with a tick for each seed and a marker for the mean."""
+    for name, values in rows.items():
+        color, marker = LOOKS[name.partition(",")[0]]
+        axis.plot(values, [name] * len(values), "|-", ms=12, color=color)
+        axis.plot([values.mean()], [name], marker, color=color)
+    axis.invert_yaxis()
 
 
 def save(script: str, figure, columns: int = 0) -> None:
@@ -127,37 +146,33 @@ def save(script: str, figure, columns: int = 0) -> None:
     figure.savefig(Path(script).with_suffix(".png"), dpi=150)
 
 
-def command(run: Run) -> str:
-    """Returns the command that made a run, or the grid of a run."""
-    grid = run.folder.parent / "grid.md"
-    if grid.is_file():
-        return grid.read_text(encoding="utf-8").splitlines()[0].strip("`")
-    return shlex.join(["python", "train.py", *arguments(run.flags)])
-
-
-def write(script: str, runs: list[Run], *folders, compare: bool = False, **values: str) -> None:
+def write(script: str, runs: list[Run], *folders, compare: bool = False, **values) -> None:
     """Fills the page of a script with `values`, with "made", the origin of the runs, and with
     "table", a table of their means and, with `compare`, of differences from the first setting."""
     configs = [read_json(run.folder / "train_config.json") for run in runs]
     commits = " and ".join(sorted({(config["commit"] or "unknown")[:12] for config in configs}))
     files = [file for folder in folders for file in Path(folder).rglob("*clock.json")]
     minutes = sum(read_json(file)["seconds"] for file in files) / 60
-    made = f"`python results/{Path(script).name}` took {minutes:.0f} minutes by the clock, two "
-    made += f"runs at a time (commit {commits}, torch {configs[0]['versions']['torch']}, "
-    made += f"{configs[0]['machine']}). The runs are those of:\n"
-    made += "".join(f"\n- `{line}`" for line in dict.fromkeys(map(command, runs)))
+    made = f"`python results/{Path(script).name}` made {len(runs)} runs, two at a time, in "
+    made += f"{minutes:.0f} minutes by the clock (commit {commits},\n"
+    made += f"torch {configs[0]['versions']['torch']}, {configs[0]['machine']})."
     rows, seeds = summarize(runs)
     rows = {name: row for name, row in rows.items() if compare or " - " not in name}
     values = {"made": made, "table": table(rows, markdown=True, seeds=seeds)} | values
     fill(script, **values)
 
 
-def fill(script: str, **values: str) -> None:
-    """Replaces the parts of a script's page between <!-- NAME --> and <!-- end --> by `values`."""
+def fill(script: str, **values) -> None:
+    """Replaces the parts of a script's page between <!-- NAME --> and <!-- end -->. A value is a
+    text, or the head and the rows of a table."""
     page = Path(script).with_suffix(".md")
     text = page.read_text(encoding="utf-8")
     for name, value in values.items():
         before, mark, after = text.partition(f"<!-- {name} -->")
         assert mark, f"{page} has no <!-- {name} -->"
+        if not isinstance(value, str):
+            head, rows = value
+            cells = [head, ["---"] * len(head), *rows]
+            value = "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
         text = f"{before}{mark}\n{value}\n<!-- end -->{after.partition('<!-- end -->')[2]}"
     page.write_text(text, encoding="utf-8")

@@ -1,13 +1,12 @@
 """Which loss teaches a skill that the base was hardly shown? python results/starvation.py"""
 
 import time
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+import page
 import torch
 from matplotlib.figure import Figure
-from page import ANSWER_TOKENS, LOOKS, ask, evaluate, interval, make, markdown, save, spend, write
 
 from model import Llama
 from support.builtin_task import BASE_MODEL, is_correct, problems, solution
@@ -42,9 +41,9 @@ def prepare(seed: int) -> dict:
         texts = rare("train", SEEN, [seed, 2], negative=False) + rare("train", RARE, [seed, 2])
         rows = [{"prompt": text, "completion": solution(text)} for text in texts]
         write_rows(folder / "seen.jsonl", rows)
-        ask(folder / "asked.jsonl", trained)
-        ask(folder / "tested.jsonl", rare("test", 128, [seed, 4]))
-    make(loss="sft", init=folder, data=folder / "seen.jsonl", lr=2e-3, batch_size=64, **flags,
+        page.ask(folder / "asked.jsonl", trained)
+        page.ask(folder / "tested.jsonl", rare("test", 128, [seed, 4]))
+    page.make(loss="sft", init=folder, data=folder / "seen.jsonl", lr=2e-3, batch_size=64, **flags,
          out=base)  # fmt: skip
     files = {"data": folder / "pairs.jsonl", "eval_data": folder / "heldout.jsonl"}
     if not files["eval_data"].exists():
@@ -56,7 +55,7 @@ def prepare(seed: int) -> dict:
                 if wrong := [a for a in usable if not is_correct(text, a)]:
                     rows += [{"prompt": text, "chosen": solution(text), "rejected": wrong[0]}]
             write_rows(file, rows)
-        spend(OUT / f"pairs-seed{seed}-clock.json", start)
+        page.spend(OUT / f"pairs-seed{seed}-clock.json", start)
     return flags | {"init": base, "lr": 3e-4, "batch_size": 48} | files
 
 
@@ -64,13 +63,13 @@ def train_all(seed: int) -> tuple[dict, list]:
     """Makes the runs of a seed. Returns the flags with the base and pairs, and the runs."""
     flags, runs = prepare(seed), []
     for name, grid in GRIDS.items():
-        made = make(**grid, epochs=2, **flags, out=OUT / f"{name}-seed{seed}")
+        made = page.make(**grid, epochs=2, **flags, out=OUT / f"{name}-seed{seed}")
         prefix = "dpo, " if name == "dpo" else ""
         for run in made:
             name = prefix + run.setting.replace(",", ", ").replace("=", " ")
             runs.append(run._replace(setting=name))
-    drawn = {"data": OUT / f"data-seed{seed}/asked.jsonl", "max_new_tokens": ANSWER_TOKENS}
-    runs += make(loss="rlhf", epochs=1, **(flags | drawn), out=OUT / f"rlhf-seed{seed}")
+    drawn = {"data": OUT / f"data-seed{seed}/asked.jsonl", "max_new_tokens": page.ANSWER_TOKENS}
+    runs += page.make(loss="rlhf", epochs=1, **(flags | drawn), out=OUT / f"rlhf-seed{seed}")
     return flags, runs
 
 
@@ -82,12 +81,12 @@ def measure(seed: int, flags: dict, runs: list, gains: dict, rates: dict) -> lis
         OUT / f"data-seed{seed}/tested.jsonl",
     )
     options = "--n", 64, "--batch_size", 1000
-    records = evaluate(OUT / f"pass-seed{seed}.json", models, tested, *options)
+    records = page.evaluate(OUT / f"pass-seed{seed}.json", models, tested, *options)
     for name, record in zip(["base", *(run.setting for run in runs)], records):
         passes = [100 * record[f"strict pass@{k}"]["mean"] for k in (1, 64)]
         rates.setdefault(name, []).append(passes)
     held_out = flags["eval_data"]
-    (record,) = evaluate(OUT / f"logps-seed{seed}.json", models[:1], held_out)
+    (record,) = page.evaluate(OUT / f"logps-seed{seed}.json", models[:1], held_out)
     powers = np.array(record["items"][held_out.name]["chosen"]) / np.log(10)  # (pairs,)
     bins = [(low < powers) & (powers <= high) for high, low in zip(BINS, BINS[1:])]
     for run in runs:
@@ -99,20 +98,12 @@ def measure(seed: int, flags: dict, runs: list, gains: dict, rates: dict) -> lis
 def draw(gains: dict, rates: dict) -> None:
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    styles = cycle(("-", "--", ":"))  # the betas of a loss, the smallest first
-    for name, values in gains.items():
-        style = next(styles) if "beta" in name else "-"
-        color, marker = LOOKS[name.partition(",")[0]]
-        left.plot(RANGES, values.mean(0), style, marker=marker, color=color, label=name)
-    for i, (name, values) in enumerate(rates.items()):
-        color, marker = LOOKS[name.partition(",")[0]]
-        right.plot(values[:, 1], [i] * len(values), "|", ms=12, color=color)
-        right.plot(values[:, 1].mean(), i, marker, color=color)
+    page.lines(left, {name: (RANGES, y) for name, y in gains.items()}, band=False)
     left.set(xlabel="probability of the right answer under the base", ylabel="rise, nats")
     left.legend(frameon=False, fontsize=8)
-    right.set(yticks=range(len(rates)), yticklabels=rates, ylim=(len(rates) - 0.5, -0.5))
+    page.ticks(right, {name: values[:, 1] for name, values in rates.items()})
     right.set(xlabel="pass@64 on the rare kind of problem, %; a tick for each seed", xlim=(0, 100))
-    save(__file__, figure)
+    page.save(__file__, figure)
 
 
 if __name__ == "__main__":
@@ -123,13 +114,12 @@ if __name__ == "__main__":
         runs += made
     gains, rates = ({n: np.array(x) for n, x in found.items()} for found in (gains, rates))
     rows = [["held-out pairs, all seeds", *np.sum(counts, axis=0)]]
-    rows += [[name, *map(interval, values.T)] for name, values in gains.items()]
+    rows += [[name, *map(page.interval, values.T)] for name, values in gains.items()]
     for dpo, mio in zip([n for n in gains if "dpo" in n], [n for n in gains if "mio" in n]):
-        rows.append([f"{mio}, minus {dpo}", *map(interval, (gains[mio] - gains[dpo]).T)])
+        rows.append([f"{mio}, minus {dpo}", *map(page.interval, (gains[mio] - gains[dpo]).T)])
     passes = [[name, *(f"{x:.1f}" for x in values.mean(0)),
-               interval(values[:, 1] - rates["base"][:, 1], 1) if name != "base" else "-"]
+               page.interval(values[:, 1] - rates["base"][:, 1], 1) if name != "base" else "-"]
               for name, values in rates.items()]  # fmt: skip
     draw(gains, rates)
     head = "", "pass@1 %", "pass@64 %", "pass@64 minus base, points"
-    parts = {"gains": markdown("", *RANGES, rows=rows), "passes": markdown(*head, rows=passes)}
-    write(__file__, runs, OUT, **parts)
+    page.write(__file__, runs, OUT, gains=(["", *RANGES], rows), passes=(head, passes))

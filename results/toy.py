@@ -3,9 +3,9 @@
 import time
 
 import numpy as np
+import page
 import torch
 from matplotlib.figure import Figure
-from page import LOOKS, fill, markdown, save
 from torch import Tensor
 
 from mio import pair_loss
@@ -13,7 +13,6 @@ from mio import pair_loss
 ANSWERS, FEATURES, DRAWS, STEPS, RATE = 20, 8, 100, 4000, 0.1
 LOSSES, BETAS = ["dpo", "mio", "bce", "nwj"], [0.1, 0.5, 2.0]
 RARE = [10.0**-n for n in range(1, 7)]  # probabilities of the chosen answer
-STYLES = ":", "--", "-"  # of the betas
 FALLS = np.linspace(0, 12, 49)  # nats by which the rejected log-prob has fallen
 
 
@@ -106,14 +105,14 @@ def gradients(loss: str, chosen: float, fall: float) -> list[str]:
 
 def draw(axis, paths: dict) -> None:
     """Draws medians over the draws that reach a fall, as far as half of the draws reach it."""
-    lines = {"dpo, every beta": ("dpo", 0, "-")}  # dpo has one path for all betas
-    lines |= {f"mio, beta {b:g}": ("mio", i, s) for i, (b, s) in enumerate(zip(BETAS, STYLES))}
-    for name, (loss, i, style) in lines.items():
-        chosen, (color, marker) = chosen_at(paths[loss][i], FALLS), LOOKS[loss]  # (falls, draws)
+    curves = {"dpo, every beta": paths["dpo"][0]}  # dpo has one path for all betas
+    curves |= {f"mio, beta {beta:g}": path for beta, path in zip(BETAS, paths["mio"])}
+    for name, path in curves.items():
+        chosen = chosen_at(path, FALLS)  # (falls, draws)
         kept = (~np.isnan(chosen)).mean(axis=1) >= 0.5
-        looks = {"marker": marker, "markevery": 8, "color": color, "label": name}
-        axis.plot(FALLS[kept], np.nanmedian(chosen[kept], axis=1), style, **looks)
-    axis.set(xlabel="fall of the rejected log-prob, nats", title="toy: shared features")
+        curves[name] = FALLS[kept], np.nanmedian(chosen[kept], axis=1)[None]
+    page.lines(axis, curves, every=8)
+    axis.set(xlabel="fall of the rejected log-prob, nats", title="toy: answers share features")
     axis.set_ylabel("change of the chosen log-prob, nats")
     axis.legend(frameon=False)
 
@@ -135,22 +134,15 @@ if __name__ == "__main__":
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw(left, paths)
-    for (name, rise), style in zip(found[0.1].items(), ("-", "-", "--", "--", "-", "--", ":")):
-        color, marker = LOOKS[name.partition(",")[0]]
-        right.plot(RARE, rise, style, marker=marker, color=color, label=name)
+    page.lines(right, {name: (RARE, rise[None]) for name, rise in found[0.1].items()})
     right.set(xscale="log", xlabel="probability of the chosen answer before training")
     right.set(ylabel="rise of the chosen log-prob, nats", title="toy: a rare answer, beta 0.1")
     right.legend(frameon=False)
-    save(__file__, figure)
-    head = (
-        "Δ chosen",
-        "Δ rejected",
-        "chosen fell by more than 1 nat",
-        "Δ chosen at a fall of 2 nats",
-    )
+    page.save(__file__, figure)
+    head = ["loss", "beta", "Δ chosen", "Δ rejected", "chosen fell by more than 1 nat"]
+    head += ["Δ chosen at a fall of 2 nats", "at a fall of 8 nats"]
     slopes = [gradients(x, p, fall) for fall in (0, 3) for x in LOSSES[:2] for p in (1e-1, 1e-4)]
     columns = "both fell by, nats", "π_w", "∂/∂π_w", "∂/∂π_l", "∂/∂logit_w", "∂/∂logit_l"
-    fill(__file__, shared=markdown("loss", "beta", *head, "at a fall of 8 nats", rows=rows),
-         free=markdown("", "beta", *map("{:g}".format, RARE), rows=free),
-         gradients=markdown("loss", *columns, rows=slopes),
-         made=f"It takes {time.monotonic() - begin:.0f} seconds.")  # fmt: skip
+    page.fill(__file__, shared=(head, rows), gradients=(["loss", *columns], slopes),
+              free=(["", "beta", *map("{:g}".format, RARE)], free),
+              made=f"It takes {time.monotonic() - begin:.0f} seconds.")  # fmt: skip
