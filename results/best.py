@@ -25,7 +25,7 @@ def train(places: list[Place], seeds: list[int]) -> dict[Place, list[page.Run]]:
             known = Path(f"out/frontier/seed{seed}") / name
             folder = known if known.is_dir() else OUT / f"seed{seed}" / name
             flags |= files | {"epochs": 1, "eval_every": 30}
-            setting = name.removeprefix("loss=")
+            setting = name.removeprefix("loss=").replace(",", ", ").replace("=", " ")
             found.setdefault((loss, i, j), []).append(page.Run(folder, setting, seed, dict(flags)))
     page.make_all([run for runs in found.values() for run in runs], OUT)
     return found

@@ -18,7 +18,7 @@ if sys.argv[1:] == ["--small"]:
     flags = {"init": "out/base", "data": "out/base/pairs.jsonl", "eval_fraction": 0.02}
     flags |= {"seed": [0, 1], "max_steps": 2, "out": "out/small"}
     losses = losses[:2]
-runs = [run._replace(setting=run.flags["loss"]) for run in make(loss=losses, **flags)]
+runs = make(loss=losses, **flags)
 if flags["out"] == "out/small":
     script = Path(shutil.copy(script.with_suffix(".md"), "out/small")).with_suffix(".py")
 folders = {loss: [run.folder for run in runs if run.setting == loss] for loss in losses}

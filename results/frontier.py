@@ -1,18 +1,25 @@
 """Does MIO protect chosen answers, or does it only move less? python results/frontier.py"""
 
+from pathlib import Path
+
 import numpy as np
 import page
+import toy
 from matplotlib.figure import Figure
 
 LOSSES, BETAS = ["mio", "dpo", "bce", "ipo", "orpo", "sft"], [0.125, 0.5, 2.0, 8.0]
 RATES = [3e-4, 1e-3]
 FALLS = [0.5, 1, 2, 4, 8]  # nats by which the rejected log-prob has fallen
 
+TICKS = [0, 0.5, 1, 2, 5, 10, 20, 50]
+
 
 def curve(found: dict, loss: str, lr: float) -> np.ndarray:
     """Returns (3, betas, seeds): fall of the rejected, change of the chosen, gain in points."""
-    names = [f"{loss},beta={beta},lr={lr}" for beta in BETAS if loss != "sft"]
-    values = np.array([found[name] for name in names or [f"{loss},lr={lr}"]])  # (betas, 3, seeds)
+    names = [f"{loss}, beta {beta:g}, lr {lr:g}" for beta in BETAS if loss != "sft"]
+    values = np.array(
+        [found[name] for name in names or [f"{loss}, lr {lr:g}"]]
+    )  # (betas, 3, seeds)
     return values.transpose(1, 0, 2) * np.array([-1, 1, 1])[:, None, None]
 
 
@@ -45,6 +52,7 @@ def draw(axis, found: dict, row: int, losses: list[str]) -> None:
     curves = {f"{x}, lr {lr:g}": curve(found, x, lr) for x in losses for lr in RATES}
     page.lines(axis, {name: (c[0].mean(1), c[row].T) for name, c in curves.items()}, band=False)
     axis.set_xscale("symlog", linthresh=0.5)
+    axis.set_xticks(TICKS, TICKS)
     axis.set_xlabel("fall of the rejected log-prob, nats")
     label = "change of the chosen log-prob, nats", "gain in greedy accuracy, points"
     axis.set_ylabel(label[row - 1])
@@ -61,7 +69,16 @@ if __name__ == "__main__":
     draw(left, found, 1, LOSSES)
     draw(right, found, 2, LOSSES)
     left.set_yscale("symlog", linthresh=1)
+    left.set_yticks([0, *(-x for x in TICKS[2:])])
+    left.yaxis.set_major_formatter("{x:g}")
     page.save(__file__, figure, columns=6)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    toy.draw(left, {loss: toy.shared_features(loss) for loss in ("mio", "dpo")})
+    draw(right, found, 2, ["mio", "dpo", "sft"])
+    right.legend(frameon=False)
+    right.set_title("arithmetic task: accuracy")
+    page.save(Path(__file__).with_name("overview.png"), figure)
     head = ["lr", "fall of rejected, nats", "chosen, mio", "chosen, dpo", "chosen, mio minus dpo"]
     head += ["chosen, bce minus dpo", "greedy, mio minus dpo, points"]
     made = "out/bases", "out/frontier"

@@ -30,9 +30,7 @@ def train_all() -> list:
         flags = files | {"data": data, "epochs": EPOCHS, "schedule": "constant"}
         flags |= {"eval_every": EVERY // 3, "save_every": EVERY, "keep": EPOCHS // 3}
         for name, grid in GRIDS.items():
-            made = page.make(**grid, **flags, out=f"out/late/{name}-seed{seed}")
-            name = "" if name == "chosen" else f"{name}, "
-            runs += [run._replace(setting=name + run.setting.replace("=", " ")) for run in made]
+            runs += page.make(**grid, **flags, out=f"out/late/{name}-seed{seed}")
     return runs
 
 
@@ -77,7 +75,7 @@ if __name__ == "__main__":
     found = {s: {c: np.array(x) for c, x in columns.items()} for s, columns in found.items()}
     halves = {s: {c: second_half(c, x) for c, x in columns.items()} for s, columns in found.items()}
     columns = list(halves["sft"])
-    for a, b in ("mio, beta 0.2", "dpo, beta 0.1"), ("mio, beta 1.0", "dpo, beta 0.5"):
+    for a, b in ("mio, beta 0.2", "dpo, beta 0.1"), ("mio, beta 1", "dpo, beta 0.5"):
         halves[f"{a}, minus {b}"] = {c: x - halves[b][c] for c, x in halves[a].items()}
     rows = [[name, *(page.interval(x, 1 if c == "greedy" else 2) for c, x in columns.items())]
             for name, columns in halves.items()]  # fmt: skip

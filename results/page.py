@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that scripts can imp
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from support.builtin_task import solution  # noqa: E402
-from support.curves import STYLES  # noqa: E402
+from support.curves import COLORS, STYLES  # noqa: E402
 from support.figures import read_columns, squares, table  # noqa: E402
 from support.files import read_json, write_json, write_rows  # noqa: E402
 from support.grid import Grid, Run, arguments, find_grid, make_runs, summarize  # noqa: E402
@@ -20,36 +20,24 @@ from support.run_options import read_flags  # noqa: E402
 from support.sampling import ANSWER_TOKENS  # noqa: E402
 
 SEEDS, TEST_SEEDS = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]
-LOOKS = {
-    "mio": ("#0072B2", "o"),
-    "dpo": ("#D55E00", "s"),
-    "bce": ("#009E73", "^"),
-    "sft": ("#000000", "*"),
-    "ipo": ("#CC79A7", "v"),
-    "orpo": ("#E69F00", "D"),
-    "nwj": ("#56B4E9", "X"),
-    "mio+0.1*sft": ("#E69F00", "D"),
-    "rlhf": ("#777777", "P"),
-    "base": ("#777777", "."),
-}  # fmt: skip  (color and marker, the same in all figures)
+LOSSES = ["mio", "dpo", "bce", "ipo", "orpo", "nwj", "sft", "rlhf", "mio+0.1*sft", "base"]
+LOOKS = dict(zip(LOSSES, zip([*COLORS, "0.5", "#E69F00", "0.5"], "os^vDX*PD.")))  # color, marker
 
 
 def make(**flags) -> list[Run]:
-    """Makes the runs of a grid that are not finished, two at a time, and returns all its runs; or
-    makes one run, if no flag has several values."""
+    """Makes the runs of a grid, or one run if no flag has several values. Their settings are called
+    "mio, beta 0.5, lr 0.001", without the learning rate if it does not vary."""
     grid = find_grid(read_flags(arguments(flags), train.Options, "")[1], train.Options)
-    runs = grid.runs() if grid else [Run(Path(flags["out"]), flags["loss"], flags["seed"], flags)]
-    if not grid:
-        make_all(runs, runs[0].folder)
-    elif not all((run.folder / "summary.json").is_file() for run in runs):
-        start = time.monotonic()
-        train.main(arguments(flags | {"jobs": 2}))
-        spend(grid.out / "clock.json", start)
-    return runs
+    runs = grid.runs() if grid else [Run(Path(flags["out"]), "", flags["seed"], flags)]
+    make_all(runs, Path(flags["out"]))
+    names = ["beta", "lr"] if grid and "lr" in grid.axes else ["beta"]
+    settings = [[f"{name} {x.flags[name]:g}" for name in names if name in x.flags] for x in runs]
+    return [run._replace(setting=", ".join([run.flags["loss"], *parts]))
+            for run, parts in zip(runs, settings)]  # fmt: skip
 
 
 def make_all(runs: list[Run], folder: Path) -> None:
-    """Makes any runs that are not finished, two at a time; clock.json adds up their seconds."""
+    """Makes the runs that are not finished, two at a time; clock.json adds up their seconds."""
     if left := [run for run in runs if not (run.folder / "summary.json").is_file()]:
         start = time.monotonic()
         with catch_signals() as signals:

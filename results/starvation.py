@@ -63,11 +63,7 @@ def train_all(seed: int) -> tuple[dict, list]:
     """Makes the runs of a seed. Returns the flags with the base and pairs, and the runs."""
     flags, runs = prepare(seed), []
     for name, grid in GRIDS.items():
-        made = page.make(**grid, epochs=2, **flags, out=OUT / f"{name}-seed{seed}")
-        prefix = "dpo, " if name == "dpo" else ""
-        for run in made:
-            name = prefix + run.setting.replace(",", ", ").replace("=", " ")
-            runs.append(run._replace(setting=name))
+        runs += page.make(**grid, epochs=2, **flags, out=OUT / f"{name}-seed{seed}")
     drawn = {"data": OUT / f"data-seed{seed}/asked.jsonl", "max_new_tokens": page.ANSWER_TOKENS}
     runs += page.make(loss="rlhf", epochs=1, **(flags | drawn), out=OUT / f"rlhf-seed{seed}")
     return flags, runs
