@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from support.builtin_task import problems
 
-OUT, TUNING, QUESTIONS = Path("out/best"), [0, 1], Path("out/best/validation.jsonl")
+OUT, TUNING, TESTED = Path("out/best"), [0, 1], [2, 3, 4, 5, 6]
+QUESTIONS = Path("out/best/validation.jsonl")
 ALL_RATES, ALL_BETAS = [3e-5, 1e-4, *RATES, 3e-3, 1e-2], [1 / 128, 1 / 32, *BETAS, 32.0, 128.0]
 Place = tuple[str, int, int]  # a loss, and positions in ALL_RATES and in ALL_BETAS
 
@@ -63,7 +64,7 @@ def tune() -> tuple[dict[Place, float], list[Place]]:
 if __name__ == "__main__":
     page.ask(QUESTIONS, problems("validation", 500, seed=1))
     tried, best = tune()
-    runs = [run for runs in train(best, page.TEST_SEEDS).values() for run in runs]
+    runs = [run for runs in train(best, TESTED).values() for run in runs]
     rows = []
     for place in best:
         loss, i, j = place

@@ -19,24 +19,28 @@ from support.run_folder import catch_signals  # noqa: E402
 from support.run_options import read_flags  # noqa: E402
 from support.sampling import ANSWER_TOKENS  # noqa: E402
 
-SEEDS, TEST_SEEDS = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]
+SEEDS = [0, 1, 2, 3, 4]
 LOSSES = ["mio", "dpo", "bce", "ipo", "orpo", "nwj", "sft", "rlhf", "mio+0.1*sft", "base"]
 LOOKS = dict(zip(LOSSES, zip([*COLORS, "0.5", "#E69F00", "0.5"], "os^vDX*PD.")))  # color, marker
 
 
-def make(**flags) -> list[Run]:
-    """Makes the runs of a grid, or one run if no flag has several values. Their settings are called
-    "mio, beta 0.5, lr 0.001", without the learning rate if it does not vary."""
+def plan(**flags) -> list[Run]:
+    """Returns the runs of a grid, or one run if no flag has several values. Their settings are
+    called "mio, beta 0.5, lr 0.001", without the learning rate if it does not vary."""
     grid = find_grid(read_flags(arguments(flags), train.Options, "")[1], train.Options)
     runs = grid.runs() if grid else [Run(Path(flags["out"]), "", flags["seed"], flags)]
-    make_all(runs, Path(flags["out"]))
     names = ["beta", "lr"] if grid and "lr" in grid.axes else ["beta"]
     settings = [[f"{name} {x.flags[name]:g}" for name in names if name in x.flags] for x in runs]
     return [run._replace(setting=", ".join([run.flags["loss"], *parts]))
             for run, parts in zip(runs, settings)]  # fmt: skip
 
 
-def make_all(runs: list[Run], folder: Path) -> None:
+def make(**flags) -> list[Run]:
+    """Makes the runs of a grid that are not finished, and returns all its runs."""
+    return make_all(plan(**flags), Path(flags["out"]))
+
+
+def make_all(runs: list[Run], folder: Path) -> list[Run]:
     """Makes the runs that are not finished, two at a time; clock.json adds up their seconds."""
     if left := [run for run in runs if not (run.folder / "summary.json").is_file()]:
         start = time.monotonic()
@@ -44,6 +48,7 @@ def make_all(runs: list[Run], folder: Path) -> None:
             failed = make_runs(Grid({}, {}, folder, 2), left, signals)
         assert not failed and not signals, failed or "stopped; the same command goes on"
         spend(folder / "clock.json", start)
+    return runs
 
 
 def spend(file: Path, start: float) -> None:
@@ -54,7 +59,7 @@ def spend(file: Path, start: float) -> None:
 
 def bases(seeds: list[int]) -> dict[int, dict]:
     """Makes the base models and pairs of ten seeds. Returns the flags for each of `seeds`."""
-    make(loss="sft", max_steps=0, seed=SEEDS + TEST_SEEDS, out="out/bases")
+    make(loss="sft", max_steps=0, seed=list(range(10)), out="out/bases")
     found = {}
     for seed in seeds:
         folder = Path("out/bases") / (f"base-seed{seed}" if seed else "base")

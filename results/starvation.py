@@ -19,6 +19,7 @@ OUT, SEEDS = Path("out/starvation"), [0, 1, 2]
 SEEN, RARE = 15_000, 360  # problems of both kinds that the base is trained on
 BINS = [0, -2, -4, -6, -np.inf]  # powers of ten of the base's probability of the right answer
 RANGES = ["1 to 1e-2", "1e-2 to 1e-4", "1e-4 to 1e-6", "below 1e-6"]
+FLAGS = {"max_length": 96, "eval_fraction": 0.0, "schedule": "constant"}
 GRIDS = {"mio": {"loss": ["mio", "bce", "sft"], "beta": [0.1, 0.5, 2.0]},
          "dpo": {"loss": "dpo", "beta": [0.05, 0.25, 1.0]}}  # fmt: skip
 
@@ -29,11 +30,9 @@ def rare(split: str, count: int, seed, negative: bool = True) -> list[str]:
     return [text for text in texts if ("=-" in solution(text)) == negative][:count]
 
 
-def prepare(seed: int) -> dict:
-    """Makes a base that has hardly seen a total below zero, and its pairs. Returns their flags."""
-    folder, base = OUT / f"data-seed{seed}", OUT / f"base-seed{seed}"
-    trained = rare("train", 1500, [seed, 3])
-    flags = {"max_length": 96, "seed": seed, "eval_fraction": 0.0, "schedule": "constant"}
+def write_data(seed: int) -> list[page.Run]:
+    """Writes an untrained model and the data of a seed, and returns the run that makes the base."""
+    folder = OUT / f"data-seed{seed}"
     if not folder.is_dir():
         torch.manual_seed(seed)
         Llama(BASE_MODEL).save_pretrained(folder)
@@ -41,48 +40,45 @@ def prepare(seed: int) -> dict:
         texts = rare("train", SEEN, [seed, 2], negative=False) + rare("train", RARE, [seed, 2])
         rows = [{"prompt": text, "completion": solution(text)} for text in texts]
         write_rows(folder / "seen.jsonl", rows)
-        page.ask(folder / "asked.jsonl", trained)
+        page.ask(folder / "asked.jsonl", rare("train", 1500, [seed, 3]))
         page.ask(folder / "tested.jsonl", rare("test", 128, [seed, 4]))
-    page.make(loss="sft", init=folder, data=folder / "seen.jsonl", lr=2e-3, batch_size=64, **flags,
-         out=base)  # fmt: skip
+    flags = {"data": folder / "seen.jsonl", "lr": 2e-3, "batch_size": 64, "seed": seed} | FLAGS
+    return page.plan(loss="sft", init=folder, **flags, out=OUT / f"base-seed{seed}")
+
+
+def runs_of(seed: int) -> list[page.Run]:
+    """Writes pairs of a worked solution and a wrong draw of the base. Returns the runs on them."""
+    folder, base = OUT / f"data-seed{seed}", OUT / f"base-seed{seed}"
     files = {"data": folder / "pairs.jsonl", "eval_data": folder / "heldout.jsonl"}
     if not files["eval_data"].exists():
         start, model = time.monotonic(), (Llama.from_pretrained(base), load_tokenizer(base))
-        for file, texts in zip(files.values(), (trained, rare("test", 300, [seed, 3]))):
-            rows = []
+        for file, which in zip(files.values(), (("train", 1500), ("test", 300))):
+            texts, rows = rare(*which, [seed, 3]), []
             for text, answers in zip(texts, sample_answers(*model, texts, samples=4, seed=seed)):
                 usable = [a for a in answers if a.strip() and "\ufffd" not in a]
                 if wrong := [a for a in usable if not is_correct(text, a)]:
                     rows += [{"prompt": text, "chosen": solution(text), "rejected": wrong[0]}]
             write_rows(file, rows)
         page.spend(OUT / f"pairs-seed{seed}-clock.json", start)
-    return flags | {"init": base, "lr": 3e-4, "batch_size": 48} | files
-
-
-def train_all(seed: int) -> tuple[dict, list]:
-    """Makes the runs of a seed. Returns the flags with the base and pairs, and the runs."""
-    flags, runs = prepare(seed), []
+    flags = files | {"init": base, "lr": 3e-4, "batch_size": 48, "seed": seed} | FLAGS
+    drawn = flags | {"data": folder / "asked.jsonl", "max_new_tokens": page.ANSWER_TOKENS}
+    runs = page.plan(loss="rlhf", epochs=1, **drawn, out=OUT / f"rlhf-seed{seed}")
     for name, grid in GRIDS.items():
-        runs += page.make(**grid, epochs=2, **flags, out=OUT / f"{name}-seed{seed}")
-    drawn = {"data": OUT / f"data-seed{seed}/asked.jsonl", "max_new_tokens": page.ANSWER_TOKENS}
-    runs += page.make(loss="rlhf", epochs=1, **(flags | drawn), out=OUT / f"rlhf-seed{seed}")
-    return flags, runs
+        runs += page.plan(**grid, epochs=2, **flags, out=OUT / f"{name}-seed{seed}")
+    return runs
 
 
-def measure(seed: int, flags: dict, runs: list, gains: dict, rates: dict) -> list[int]:
+def measure(runs: list[page.Run], gains: dict, rates: dict) -> list[int]:
     """Adds to `gains` the rise of right answers by bin (bins,), in nats, and to `rates` pass@1 and
-    pass@64, in percent. Returns the number of held-out pairs in each bin."""
-    models, tested = (
-        [flags["init"], *(x.folder for x in runs)],
-        OUT / f"data-seed{seed}/tested.jsonl",
-    )
-    options = "--n", 64, "--batch_size", 1000
-    records = page.evaluate(OUT / f"pass-seed{seed}.json", models, tested, *options)
+    pass@64, in percent, of the runs of a seed. Returns the number of held-out pairs in each bin."""
+    base, held_out = runs[0].flags["init"], runs[0].flags["eval_data"]
+    models, file = [base, *(run.folder for run in runs)], f"{base.name}.json"
+    options = held_out.with_name("tested.jsonl"), "--n", 64, "--batch_size", 1000
+    records = page.evaluate(OUT / f"pass-{file}", models, *options)
     for name, record in zip(["base", *(run.setting for run in runs)], records):
         passes = [100 * record[f"strict pass@{k}"]["mean"] for k in (1, 64)]
         rates.setdefault(name, []).append(passes)
-    held_out = flags["eval_data"]
-    (record,) = page.evaluate(OUT / f"logps-seed{seed}.json", models[:1], held_out)
+    (record,) = page.evaluate(OUT / f"logps-{file}", models[:1], held_out)
     powers = np.array(record["items"][held_out.name]["chosen"]) / np.log(10)  # (pairs,)
     bins = [(low < powers) & (powers <= high) for high, low in zip(BINS, BINS[1:])]
     for run in runs:
@@ -103,11 +99,10 @@ def draw(gains: dict, rates: dict) -> None:
 
 
 if __name__ == "__main__":
-    gains, rates, runs, counts = {}, {}, [], []
-    for seed in SEEDS:
-        flags, made = train_all(seed)
-        counts.append(measure(seed, flags, made, gains, rates))
-        runs += made
+    page.make_all([run for seed in SEEDS for run in write_data(seed)], OUT)
+    runs = page.make_all([run for seed in SEEDS for run in runs_of(seed)], OUT)
+    gains, rates = {}, {}
+    counts = [measure([x for x in runs if x.seed == seed], gains, rates) for seed in SEEDS]
     gains, rates = ({n: np.array(x) for n, x in found.items()} for found in (gains, rates))
     rows = [["held-out pairs, all seeds", *np.sum(counts, axis=0)]]
     rows += [[name, *map(page.interval, values.T)] for name, values in gains.items()]
