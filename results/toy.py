@@ -95,8 +95,8 @@ def rises(beta: float) -> dict[str, np.ndarray]:
 def gradients(loss: str, chosen: float, fall: float) -> list[str]:
     """Returns derivatives at beta 1, after both log-probs have fallen, with respect to the two
     probabilities and, projected onto the simplex, to the logits of a softmax."""
-    p = torch.tensor([chosen, 0.5], dtype=torch.float64, requires_grad=True)
-    start = p.detach().log() + fall
+    start = torch.tensor([chosen, 0.5], dtype=torch.float64).log()
+    p = (start - fall).exp().requires_grad_()
     value = pair_loss(loss, *p.log()[:, None], *start[:, None], beta=1.0).sum()
     (slope,) = torch.autograd.grad(value, p)
     in_logits = p.detach() * (slope - (slope * p.detach()).sum())
@@ -126,8 +126,9 @@ if __name__ == "__main__":
             for chosen in chosen_at(path, [2, 8]):
                 reached = chosen[~np.isnan(chosen)]
                 cells += [f"{np.median(reached):+.2f} ({len(reached)})" if len(reached) else "-"]
+            shares = [f"{(x < -1).mean():.0%}" for x in (last[:, 0], path[:, :, 0].min(axis=0))]
             moved = [f"{x:+.2f}" for x in np.median(last, axis=0)]
-            rows.append([loss, beta, *moved, f"{(last[:, 0] < -1).mean():.0%}", *cells])
+            rows.append([loss, beta, *moved, *shares, *cells])
     found = {beta: rises(beta) for beta in (0.1, 1.0)}
     free = [[name, beta, *(f"{x:+.2f}" for x in rise)]
             for beta, of_beta in found.items() for name, rise in of_beta.items()]  # fmt: skip
@@ -139,7 +140,7 @@ if __name__ == "__main__":
     right.set(ylabel="rise of the chosen log-prob, nats", title="toy: a rare answer, beta 0.1")
     right.legend(frameon=False)
     page.save(__file__, figure)
-    head = ["loss", "beta", "Δ chosen", "Δ rejected", "chosen fell by more than 1 nat"]
+    head = ["loss", "beta", "Δ chosen", "Δ rejected", "chosen ends below -1 nat", "ever below"]
     head += ["Δ chosen at a fall of 2 nats", "at a fall of 8 nats"]
     slopes = [gradients(x, p, fall) for fall in (0, 3) for x in LOSSES[:2] for p in (1e-1, 1e-4)]
     columns = "both fell by, nats", "π_w", "∂/∂π_w", "∂/∂π_l", "∂/∂logit_w", "∂/∂logit_l"
