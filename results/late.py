@@ -62,6 +62,10 @@ def draw(found: dict[str, dict]) -> None:
         columns = {name: columns[title] for name, columns in found.items()}  # (seeds, points) each
         curves = {n: (np.linspace(first, EPOCHS, y.shape[1]), y) for n, y in columns.items()}
         page.lines(axis, curves, every=1 if title == "greedy" else 3)
+        if title != "greedy":
+            axis.set_yscale("symlog", linthresh=1)
+            axis.set_yticks([1, 0, -1, -2, -5, -10, -20, -40])
+            axis.yaxis.set_major_formatter("{x:g}")
         unit = "gain in greedy accuracy, points" if title == "greedy" else "change, nats"
         axis.set(title=title.replace("greedy", "test problems"), xlabel="epoch", ylabel=unit)
     page.save(__file__, figure, columns=6)
