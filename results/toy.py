@@ -52,26 +52,30 @@ def chosen_at(path: np.ndarray, falls) -> np.ndarray:
     return np.array(found).T
 
 
-def free_logits(loss: str, beta: float) -> np.ndarray:
-    """Returns (RARE,): the rise of a chosen answer, with a weight for each answer. The rejected
-    answer has probability 1/2; 18 others share the rest."""
+def table_of_answers() -> Tensor:
+    """Returns log-probs (RARE, ANSWERS): a chosen answer of each probability, a rejected one of
+    probability 1/2, and others that share the rest."""
     chosen = torch.tensor(RARE, dtype=torch.float64)[:, None]
     rest = ((0.5 - chosen) / (ANSWERS - 2)).expand(-1, ANSWERS - 2)
-    start = torch.cat((chosen, torch.full_like(chosen, 0.5), rest), dim=1).log()
-    betas = torch.full_like(chosen[:, 0], beta)
+    return torch.cat((chosen, torch.full_like(chosen, 0.5), rest), dim=1).log()
+
+
+def free_logits(loss: str, beta: float) -> np.ndarray:
+    """Returns (RARE,): the rise of a chosen answer, with a weight for each answer."""
+    start = table_of_answers()
+    betas = torch.full_like(start[:, 0], beta)
     return descend(lambda weights: weights, start, loss, betas)[-1, :, 0]
 
 
 def policy_gradient(beta: float, draws: int | None) -> np.ndarray:
     """Returns (RARE,): the mean rise of an answer with reward 1 (others: 0) under the gradient of
     reward minus beta KL: exact, or of so many draws a step with a leave-one-out baseline."""
-    chosen = torch.tensor(RARE, dtype=torch.float64).repeat_interleave(DRAWS if draws else 1)
-    base = torch.stack((chosen, 1 - chosen), dim=1).log()  # (R, 2): the other answers act as one
-    reward, generator = torch.tensor([1.0, 0.0]), torch.Generator().manual_seed(0)
+    base = table_of_answers().repeat_interleave(DRAWS if draws else 1, dim=0)  # (R, ANSWERS)
+    reward, generator = torch.eye(ANSWERS)[0], torch.Generator().manual_seed(0)
     logits = base.clone()
     for _ in range(STEPS):
         logps = logits.log_softmax(dim=1)
-        returns, shares = reward - beta * (logps - base), logps.exp()  # (R, 2)
+        returns, shares = reward - beta * (logps - base), logps.exp()  # (R, ANSWERS)
         if draws:
             ids = torch.multinomial(shares, draws, replacement=True, generator=generator)
             drawn = returns.gather(1, ids)
