@@ -88,17 +88,16 @@ def measure(runs: list[page.Run], gains: dict, rates: dict) -> list[int]:
 
 
 def draw(gains: dict, rates: dict) -> None:
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     page.lines(left, {name: (RANGES, y) for name, y in gains.items()}, band=False)
     left.set(xlabel="probability of the right answer under the base", ylabel="rise, nats")
     left.set_yscale("symlog", linthresh=1)
     left.set_yticks([20, 10, 5, 2, 1, 0, -1, -2, -5, -10, -20, -50])
     left.yaxis.set_major_formatter("{x:g}")
-    left.legend(frameon=False, fontsize=8)
     page.ticks(right, {name: values[:, 1] for name, values in rates.items()})
     right.set(xlabel="pass@64 on the rare kind of problem, %; a tick for each seed", xlim=(0, 100))
-    page.save(__file__, figure)
+    page.save(__file__, figure, columns=6)
 
 
 if __name__ == "__main__":
