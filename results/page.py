@@ -75,14 +75,15 @@ def ask(file: Path, texts: list[str]) -> None:
 
 
 def evaluate(file: Path, models: list, data: Path, *flags) -> list[dict]:
-    """Returns what eval.py writes to `file` for each model: the table of `data` and its items."""
+    """Returns what eval.py writes to `file` for each model: the table of `data`, items, answers."""
     if not file.exists():
         start, models = time.monotonic(), [str(model) for model in models]
         flags = "--max_new_tokens", ANSWER_TOKENS, *flags, "--out", file
         evaluation.main([*models, "--data", *map(str, (data, *flags))])
         spend(file.with_suffix(".clock.json"), start)
     records = read_json(file).values()
-    return [next(iter(r["figures"].values())) | {"items": r["items"]} for r in records]
+    kept = "items", "answers"
+    return [next(iter(r["figures"].values())) | {n: r[n] for n in kept} for r in records]
 
 
 def means(runs: list[Run], *columns: str) -> dict[str, np.ndarray]:

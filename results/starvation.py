@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from model import Llama
 from support.builtin_task import BASE_MODEL, is_correct, problems, solution
 from support.figures import read_columns
-from support.files import write_rows
+from support.files import read_rows, write_rows
 from support.sampling import sample_answers
 from support.tokenizers import byte_tokenizer, load_tokenizer
 
@@ -69,14 +69,22 @@ def runs_of(seed: int) -> list[page.Run]:
 
 
 def measure(runs: list[page.Run], gains: dict, rates: dict) -> list[int]:
-    """Adds to `gains` the rise of right answers by bin (bins,), in nats, and to `rates` pass@1 and
-    pass@64, in percent, of the runs of a seed. Returns the number of held-out pairs in each bin."""
+    """Adds to `gains` the rise of right answers by bin (bins,), in nats, and to `rates` the columns
+    of the second table, in percent, of a seed's runs. Returns the number of pairs in each bin."""
     base, held_out = runs[0].flags["init"], runs[0].flags["eval_data"]
     models, file = [base, *(run.folder for run in runs)], f"{base.name}.json"
     options = held_out.with_name("tested.jsonl"), "--n", 64, "--batch_size", 1000
     records = page.evaluate(OUT / f"pass-{file}", models, *options)
+    texts = [row["prompt"] for _, row in read_rows(options[0])]
+    solved = [solution(text) for text in texts]
     for name, record in zip(["base", *(run.setting for run in runs)], records):
+        (answers,) = record["answers"].values()  # 64 for each problem
+        worked = np.array([[a.strip() == s for a in drawn] for s, drawn in zip(solved, answers)])
+        # By luck, an answer is right for the next problem in the file.
+        lucky = [any(is_correct(text, a) for a in drawn)
+                 for text, drawn in zip(texts[1:] + texts[:1], answers)]  # fmt: skip
         passes = [100 * record[f"strict pass@{k}"]["mean"] for k in (1, 64)]
+        passes += [100 * np.mean(x) for x in (lucky, worked, worked.any(axis=1))]
         rates.setdefault(name, []).append(passes)
     (record,) = page.evaluate(OUT / f"logps-{file}", models[:1], held_out)
     powers = np.array(record["items"][held_out.name]["chosen"]) / np.log(10)  # (pairs,)
@@ -95,8 +103,8 @@ def draw(gains: dict, rates: dict) -> None:
     left.set_yscale("symlog", linthresh=1)
     left.set_yticks([20, 10, 5, 2, 1, 0, -1, -2, -5, -10, -20, -50])
     left.yaxis.set_major_formatter("{x:g}")
-    page.ticks(right, {name: values[:, 1] for name, values in rates.items()})
-    right.set(xlabel="pass@64 on the rare kind of problem, %; a tick for each seed", xlim=(0, 100))
+    page.ticks(right, {name: values[:, 4] for name, values in rates.items()})
+    right.set(xlabel="problems with a worked solution among 64 draws, %", xlim=(0, 100))
     page.save(__file__, figure, columns=6)
 
 
@@ -111,8 +119,9 @@ if __name__ == "__main__":
     for dpo, mio in zip([n for n in gains if "dpo" in n], [n for n in gains if "mio" in n]):
         rows.append([f"{mio}, minus {dpo}", *map(page.interval, (gains[mio] - gains[dpo]).T)])
     passes = [[name, *(f"{x:.1f}" for x in values.mean(0)),
-               page.interval(values[:, 1] - rates["base"][:, 1], 1) if name != "base" else "-"]
+               page.interval(values[:, 4] - rates["base"][:, 4], 1) if name != "base" else "-"]
               for name, values in rates.items()]  # fmt: skip
     draw(gains, rates)
-    head = "", "pass@1 %", "pass@64 %", "pass@64 minus base, points"
+    head = ["", "pass@1 %", "pass@64 %", "pass@64 by luck %", "worked solution@1 %"]
+    head += ["worked solution@64 %", "worked solution@64 minus base, points"]
     page.write(__file__, runs, OUT, gains=(["", *RANGES], rows), passes=(head, passes))
