@@ -10,6 +10,7 @@ token (`pack_batch`), and the order of pairs in an epoch (`epoch_order`).
     python data.py FILE.jsonl --tokenizer FOLDER    how training uses a file
 """
 
+import functools
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -173,15 +174,29 @@ class Batch(NamedTuple):
     segment: Tensor  # (T,) 0 for the prompt, k for the k-th answer: 1 chosen, 2 rejected
     source: Tensor  # (N,) which of the T hidden states predicts each target
     targets: Tensor  # (N,) the ids of the answers end to end: chosen_0, rejected_0, chosen_1, ...
-    lengths: Tensor  # (S,) number of tokens of each answer, S = 2B for pairs; stays on the CPU
+    lengths: Tensor  # (S,) number of tokens of each answer, S = 2B for pairs
+    counts: list[int]  # `lengths` as a list, which the CPU reads without waiting for a GPU
     row_lengths: list[int]  # number of tokens of each row
     index: list[int]  # (B,) the index of each pair in the list that was packed
+    ref_logps: Tensor | None = None  # (2B,) nats, in the order of `lengths`
+    advantages: Tensor | None = None  # (2B,), for rlhf
+
+    def with_values(self, ref_logps: Tensor | None, advantages: Tensor | None = None) -> "Batch":
+        """Adds the rows of this batch from tensors (pairs, 2)."""
+        rows = [x if x is None else x[self.index].flatten() for x in (ref_logps, advantages)]
+        return self._replace(ref_logps=rows[0], advantages=rows[1])  # (B, 2) -> (2B,)
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = self[:6]
-        if device.type == "cuda":  # copies from pinned memory can overlap with computation
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return Batch(*(t.to(device, non_blocking=True) for t in tensors), *self[6:])
+        """Copies the tensors to a device. On a GPU, a pass needs nothing else from the CPU, and the
+        CPU does not wait: copies from pinned memory are queued behind earlier work."""
+
+        def moved(value):
+            if not isinstance(value, Tensor):
+                return value
+            value = value.pin_memory() if device.type == "cuda" else value
+            return value.to(device, non_blocking=True)
+
+        return Batch(*map(moved, self))
 
 
 class StepData(NamedTuple):
@@ -242,7 +257,7 @@ def make_batches(
     pairs: Sequence, index: list[int], row_tokens: int, micro_tokens: int, pad: bool = False
 ) -> list[Batch]:
     """Packs pairs[i] for i in index into rows, and rows into batches of at most `micro_tokens`
-    tokens. A longer row becomes a batch of its own. `pad` pads batches to `micro_tokens`."""
+    tokens. A longer row becomes a batch of its own. `pad` pads to a multiple of `micro_tokens`."""
     sizes = [row_length(pairs[i]) for i in index]
     batches, room = [], 0
     for row in pack(sizes, row_tokens):
@@ -252,14 +267,14 @@ def make_batches(
             room = micro_tokens
         batches[-1].append([index[item] for item in row])
         room -= size
-    return [pack_batch(pairs, rows, micro_tokens if pad else 0) for rows in batches]
+    return [pack_batch(pairs, rows, micro_tokens if pad else 1) for rows in batches]
 
 
-def pack_batch(pairs: Sequence, rows: list[list[int]], min_tokens: int = 0) -> Batch:
-    """Builds a batch from rows of indices into `pairs`, padded to at least `min_tokens` tokens."""
+def pack_batch(pairs: Sequence, rows: list[list[int]], multiple: int = 1) -> Batch:
+    """Builds a batch from rows of indices into `pairs`, padded to a `multiple` of tokens."""
     row_lengths = [sum(row_length(pairs[i]) for i in row) for row in rows]
     index = [i for row in rows for i in row]
-    T = max(sum(row_lengths), min_tokens)
+    T = -(-sum(row_lengths) // multiple) * multiple
     tokens, positions, segment = np.zeros((3, T), dtype=np.int64)
     pair_number = np.full(T, -1)
     source, targets, lengths, column = [], [], [], 0
@@ -277,7 +292,7 @@ def pack_batch(pairs: Sequence, rows: list[list[int]], min_tokens: int = 0) -> B
         targets += [token for answer in answers for token in answer]
         lengths += [len(answer) for answer in answers]
     arrays = (tokens[None], positions[None], pair_number, segment, source, targets, lengths)
-    return Batch(*(torch.as_tensor(array) for array in arrays), row_lengths, index)
+    return Batch(*(torch.as_tensor(array) for array in arrays), lengths, row_lengths, index)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -294,10 +309,15 @@ def answer_states(model: nn.Module, batch: Batch) -> Tensor:
     if needs_fixed_length(model):
         T = batch.tokens.shape[1]
         rule = attention_rule(batch, window)
-        mask = create_block_mask(rule, None, None, T, T, device=batch.tokens.device)
+        mask = _compiled_block_mask()(rule, None, None, T, T, device=batch.tokens.device)
     else:
         mask = row_masks(batch, window)
     return model(batch.tokens, batch.positions, mask)[0, batch.source]
+
+
+@functools.cache
+def _compiled_block_mask() -> Callable:
+    return torch.compile(create_block_mask)  # never stores the (T, T) mask
 
 
 def needs_fixed_length(model: nn.Module) -> bool:

@@ -402,23 +402,27 @@ def chunked_logps(hidden, head_weight, targets, lengths, chunk_tokens=CHUNK_TOKE
     for states, y in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens)):
         logits = torch.mm(states.to(weight.dtype), weight.T, out=buffer[: len(y)])  # (t, V)
         token_logps.append(_to_residual(logits, y, compiled))
-    answer_of_token = torch.repeat_interleave(lengths.cpu()).to(hidden.device)  # (N,)
+    answer_of_token = _answer_of_token(lengths.to(hidden.device), targets)
     return _sum_by_answer(torch.cat(token_logps), answer_of_token, len(lengths))
 
 
 def fused_pair_loss(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor,
     ref_logps: Tensor | None, name: str, *, beta: float, advantages: Tensor | None = None,
-    chunk_tokens: int = CHUNK_TOKENS, compiled: bool = False, **options,
+    chunk_tokens: int = CHUNK_TOKENS, counts: list[int] | None = None, compiled: bool = False,
+    **options,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Computes, chunk by chunk, the loss of each pair (B,) and the log-prob of each answer (2B,).
 
     hidden (N, D), head_weight (V, D), targets (N,), lengths (2B,), ref_logps and advantages (2B,)
     or None. Reduce the losses by mean() or sum() before backward(): unless all losses have the same
-    upstream gradient, hidden and head_weight get NaN gradients. The log-probs are detached."""
+    upstream gradient, hidden and head_weight get NaN gradients. The log-probs are detached.
+    `counts` is `lengths` as a list; without it, reading the lengths waits for a GPU."""
     assert find_loss(name).pairwise or "shared" in options, f"{name} needs the batch's shared term"
     assert len(lengths) % 2 == 0, "lengths must hold two entries for each pair"
-    given = ref_logps, lengths.to(hidden.device), advantages  # (2B,) each, or None
+    chunks = list(chunks_of_pairs(counts or lengths.tolist(), chunk_tokens))
+    lengths = lengths.to(hidden.device)
+    given = ref_logps, lengths, advantages  # (2B,) each, or None
 
     def losses_of(logps: Tensor, answers: slice) -> Tensor:
         """logps (2b,) of a slice of the answers -> losses (b,)."""
@@ -427,7 +431,8 @@ def fused_pair_loss(
         kwargs = {"chosen_lengths": n_w, "rejected_lengths": n_l, "advantages": A} | options
         return pair_loss(name, logps[0::2], logps[1::2], *refs, beta=beta, **kwargs)
 
-    return FusedHead.apply(hidden, head_weight, targets, lengths, losses_of, chunk_tokens, compiled)
+    owners = _answer_of_token(lengths, targets)
+    return FusedHead.apply(hidden, head_weight, targets, owners, losses_of, chunks, compiled)
 
 
 class FusedHead(torch.autograd.Function):
@@ -445,16 +450,14 @@ class FusedHead(torch.autograd.Function):
     logits in the backward pass needs four."""
 
     @staticmethod
-    def forward(ctx, hidden, head_weight, targets, lengths, losses_of, chunk_tokens, compiled):
+    def forward(ctx, hidden, head_weight, targets, answer_of_token, losses_of, chunks, compiled):
         need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         accumulator = torch.promote_types(head_weight.dtype, torch.float32)
         grad_head = torch.empty_like(head_weight, dtype=accumulator) if need_head else None
-        chunks = list(chunks_of_pairs(lengths.tolist(), chunk_tokens))
         largest = max(tokens.stop - tokens.start for _, tokens in chunks)
         weight = _in_product_precision(head_weight, hidden)
         buffer = weight.new_empty(largest, len(weight))  # the logits of a chunk
-        answer_of_token = torch.repeat_interleave(lengths.cpu()).to(hidden.device)  # (N,)
         results = []
         for answers, tokens in chunks:
             states, y = hidden[tokens], targets[tokens]  # (t, D), (t,)
@@ -528,6 +531,11 @@ def _add_product(total: Tensor, residual: Tensor, weighted: Tensor, overwrite: b
     for part, columns in zip(total.split(2**14), residual.split(2**14, dim=1)):
         product = columns.T @ weighted
         part.copy_(product) if overwrite else part.add_(product)
+
+
+def _answer_of_token(lengths: Tensor, targets: Tensor) -> Tensor:
+    """Returns the number of the answer that each target belongs to: lengths (S,) -> (N,)."""
+    return torch.repeat_interleave(lengths, output_size=len(targets))  # a given size needs no wait
 
 
 def _sum_by_answer(values: Tensor, answer_of_token: Tensor, count: int) -> Tensor:

@@ -84,6 +84,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm in the more precise of the dtypes of its input and its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
+
+
 Mask = Tensor | list[Tensor] | BlockMask | None
 
 
@@ -118,7 +126,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * self.head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(D, K * self.head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(H * self.head_dim, D, bias=config.attention_bias)
-        norm = nn.RMSNorm if config.qk_norm else nn.Identity  # Identity ignores its arguments
+        norm = RMSNorm if config.qk_norm else nn.Identity  # Identity ignores its arguments
         self.q_norm = norm(self.head_dim, config.rms_norm_eps)
         self.k_norm = norm(self.head_dim, config.rms_norm_eps)
 
@@ -157,9 +165,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary, mask: Mask, cache: Tensor | None, positions: Tensor):
@@ -179,7 +187,7 @@ class Llama(nn.Module):
         self.model = nn.ModuleDict()
         self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.model["norm"] = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # As in transformers, matrices are normal(0, initializer_range), norms 1 and biases 0.
@@ -220,6 +228,8 @@ class Llama(nn.Module):
             mask = (causal if mask is None else mask) & near[:, None]  # (B, 1, T, T)
         rotary = rotary_table(self.config, positions)
         x = self.model["embed_tokens"](tokens)  # (B, T, D)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # sums of many blocks lose too much in bfloat16
         for index, block in enumerate(self.model["layers"]):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, mask, None, positions, use_reentrant=False)

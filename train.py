@@ -26,14 +26,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
+from torch.linalg import vector_norm
 from tqdm import tqdm
 
 import eval as evaluation
-from data import LAYOUT, Batch, StepData, answer_states, autocast, epoch_order, row_length
+from data import LAYOUT, StepData, answer_states, autocast, epoch_order, row_length
 from mio import OPTION_BOUNDS, Answers, find_loss, fused_pair_loss, pair_loss
 from model import Llama
 from support import builtin_task, lora, run_folder
+from support.bfloat16 import StochasticAdamW
 from support.cli import option, stage
 from support.figures import table
 from support.files import locked, write_json
@@ -82,6 +83,9 @@ class RunOptions:
     seed: int = option(0, "seed of the data order, of samples and of the demonstration", least=0)
     split_seed: int = option(0, "seed of the choice of held-out pairs (--eval_fraction)", least=0)
     dtype: str = option("float32", "precision of matrix products", choices=("float32", "bfloat16"))
+    weights: str = option("float32", "precision of stored weights, gradients and moments; bfloat16 "
+                          "rounds updates stochastically and sets --dtype bfloat16",
+                          choices=("float32", "bfloat16"))
     compile: str = option("auto", "compile the transformer blocks; auto compiles on a GPU",
                           choices=("auto", "on", "off"))
     checkpointing: str = option("off", "save memory by recomputing blocks", choices=("off", "on"))
@@ -126,14 +130,13 @@ def train_step(
     if not find_loss(options.loss).pairwise:
         loss_arguments["shared"] = shared_term(model, data, options)
     for batch in data.batches:
-        ref_logps = of_answers(data.ref_logps, batch, device)  # (2b,) for the b pairs of a batch
-        advantages = of_answers(data.advantages, batch, device)  # (2b,)
-        batch = batch.to(device)
+        batch = batch.with_values(data.ref_logps, data.advantages).to(device)  # b pairs
         with autocast(device, dtype):
             hidden = answer_states(model, batch)  # (N, D)
             loss, logp = fused_pair_loss(
-                hidden, model.head_weight, batch.targets, batch.lengths, ref_logps, options.loss,
-                advantages=advantages, compiled=model.compiled, **loss_arguments,
+                hidden, model.head_weight, batch.targets, batch.lengths, batch.ref_logps,
+                options.loss, advantages=batch.advantages, counts=batch.counts,
+                compiled=model.compiled, **loss_arguments,
             )  # (b,), (2b,)  # fmt: skip
         loss.sum().backward()
         losses.append(loss.detach())
@@ -142,9 +145,10 @@ def train_step(
     if check:
         check(losses, logps)
     B = len(losses)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    grad_norm = get_total_norm(gradients) / B  # gradient of the mean loss over all pairs
-    # Fused AdamW divides gradients by grad_scale and skips the update where found_inf is 1.
+    gradients = (p.grad for p in model.parameters() if p.grad is not None)
+    norms = [vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    grad_norm = vector_norm(torch.stack(norms)) / B  # gradient of the mean loss over all pairs
+    # The optimizer divides gradients by grad_scale and skips the update where found_inf is 1.
     excess = (grad_norm.float() + 1e-6) / (options.grad_clip or torch.inf)
     optimizer.grad_scale = B * excess.clamp(min=1)
     optimizer.found_inf = 1 - (losses.isfinite().all() & grad_norm.isfinite()).float()
@@ -153,28 +157,26 @@ def train_step(
     return losses, logps, grad_norm
 
 
-def of_answers(values: Tensor | None, batch: Batch, device: torch.device) -> Tensor | None:
-    """Returns a batch's rows of `values` (pairs, 2) as (2b,), in the order of batch.lengths."""
-    return None if values is None else values[batch.index].flatten().to(device)  # (b, 2) -> (2b,)
-
-
 def shared_term(model: Llama, data: StepData, options: Options) -> Tensor:
     """Computes the scalar () that couples the pairs of a step in dv and kto, without gradient."""
     device, dtype = model.head_weight.device, getattr(torch, options.dtype)
     batches, ref_logps = data.mismatched or (data.batches, data.ref_logps)
-    logps = [evaluation.batch_logps(model, batch.to(device), dtype) for batch in batches]
-    ref = [of_answers(ref_logps, batch, device) for batch in batches]  # (2b,) each
-    lengths = [batch.lengths.to(device) for batch in batches]
+    batches = [batch.with_values(ref_logps).to(device) for batch in batches]
+    logps = [evaluation.batch_logps(model, batch, dtype) for batch in batches]  # (2b,) each
+    ref, lengths = ([getattr(b, name) for b in batches] for name in ("ref_logps", "lengths"))
     terms = [torch.cat(parts) for parts in (logps, ref, lengths)]  # (2B,) each
     sides = [Answers(*(x[side::2] for x in terms), options.beta) for side in (0, 1)]
     sides = [side.averaged() for side in sides] if options.average_logps else sides
     return find_loss(options.loss).shared(*sides)
 
 
-def make_optimizer(model: Llama, options: Options) -> torch.optim.AdamW:
+def make_optimizer(model: Llama, options: Options) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, norms = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
     groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
+    if options.weights == "bfloat16":
+        kwargs = {"seed": options.seed, "compiled": model.compiled}
+        return StochasticAdamW(groups, options.lr, options.weight_decay, **kwargs)
     return torch.optim.AdamW(groups, options.lr, weight_decay=options.weight_decay, fused=True)
 
 

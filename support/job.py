@@ -122,9 +122,10 @@ def load_models(options, checkpoint: Path | None):
         if checkpoint:
             lora.load_adapter(model, checkpoint)
     else:
-        model, tokenizer = load_checkpoint(checkpoint or options.init, device, torch.float32)
+        dtype = getattr(torch, options.weights)
+        model, tokenizer = load_checkpoint(checkpoint or options.init, device, dtype)
         if drawn:
-            reference = Llama.from_pretrained(options.init, device=device)
+            reference = Llama.from_pretrained(options.init, dtype, device)
     model.checkpointing = options.checkpointing == "on"
     if options.compile == "on" or (options.compile == "auto" and options.device != "cpu"):
         model.compile_blocks()
@@ -164,8 +165,8 @@ def describe(job: Job) -> str:
         f"{options.loss}: {loss.function.__doc__}   [{loss.source}]",
         f"  log-probs as {'means' if options.average_logps else loss.uses} over an answer's tokens"
         f"{''.join(arguments)}, {'with' if loss.needs_reference else 'without'} a reference",
-        f"  {options.init}: {total:,} parameters, {trained:,} of them trained, {options.dtype} "
-        f"products on {options.device}",
+        f"  {options.init}: {total:,} parameters, {trained:,} of them trained, {options.weights} "
+        f"weights, {options.dtype} products on {options.device}",
         f"  {rows}, {len(job.held_out)} held out; steps {job.record.get('step', 0) + 1} to "
         f"{job.stop} of {job.steps}, {on_policy.prompts_per_step(options)} {unit} each; lr "
         f"{options.lr:g}, {options.schedule}, seed {options.seed}",
@@ -194,7 +195,7 @@ def reference_logps(job: Job, pairs: Pairs) -> Tensor:
     """Returns the log-probs of training pairs under the initial weights: (pairs, 2) in nats. A
     folder whose name contains a hash of weights, token ids and precision caches the log-probs."""
     options = job.options
-    key = digest(job.inputs["init"], hash_pairs(pairs), options.dtype)
+    key = digest(job.inputs["init"], hash_pairs(pairs), options.dtype, options.weights)
     folder = Path(options.out).parent / "cache" / f"reference-{key[:16]}"
     file = folder / "logps.safetensors"
     with locked(folder, "waiting for another run that computes these log-probs"):

@@ -68,7 +68,8 @@ def outcome(job, start_logps: torch.Tensor, logps: torch.Tensor) -> dict[str, Ro
     if builtin_task.is_demonstration(init):
         base = builtin_task.base_columns(init, options.device)
         with stage("evaluation: the trained model on the held-out problems"):
-            trained = builtin_task.task_columns(job.model, job.tokenizer)
+            # float32 also after --weights bfloat16, as in eval.py
+            trained = builtin_task.task_columns(job.model.float(), job.tokenizer)
         found = {"base": base, "run": trained | found["run"]}
         # Both models answered the same problems, so the differences are paired.
         change = {n: Column(trained[n].values - base[n].values) for n in trained}

@@ -40,6 +40,7 @@ def step_cost(config, options, rows: list[int], lengths: list[int], passes=1) ->
     and CUDA. rows, lengths: number of tokens of each row and each answer in a pass."""
     with torch.device("meta"):  # all blocks are alike, so the model has a single block
         model = Llama(dataclasses.replace(config, num_hidden_layers=1))
+        model.to(getattr(torch, options.weights))
         if options.lora_rank:
             add_lora(model, config_of(options), getattr(torch, options.dtype))
     half, recompute = options.dtype == "bfloat16", options.checkpointing == "on"
@@ -64,15 +65,19 @@ def step_cost(config, options, rows: list[int], lengths: list[int], passes=1) ->
     activations += T * (8 * config.head_dim + 4 * D * (1 + trains_head))  # rotary table, last norm
     # The backward pass of an MLP holds gradients of two factors, the residual and the norm.
     at_work = T * (2 * config.intermediate_size * s + 8 * D) + recompute * saved
-    grad_head = 4 * head.numel() * trains_head
+    grad_head = 4 * head.numel() * trains_head  # float32
+    stored_head = head.nbytes * trains_head
+    # After the head, a GPU scales a copy of this gradient, and autograd rounds it for the weight.
+    copied = grad_head * on_gpu + stored_head * (head.dtype != torch.float32)
     logits = n * len(head) * (s + 4 * (half and on_gpu))  # a GPU also needs float32 logits
     logits += 2 * head.numel() * (half and head.dtype == torch.float32)  # the rounded head
     logits += 8 * D * (sum(lengths) + n)  # the states that the head reads, and their gradients
-    gradients, moments = 4 * trained, 8 * trained
-    start = several_passes * gradients + activations + grad_head + max(logits, at_work)
+    number = 2 if options.weights == "bfloat16" else 4  # bytes of a gradient or a moment
+    gradients, moments = number * trained, 2 * number * trained
+    start = several_passes * gradients + activations + grad_head + max(logits, at_work, copied)
     # At the end of a pass, a tied matrix has two gradients and the sum of earlier passes.
     copies = config.tie_word_embeddings + several_passes
-    peak = weights + moments + max(start, gradients + max(at_work, grad_head * copies))
+    peak = weights + moments + max(start, gradients + max(at_work, stored_head * copies))
     total = sum(p.numel() for p in root + L * block)
     return StepCost(total, weights, gradients, moments, activations, grad_head + logits, peak)
 
@@ -104,18 +109,24 @@ def cost_of_longest_pairs(config: ModelConfig, options, **changes) -> StepCost:
 
 
 def plan(options) -> str:
-    """Returns a table with a row for each combination of --lora_rank, --dtype and --checkpointing:
-    memory of a step, and whether the step fits into the memory of a --gpu."""
+    """Returns a table with a row for each way to save memory (--lora_rank, --dtype, --weights and
+    --checkpointing): memory of a step, and whether the step fits into the memory of a --gpu."""
     init, options = Path(options.init or options.plan), dataclasses.replace(options, device="cuda")
     config = PRESETS.get(options.plan) or ModelConfig.from_hf(read_json(init / "config.json"))
     rank = options.lora_rank or min(16, config.num_key_value_heads * config.head_dim)
-    flags, rows = ((None, rank), ("float32", "bfloat16"), ("off", "on")), []
-    for lora_rank, dtype, checkpointing in product(*flags):
-        changes = {"lora_rank": lora_rank, "dtype": dtype, "checkpointing": checkpointing}
+    names, rows = ("lora_rank", "dtype", "weights"), []
+    settings = {
+        "all float32": (None, "float32", "float32"),
+        "all bfloat16": (None, "bfloat16", "float32"),
+        "weights bfloat16": (None, "bfloat16", "bfloat16"),
+        f"rank {rank} float32": (rank, "float32", "float32"),
+        f"rank {rank} bfloat16": (rank, "bfloat16", "float32"),
+    }
+    for label, checkpointing in product(settings, ("off", "on")):
+        changes = dict(zip(names, settings[label])) | {"checkpointing": checkpointing}
         cost = cost_of_longest_pairs(config, options, **changes)
         # About a tenth of the memory stays free, because the predicted peak is an estimate.
         fits = "yes" if 1.1 * cost.peak <= GPUS[options.gpu] * 1e9 else "no"
-        label = f"rank {rank} {dtype}" if lora_rank else f"all {dtype}"
         label = label if checkpointing == "off" else "  recomputed"
         mark = ">" if changes.items() <= vars(options).items() else " "
         parts = "".join(f"{part / 1e9:7.1f}" for part in cost[1:])
@@ -129,4 +140,5 @@ def plan(options) -> str:
 {chr(10).join(rows)}
 
 kept: saved for the backward pass; recomputed: with --checkpointing on;
+weights bfloat16: with --weights bfloat16, the other rows with float32;
 fits: whether about a tenth of the memory stays free; >: with the given flags"""

@@ -57,6 +57,8 @@ def make_options(flags: dict, cls: type):
     if flags.get("resume"):
         folder = Path(flags.get("out") or default_out(cls(**flags)))
         flags = run_folder.resumed_options(flags, cls, folder)
+    if flags.get("weights") == "bfloat16":
+        flags = {"dtype": "bfloat16"} | flags
     return resolve(cls(**flags))
 
 
@@ -123,6 +125,11 @@ def check_together(options) -> None:
     for name, other in (needed | dict.fromkeys(LORA_FLAGS, "lora_rank")).items():
         if name in given and other not in given:
             raise ValueError(f"--{name} needs --{other}; add --{other} or leave out --{name}")
+    if options.weights == "bfloat16" and options.dtype != "bfloat16":
+        raise ValueError("--dtype float32: --weights bfloat16 needs --dtype bfloat16; leave it out")
+    if options.weights == "bfloat16" and options.lora_rank:
+        raise ValueError("--weights bfloat16: with --lora_rank, --dtype sets the precision of "
+                         "the frozen weights; leave out --weights")  # fmt: skip
     if options.average_logps and options.on_policy and options.beta is None:
         raise ValueError("--average_logps with --on_policy needs a --beta; give one")
     recorded = {"beta"} if options.beta == loss.beta else set()  # even if the loss has no beta

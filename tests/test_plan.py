@@ -31,6 +31,7 @@ RNG = np.random.default_rng(0)
 PAIRS = [Pair(*(RNG.integers(0, 256, n).tolist() for n in (20, 30 + i, 27))) for i in range(3)]
 LORA = {"lora_rank": 4, "lora_alpha": 4.0, "lora_targets": "all"}
 RECOMPUTED = {"checkpointing": "on"}
+BFLOAT16 = {"dtype": "bfloat16", "weights": "bfloat16"}
 
 
 def options_of(**changes) -> Options:
@@ -42,6 +43,8 @@ def model_of(config, options) -> Llama:
     if options.lora_rank:
         lora = LoraConfig(options.lora_rank, options.lora_alpha, LORA_TARGETS["all"])
         add_lora(model, lora, getattr(torch, options.dtype))
+    if options.weights == "bfloat16":
+        model.to(torch.bfloat16)
     model.checkpointing = options.checkpointing == "on"
     return model
 
@@ -54,7 +57,10 @@ def planned(config, options, batches):
 # --- Against a real step --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes, more", [(c, {}) for c in CONFIGS] + [(CONFIGS[2], LORA)])
+@pytest.mark.parametrize(
+    "changes, more",
+    [(c, {}) for c in CONFIGS] + [(CONFIGS[2], LORA), (CONFIGS[1], BFLOAT16)],
+)
 def test_weights_gradients_and_moments_are_those_of_a_step(changes, more):
     config, options = tiny_config(**changes), options_of(**more)
     model, batches = model_of(config, options), make_batches(PAIRS, [0, 1], 128, 4096)
@@ -207,28 +213,31 @@ def test_the_text_of_a_plan(capsys):
     assert second == "32 pairs of up to 1024 tokens in a step on one h100 of 80 GB"
     assert max(map(len, lines)) <= 80
     table = table_of(lines)
-    labels = ["all float32", "all bfloat16", "rank 16 float32", "rank 16 bfloat16"]
+    labels = ["all float32", "all bfloat16", "weights bfloat16", "rank 16 float32",
+              "rank 16 bfloat16"]  # fmt: skip
     assert [row[1] for row in table[::2]] == labels
     assert {row[1] for row in table[1::2]} == {"recomputed"}
-    assert [row[0] for row in table] == [">"] + [" "] * 7
+    assert [row[0] for row in table] == [">"] + [" "] * 9
     # In bytes: 8.03e9 weights of 4 bytes, as many gradients, and twice as many moments.
     assert table[0][2:5] == ["32.1", "32.1", "64.2"]
     options = options_of(batch_size=32, max_length=1024, device="cuda", compile="auto")
-    settings = product((None, 16), ("float32", "bfloat16"), ("off", "on"))
-    for row, (lora_rank, dtype, checkpointing) in zip(table, settings, strict=True):
+    pairs = (None, "float32"), (None, "bfloat16"), (None, "both"), (16, "float32"), (16, "bfloat16")
+    for row, ((lora_rank, dtype), checkpointing) in zip(table, product(pairs, ("off", "on"))):
         changes = {"lora_rank": lora_rank, "dtype": dtype, "checkpointing": checkpointing}
+        if dtype == "both":
+            changes |= {"dtype": "bfloat16", "weights": "bfloat16"}
         changes |= {"lora_targets": "all"}
         cost = cost_of_longest_pairs(PRESETS["llama-3.1-8b"], options, **changes)
         assert row[2:8] == [f"{part / 1e9:.1f}" for part in cost[1:]]
         assert row[8] == ("yes" if 1.1 * cost.peak <= 80e9 else "no")
-    assert [row[8] for row in table] == 5 * ["no"] + 3 * ["yes"]
+    assert [row[8] for row in table] == 5 * ["no"] + ["yes", "no"] + 3 * ["yes"]
 
 
 def test_the_given_flags_are_marked(capsys):
     adapters = ["--lora_rank", "8", "--dtype", "bfloat16", "--checkpointing", "on"]
     table = table_of(printed(capsys, "llama-3.1-70b", *adapters))
-    assert [row[0] for row in table] == [" "] * 7 + [">"]
-    assert table[6][1] == "rank 8 bfloat16"
+    assert [row[0] for row in table] == [" "] * 9 + [">"]
+    assert table[8][1] == "rank 8 bfloat16"
 
 
 def test_a_plan_reads_config_json_alone_and_writes_nothing(tmp_path, capsys, monkeypatch):

@@ -155,7 +155,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(step, monkeypatch):
     losses, _, norm = train_step(model, optimizer, data._replace(ref_logps=broken), options)
     assert sorted(losses.isfinite().tolist()) == [False, True, True, True] and norm.isnan()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "get_total_norm", lambda gradients: torch.tensor(math.inf))
+        patch.setattr(train, "vector_norm", lambda *_, **__: torch.tensor(math.inf))
         losses, *_ = train_step(model, optimizer, data, options)
     assert losses.isfinite().all() and equal(weights(model), before)
     train_step(model, optimizer, data, options)
@@ -618,7 +618,7 @@ CHANGES = {
     "--max_length": "50", "--lr": "2e-3", "--warmup": "0.9", "--schedule": "constant",
     "--weight_decay": "0.5", "--grad_clip": "0.01", "--seed": "2", "--dtype": "bfloat16",
     "--eval_fraction": "0.4", "--eval_every": "1", "--log_every": "3", "--eval_data": "OTHER",
-    "--split_seed": "3", "--average_logps": "",
+    "--split_seed": "3", "--average_logps": "", "--weights": "bfloat16",
 }  # fmt: skip
 # Options of losses: a value, and the losses that have the option. A new option is set to 0.3.
 OWN = {f"--{name}": ("0.3", " ".join(losses)) for name, losses in options_of_losses().items()} | {
