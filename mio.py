@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from support.bfloat16 import in_product_precision
 from support.loss_sums import weighted_sum
 
 # --- Losses: functions that map both sides of B pairs to (B,); each docstring is the formula ------
@@ -397,7 +398,7 @@ def naive_logps(hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: T
 @torch.no_grad()
 def chunked_logps(hidden, head_weight, targets, lengths, chunk_tokens=CHUNK_TOKENS, compiled=False):
     """Computes the result of naive_logps without gradient, in chunks of `chunk_tokens` tokens."""
-    weight, token_logps = _in_product_precision(head_weight, hidden), []
+    weight, token_logps = in_product_precision(head_weight, hidden), []
     buffer = weight.new_empty(min(chunk_tokens, len(hidden)), len(weight))  # the logits of a chunk
     for states, y in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens)):
         logits = torch.mm(states.to(weight.dtype), weight.T, out=buffer[: len(y)])  # (t, V)
@@ -456,7 +457,7 @@ class FusedHead(torch.autograd.Function):
         accumulator = torch.promote_types(head_weight.dtype, torch.float32)
         grad_head = torch.empty_like(head_weight, dtype=accumulator) if need_head else None
         largest = max(tokens.stop - tokens.start for _, tokens in chunks)
-        weight = _in_product_precision(head_weight, hidden)
+        weight = in_product_precision(head_weight, hidden)
         buffer = weight.new_empty(largest, len(weight))  # the logits of a chunk
         results = []
         for answers, tokens in chunks:
@@ -489,13 +490,6 @@ class FusedHead(torch.autograd.Function):
         if factor.is_cuda or factor != 1:  # losses.sum() on a CPU needs no copy of (V, D)
             gradients = [None if g is None else g * factor.to(g.dtype) for g in gradients]
         return *gradients, *[None] * 5  # autograd converts each gradient to its input's dtype
-
-
-def _in_product_precision(weight: Tensor, hidden: Tensor) -> Tensor:
-    """Returns the head's weight in the precision of autocast, else in that of the hidden states."""
-    device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device)
-    return weight.to(torch.get_autocast_dtype(device) if autocast else hidden.dtype)
 
 
 def _to_residual(logits: Tensor, targets: Tensor, compiled: bool) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from support.bfloat16 import in_product_precision
 from support.files import read_json, write_json
 from support.hf_config import LLAMA3_ROPE, read_config, write_config
 from support.sampling import generate
@@ -92,6 +93,14 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
 
 
+class Linear(nn.Linear):
+    """Converts the weight to the precision of the product, so that weights may be bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = in_product_precision(self.weight, x)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
+
+
 Mask = Tensor | list[Tensor] | BlockMask | None
 
 
@@ -122,10 +131,10 @@ class Attention(nn.Module):
         D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.grouped = H != K
         qkv_bias = config.attention_bias or config.qkv_bias
-        self.q_proj = nn.Linear(D, H * self.head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(D, K * self.head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(D, K * self.head_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(H * self.head_dim, D, bias=config.attention_bias)
+        self.q_proj = Linear(D, H * self.head_dim, bias=qkv_bias)
+        self.k_proj = Linear(D, K * self.head_dim, bias=qkv_bias)
+        self.v_proj = Linear(D, K * self.head_dim, bias=qkv_bias)
+        self.o_proj = Linear(H * self.head_dim, D, bias=config.attention_bias)
         norm = RMSNorm if config.qk_norm else nn.Identity  # Identity ignores its arguments
         self.q_norm = norm(self.head_dim, config.rms_norm_eps)
         self.k_norm = norm(self.head_dim, config.rms_norm_eps)
@@ -154,9 +163,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, inner, bias=bias)
-        self.up_proj = nn.Linear(D, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, D, bias=bias)
+        self.gate_proj = Linear(D, inner, bias=bias)
+        self.up_proj = Linear(D, inner, bias=bias)
+        self.down_proj = Linear(inner, D, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -184,12 +193,13 @@ class Llama(nn.Module):
         self.config = config
         self.checkpointing = False  # recompute each block in the backward pass to save memory
         self.compiled = False
+        self.float32 = False  # compute in float32 even if the weights are bfloat16
         self.model = nn.ModuleDict()
         self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         # As in transformers, matrices are normal(0, initializer_range), norms 1 and biases 0.
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -228,8 +238,9 @@ class Llama(nn.Module):
             mask = (causal if mask is None else mask) & near[:, None]  # (B, 1, T, T)
         rotary = rotary_table(self.config, positions)
         x = self.model["embed_tokens"](tokens)  # (B, T, D)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.float()  # sums of many blocks lose too much in bfloat16
+        if self.float32 or torch.is_autocast_enabled(x.device.type):
+            # The sum of all blocks' outputs would lose too much in bfloat16.
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
         for index, block in enumerate(self.model["layers"]):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, mask, None, positions, use_reentrant=False)

@@ -84,7 +84,7 @@ class RunOptions:
     split_seed: int = option(0, "seed of the choice of held-out pairs (--eval_fraction)", least=0)
     dtype: str = option("float32", "precision of matrix products", choices=("float32", "bfloat16"))
     weights: str = option("float32", "precision of stored weights, gradients and moments; bfloat16 "
-                          "rounds updates stochastically and sets --dtype bfloat16",
+                          "rounds updates stochastically and changes the default of --dtype",
                           choices=("float32", "bfloat16"))
     compile: str = option("auto", "compile the transformer blocks; auto compiles on a GPU",
                           choices=("auto", "on", "off"))

@@ -1,4 +1,4 @@
-"""AdamW for weights, gradients and moments that are stored in bfloat16, with stochastic rounding.
+"""Weights that are stored in bfloat16: matrix products, stochastic rounding and AdamW.
 
 A bfloat16 has 8 significant bits, so its neighbors differ from it by 0.4 to 0.8 percent. Rounding
 to the nearest number would undo most updates of a small learning rate. Stochastic rounding picks
@@ -15,6 +15,13 @@ from torch import Tensor
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 EAGER_CHUNK = 2**17  # elements that are updated at a time without torch.compile
+
+
+def in_product_precision(weight: Tensor, x: Tensor) -> Tensor:
+    """Returns a weight in the dtype of its products with x: that of autocast, else that of x."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    return weight.to(torch.get_autocast_dtype(device) if autocast else x.dtype)
 
 
 def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:

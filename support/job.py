@@ -127,6 +127,7 @@ def load_models(options, checkpoint: Path | None):
         if drawn:
             reference = Llama.from_pretrained(options.init, dtype, device)
     model.checkpointing = options.checkpointing == "on"
+    model.float32 = options.dtype == "float32"
     if options.compile == "on" or (options.compile == "auto" and options.device != "cpu"):
         model.compile_blocks()
     return model, tokenizer, reference

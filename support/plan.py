@@ -56,12 +56,11 @@ def step_cost(config, options, rows: list[int], lengths: list[int], passes=1) ->
     block, trains_head = list(layers.parameters()), head.requires_grad
     trained = sum(p.numel() for p in root + L * block if p.requires_grad)
     weights = sum(p.nbytes for p in root + L * block)
-    # Eager attention saves a dense mask. Autocast keeps rounded weights until the pass ends.
-    mask = 0 if compiled else s * sum(t * t for t in rows)
-    saved = _saved_by_token(config, linears, trains_head, s) * T + mask
-    keeps_rounded = half and not (compiled and recompute)
-    rounded = sum(2 * w.numel() for w in linears.values() if w.dtype == torch.float32)
-    activations = L * ((4 * D * T if recompute else saved) + keeps_rounded * rounded)
+    # A block saves a dense mask in eager attention, and weights that it converts for products.
+    saved = 0 if compiled else s * sum(t * t for t in rows)
+    saved += sum(s * w.numel() for w in linears.values() if w.element_size() != s)
+    saved += _saved_by_token(config, linears, trains_head, s) * T
+    activations = L * (4 * D * T if recompute else saved)
     activations += T * (8 * config.head_dim + 4 * D * (1 + trains_head))  # rotary table, last norm
     # The backward pass of an MLP holds gradients of two factors, the residual and the norm.
     at_work = T * (2 * config.intermediate_size * s + 8 * D) + recompute * saved
@@ -70,7 +69,7 @@ def step_cost(config, options, rows: list[int], lengths: list[int], passes=1) ->
     # After the head, a GPU scales a copy of this gradient, and autograd rounds it for the weight.
     copied = grad_head * on_gpu + stored_head * (head.dtype != torch.float32)
     logits = n * len(head) * (s + 4 * (half and on_gpu))  # a GPU also needs float32 logits
-    logits += 2 * head.numel() * (half and head.dtype == torch.float32)  # the rounded head
+    logits += s * head.numel() * (head.element_size() != s)  # the converted head
     logits += 8 * D * (sum(lengths) + n)  # the states that the head reads, and their gradients
     number = 2 if options.weights == "bfloat16" else 4  # bytes of a gradient or a moment
     gradients, moments = number * trained, 2 * number * trained

@@ -125,8 +125,6 @@ def check_together(options) -> None:
     for name, other in (needed | dict.fromkeys(LORA_FLAGS, "lora_rank")).items():
         if name in given and other not in given:
             raise ValueError(f"--{name} needs --{other}; add --{other} or leave out --{name}")
-    if options.weights == "bfloat16" and options.dtype != "bfloat16":
-        raise ValueError("--dtype float32: --weights bfloat16 needs --dtype bfloat16; leave it out")
     if options.weights == "bfloat16" and options.lora_rank:
         raise ValueError("--weights bfloat16: with --lora_rank, --dtype sets the precision of "
                          "the frozen weights; leave out --weights")  # fmt: skip

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from support.bfloat16 import in_product_precision
+
 ANSWER_TOKENS = 48  # most tokens of an answer to the built-in task, whose solutions have at most 35
 GENERATION_ROWS = 1000  # most prompts in one call of `generate`, which share a seed
 GENERATION_TOKENS = 2**16  # most tokens of prompts and answers in the cache at a time
@@ -39,7 +41,8 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
         new = torch.zeros(len(active), 0, dtype=torch.long, device=device)  # (R, steps)
         draws = uniform[:, active]  # (max_new_tokens, R)
         for step in range(max_new_tokens):
-            logits = (hidden @ model.head_weight.T).float()  # (R, V)
+            head = in_product_precision(model.head_weight, hidden)  # (V, D)
+            logits = (hidden @ head.T).float()  # (R, V)
             token = sample(logits, temperature, top_p, draws[step])  # (R,)
             new = torch.cat((new, token[:, None]), dim=1)
             is_last = step + 1 == max_new_tokens
@@ -76,7 +79,8 @@ def _read_prompts(model, prompts: list[list[int]], new_tokens: int) -> tuple[Ten
     # Padding at the end is never attended to, and the answer overwrites it in the cache.
     padded = [[*prompt, *[0] * (T - len(prompt))] for prompt in number]
     shape = (config.num_hidden_layers, 2, len(number), config.num_key_value_heads)
-    cache = weight.new_zeros(*shape, T + new_tokens, config.head_dim)
+    dtype = torch.promote_types(weight.dtype, torch.float32) if model.float32 else weight.dtype
+    cache = weight.new_zeros(*shape, T + new_tokens, config.head_dim, dtype=dtype)
     hidden = model(torch.tensor(padded, device=weight.device), None, None, cache)
     if len(number) < len(prompts):
         cache = cache[:, :, source]
