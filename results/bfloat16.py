@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from support.curves import read_curves
-from support.files import read_json, read_rows
+from support.files import read_json
 
 COLUMNS = "greedy", "Δ chosen", "Δ rejected"
 WEIGHTS = "float32", "bfloat16"
