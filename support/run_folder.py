@@ -86,7 +86,7 @@ def strict_json(row: dict) -> str:
 
 
 class Progress(NamedTuple):
-    """The state of a run besides its weights. The order of pairs follows from the seed and step."""
+    """The state of a run besides its weights. All random numbers follow from the seed and step."""
 
     step: int
     num_tokens: int
@@ -127,9 +127,7 @@ def save_checkpoint(job, optimizer, progress: Progress) -> None:
     tensors = {f"moments.{key}.{n}": x for n, state in states.items() for key, x in state.items()}
     refs = {"ref_logps": progress.ref_logps, "ref_mismatched": progress.ref_mismatched}
     tensors |= {name: logps for name, logps in refs.items() if logps is not None}
-    tensors |= {"start": progress.start_logps, "random.cpu": torch.get_rng_state()}
-    if options.device != "cpu":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(options.device)
+    tensors["start"] = progress.start_logps
     flush_to_disk(folder / "metrics.jsonl")
     metrics = (folder / "metrics.jsonl").read_bytes()
     hashed = {"bytes": len(metrics), "sha256": hashlib.sha256(metrics).hexdigest()}
@@ -175,11 +173,8 @@ def read_record(checkpoint: Path) -> dict:
 
 
 def load_progress(job) -> Progress:
-    """Reads the state of the run from job.checkpoint and restores the random-number generators."""
+    """Reads the state of the run from job.checkpoint."""
     tensors = load_file(job.checkpoint / "training.safetensors")
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"], job.options.device)
     moments = {n.removeprefix("moments."): x for n, x in tensors.items() if n[:8] == "moments."}
     refs = tensors.get("ref_logps"), tensors.get("ref_mismatched")
     return Progress(job.record["step"], job.record["num_tokens"], *refs, tensors["start"], moments)

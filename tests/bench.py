@@ -379,18 +379,23 @@ def worker(name: str, folder: Path) -> None:
     clock = Clock(config)
     run[name.split("-")[0]](name, folder, pairs, ref, losses, clock)
     tokens = int(pairs.lengths()[BATCH:].sum()) / STEPS
+    result = {
+        "seconds": float(np.median(clock.steps[1:])), "losses": losses, "tokens": tokens,
+        "flops": step_flops(config, pairs[BATCH:]) / STEPS, "memory": clock.memory(),
+        "peak": matmul_peak("bf16" in name),
+        "resident": resident("VmHWM") - clock.imported, "planned": clock.planned - clock.state,
+    }  # fmt: skip
+    print(json.dumps(result))
+
+
+def step_flops(config: ModelConfig, pairs: Pairs) -> float:
+    """Floating-point operations of the matrix products with weights, forward and backward."""
     heads = config.num_attention_heads + config.num_key_value_heads
     body = config.num_hidden_layers * config.hidden_size * (
         2 * config.head_dim * heads + 3 * config.intermediate_size
     )  # fmt: skip
-    head = config.vocab_size * config.hidden_size
-    flops = 6 * (body * tokens + head * pairs.lengths()[BATCH:, 1:].sum() / STEPS)
-    result = {
-        "seconds": float(np.median(clock.steps[1:])), "losses": losses, "tokens": tokens,
-        "flops": float(flops), "peak": matmul_peak("bf16" in name), "memory": clock.memory(),
-        "resident": resident("VmHWM") - clock.imported, "planned": clock.planned - clock.state,
-    }  # fmt: skip
-    print(json.dumps(result))
+    head, lengths = config.vocab_size * config.hidden_size, pairs.lengths()
+    return 6.0 * (body * int(lengths.sum()) + head * int(lengths[:, 1:].sum()))
 
 
 class Clock:
