@@ -54,6 +54,7 @@ KINDS = {
     "kto": ("--loss", "kto"),
     "simpo": ("--loss", "simpo"),
     "lora": ("--loss", "mio", "--lora_rank", "2"),
+    "weights": ("--loss", "mio", "--weights", "bfloat16"),
     "averages": ("--loss", "mio", "--average_logps"),
 }
 
@@ -63,14 +64,13 @@ def test_n_steps_and_n_after_a_resume_equal_two_n_steps(kind, checkpoint, pairs_
     flags = (*KINDS[kind], "--micro_tokens", "200", *SAVED)
     whole = run(checkpoint, pairs_file, tmp_path / "whole", *flags, "--max_steps", "4")
     half = run(checkpoint, pairs_file, tmp_path / "half", *flags, "--max_steps", "2")
-    before = torch.get_rng_state()
-    torch.manual_seed(99)
+    torch.manual_seed(99)  # no random number depends on the state of this generator
     if kind != "lora":
         shutil.rmtree(checkpoint)  # the saved checkpoint holds all that is needed
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # and the reference of step 0
     train.main(["--resume", "--out", str(half), "--max_steps", "4"])
     assert not (tmp_path / "cache").exists()
-    assert differences(whole, half) == [] and torch.equal(torch.get_rng_state(), before)
+    assert differences(whole, half) == []
     assert [row["step"] for row in metrics(half)] == [0, 2, 4] and steps(half) == [2, 4]
 
 
@@ -146,7 +146,7 @@ def test_a_changed_flag_is_refused_by_name(copied):
     values = {"loss": "dpo", "schedule": "linear", "dtype": "bfloat16", "compile": "off"}
     values |= {"checkpointing": "on", "warmup": "0.7", "eval_fraction": "0.3"}
     values |= {"label_smoothing": "0.2", "epsilon": "0.2"}
-    values |= {"plan": "llama-3.2-1b", "gpu": "a100"}
+    values |= {"plan": "llama-3.2-1b", "gpu": "a100", "weights": "bfloat16"}
     free = {*run_folder.MAY_CHANGE, *run_folder.FILES, "device", "config", "resume", "overwrite"}
     for field in dataclasses.fields(train.Options):
         if field.name not in free:

@@ -31,7 +31,7 @@ def report(capsys):
 
 @pytest.mark.parametrize("name", ["--weights bfloat16", "compiled, LoRA", "window"])
 def test_steps_are_as_exact_as_naive_code(name, report, monkeypatch):
-    monkeypatch.setitem(gpu.VARIANTS, name, (*gpu.VARIANTS[name][:2], ["mio", "kto", "rlhf"]))
+    monkeypatch.setitem(gpu.VARIANTS, name, (*gpu.VARIANTS[name][:2], ["mio", "kto"]))
     gpu.check_right(report, [name])
 
 
@@ -44,14 +44,18 @@ def test_a_recompilation_is_an_error():
     with gpu.compiled_as_on_a_gpu(torch.device("cpu")):
         function = torch.compile(lambda x, flag: x + flag)
         function(torch.zeros(3), 1)
-        with gpu.neither_waits_nor_recompiles(torch.device("cpu")):
-            with pytest.raises(torch._dynamo.exc.RecompileError):
-                function(torch.zeros(3), "text" == "other")
+        guard = gpu.neither_waits_nor_recompiles(torch.device("cpu"))
+        with guard, pytest.raises(torch._dynamo.exc.RecompileError):
+            function(torch.zeros(3, dtype=torch.float64), 1)
 
 
-@pytest.mark.parametrize("check", ["generation", "resume", "head", "large"])
+@pytest.mark.parametrize("check", ["generation", "head", "large"])
 def test_the_other_checks_run(check, report):
     gpu.CHECKS[check](report)
+
+
+def test_a_killed_run_resumes_to_the_bit(report):
+    gpu.check_resume(report, ["bfloat16"])
 
 
 def test_a_check_that_fails_is_a_row_and_the_next_one_runs(monkeypatch, capsys):
@@ -145,7 +149,7 @@ def test_a_step_reads_no_value_and_stays_on_its_device(loss, flags):
 def test_a_read_of_a_value_is_an_error(monkeypatch):
     grad = torch.full_like
     monkeypatch.setattr(torch, "full_like", lambda x, value: grad(x, value + 0 * x.item()))
-    with pytest.raises(Exception, match="item"):
+    with pytest.raises(Exception, match="_local_scalar_dense"):
         fake_step("mio", weights="bfloat16")
 
 
