@@ -79,7 +79,7 @@ class Job(NamedTuple):
         needed = min(saves, keep) * checkpoint + max(final, checkpoint * (saves > keep))
         replaced = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
         room = shutil.disk_usage(folder).free + replaced
-        if needed > room:
+        if needed > room and self.record.get("step") != self.stop:
             problem = f"the run needs {needed / 1e9:.3g} GB of disk, but has {room / 1e9:.3g} GB"
             raise ValueError(f"--out {out}: {problem}; free some, lower --keep or change --out")
 
