@@ -87,7 +87,7 @@ def test_the_origin_of_the_runs_has_singular_and_plural(tmp_path, monkeypatch):
         config = {"commit": commit, "machine": f"x86, {threads} threads", "versions": {"torch": 2}}
         page.write_json(runs[-1].folder / "train_config.json", config)
     page.write(str(tmp_path / "a.py"), runs)
-    made = "2 runs, two at a time, in 0 wall-clock minutes (commits a and b,\ntorch 2, x86, 1 thread)"
+    made = "in 0 wall-clock minutes (commits a and b,\ntorch 2, x86, 1 thread)"
     assert made in page_of_runs.read_text()
     page.write(str(tmp_path / "a.py"), runs[1:])
     assert "(commit b,\ntorch 2, x86, 2 threads)" in page_of_runs.read_text()
