@@ -68,14 +68,14 @@ class Job(NamedTuple):
     def check_room(self, saves: int) -> None:
         """Raises ValueError if --out or the cache beside it cannot be written, or if the disk lacks
         room for --keep of `saves` checkpoints and for the final model or one more checkpoint."""
-        out, keep, weights = Path(self.options.out), self.options.keep, [*self.model.parameters()]
+        out, keep, tensors = Path(self.options.out), self.options.keep, [*self.model.parameters()]
         cached = find_loss(self.options.loss).needs_reference and not self.checkpoint
         for path in (out.parent / "cache", out) if cached else (out,):
             folder = next(p for p in (path / "x").absolute().parents if p.is_dir())
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise ValueError(f"--out {out}: cannot write to {folder}; change --out")
-        final = sum(p.nbytes for p in weights)
-        checkpoint = 3 * sum(p.nbytes for p in weights if p.requires_grad)  # and two moments
+        final = sum(p.nbytes for p in tensors)
+        checkpoint = 3 * sum(p.nbytes for p in tensors if p.requires_grad)  # and two moments
         needed = min(saves, keep) * checkpoint + max(final, checkpoint * (saves > keep))
         replaced = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
         room = shutil.disk_usage(folder).free + replaced
