@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from support.cli import Parser
 from support.files import read_rows
+from support.hub import find
 from support.rows import COLUMNS, ROW_FORMS, Example, Report, UnusableError, read_row
 from support.tokenizers import Tokenizer, load_tokenizer
 
@@ -338,14 +339,15 @@ def main(argv: list[str] | None = None) -> None:
 
     parser = Parser("data.py", __doc__)
     parser.add_argument("file", metavar="FILE.jsonl", help="JSONL file, plain or .gz")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="folder or file to load")
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="folder, file or name")
     parser.add_argument("--max_length", type=int, default=1024, metavar="N",
                         help="maximum tokens in a prompt plus its longer answer")  # fmt: skip
     options = parser.parse_args(argv)
     if options.max_length < 2:
         parser.error(f"--max_length {options.max_length}: must be at least 2")
     try:
-        print(describe_file(options.file, load_tokenizer(options.tokenizer), options.max_length))
+        tokenizer = load_tokenizer(find(options.tokenizer, weights=False))
+        print(describe_file(options.file, tokenizer, options.max_length))
     except (OSError, ValueError) as error:
         parser.error(error)
 

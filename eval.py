@@ -212,7 +212,7 @@ class Options:
 def parse_options(parser: Parser, argv: list[str] | None) -> tuple:
     """Returns the runs, the files of --data, the texts of --prompt (None without the flag), and the
     Options with defaults filled in. Raises OSError or ValueError for bad input."""
-    help = "run or checkpoint folders; all are compared with the first"
+    help = "runs or checkpoints, by folder or ORGANISATION/NAME; the first is the baseline"
     parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=help)
     help = "files of questions, of questions with choices, or of pairs"
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE.jsonl", help=help)

@@ -55,7 +55,7 @@ class RunOptions:
     loss: str = option("mio", "objective; --loss help lists all losses")
     beta: float | None = option(None, "scale of the implicit reward", above=0, most=1e6)
     average_logps: bool = option(False, "average log-probs over tokens where the loss uses sums")
-    init: str | None = option(None, "checkpoint folder: the initial policy and the reference")
+    init: str | None = option(None, "initial policy and reference: a folder or ORGANISATION/NAME")
     data: str | None = option(None, "JSONL file of preference pairs to train on")
     eval_data: str | None = option(None, "JSONL file of held-out preference pairs")
     eval_fraction: float = option(0.1, "share of the pairs to hold out if --eval_data is not given",
@@ -263,9 +263,8 @@ def train(job: Job, progress: Progress, signals: list[int]) -> tuple[Tensor, dic
 
 
 def saves(job: Job, step: int) -> bool:
-    """Tells whether a run saves a checkpoint after a step. Without --save_every it does so after
-    the last step, if --max_steps ends the run early or if, as in the demonstration, an evaluation
-    follows that takes longer than saving."""
+    """Tells whether a run saves a checkpoint after a step. Without --save_every it does so only if
+    --max_steps ends the run early or if, as in the demonstration, a longer evaluation follows."""
     every, is_last = job.options.save_every, step == job.stop
     goes_on = job.stop < job.steps or builtin_task.is_demonstration(job.options.init)
     return bool(every and step % every == 0) or (is_last and bool(every or goes_on))
@@ -391,7 +390,7 @@ def finish(job: Job, start_logps: Tensor, logps: Tensor, row: dict, started: flo
     rows = outcome(job, start_logps, logps)
     printed = {name: {k: f._asdict() for k, f in row.items()} for name, row in rows.items()}
     metrics = json.loads(run_folder.strict_json({"seconds": time.perf_counter() - started, **row}))
-    write_json(folder / "summary.json", {**metrics, "table": printed})
+    write_json(folder / "summary.json", {"init": options.init, **metrics, "table": printed})
     if job.held_out:
         print(table(rows))
     if "base" in rows and sys.stdout.isatty():
@@ -421,6 +420,7 @@ def main(argv: list[str] | None = None) -> Path:
                 drawn = is_on_policy(options)
                 options = builtin_task.prepare(options, drawn, make_optimizer, train_step)
             job = load_job(options)
+            job.check_room(sum(saves(job, step) for step in range(1, job.stop + 1)))
             stack.enter_context(locked(folder))
             run_folder.check_out(options, sources)
         except (OSError, ValueError) as error:

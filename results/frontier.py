@@ -10,16 +10,14 @@ from matplotlib.figure import Figure
 LOSSES, BETAS = ["mio", "dpo", "bce", "ipo", "orpo", "sft"], [0.125, 0.5, 2.0, 8.0]
 RATES = [3e-4, 1e-3]
 FALLS = [0.5, 1, 2, 4, 8]  # nats by which the rejected log-prob has fallen
-
 TICKS = [0.2, 0.5, 1, 2, 5, 10, 20, 50]
 
 
 def curve(found: dict, loss: str, lr: float) -> np.ndarray:
     """Returns (3, betas, seeds): fall of the rejected, change of the chosen, gain in points."""
     names = [f"{loss}, beta {beta:g}, lr {lr:g}" for beta in BETAS if loss != "sft"]
-    values = np.array(
-        [found[name] for name in names or [f"{loss}, lr {lr:g}"]]
-    )  # (betas, 3, seeds)
+    names = names or [f"{loss}, lr {lr:g}"]
+    values = np.array([found[name] for name in names])  # (betas, 3, seeds)
     return values.transpose(1, 0, 2) * np.array([-1, 1, 1])[:, None, None]
 
 

@@ -144,12 +144,14 @@ def write(script: str, runs: list[Run], *folders, compare: bool = False, **value
     """Fills the page of a script with `values`, with "made", the origin of the runs, and with
     "table", a table of their means and, with `compare`, of differences from the first setting."""
     configs = [read_json(run.folder / "train_config.json") for run in runs]
-    commits = " and ".join(sorted({(config["commit"] or "unknown")[:12] for config in configs}))
+    commits = sorted({(config["commit"] or "unknown")[:12] for config in configs})
+    commits = f"commit{'s' if len(commits) > 1 else ''} {' and '.join(commits)}"
     files = [file for folder in folders for file in Path(folder).rglob("*clock.json")]
     minutes = sum(read_json(file)["seconds"] for file in files) / 60
     made = f"`python results/{Path(script).name}` made {len(runs)} runs, two at a time, in "
-    made += f"{minutes:.0f} minutes by the clock (commit {commits},\n"
-    made += f"torch {configs[0]['versions']['torch']}, {configs[0]['machine']})."
+    made += f"{minutes:.0f} wall-clock minutes ({commits},\n"
+    machine = configs[0]["machine"].replace(" 1 threads", " 1 thread")
+    made += f"torch {configs[0]['versions']['torch']}, {machine})."
     rows, seeds = summarize(runs)
     rows = {name: row for name, row in rows.items() if compare or " - " not in name}
     values = {"made": made, "table": table(rows, markdown=True, seeds=seeds)} | values

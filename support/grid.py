@@ -21,6 +21,7 @@ from support import curves
 from support.cli import check_value
 from support.figures import Row, over_seeds, paired_difference, read_columns, table
 from support.files import digest_file, locked, read_json, write_json
+from support.hub import find
 from support.run_folder import catch_signals, newest_checkpoint
 from support.run_options import LOSS_FLAGS, make_options
 from support.weights import hash_model
@@ -73,10 +74,10 @@ class Grid(NamedTuple):
 
     def inputs(self) -> dict[str, str]:
         """Returns hashes of the files that the runs read. Raises OSError if one is missing."""
-        flags = self.fixed | self.axes
+        flags = {name: [value] for name, value in self.fixed.items()} | self.axes
         given = {n: flags[n] for n in ("init", "data", "eval_data", "config") if n in flags}
-        paths = [Path(p) for x in given.values() for p in (x if isinstance(x, list) else [x])]
-        return {str(p): hash_model(p) if p.is_dir() else digest_file(p) for p in paths}
+        paths = {p: find(p) if n == "init" else Path(p) for n, each in given.items() for p in each}
+        return {p: hash_model(x) if x.is_dir() else digest_file(x) for p, x in paths.items()}
 
 
 def arguments(flags: dict) -> list[str]:

@@ -5,6 +5,8 @@ import contextlib
 import copy
 import dataclasses
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from data import Batch, Pairs, load_pairs, make_batches, needs_fixed_length, spl
 from eval import pair_logps
 from mio import find_loss
 from model import Llama
-from support import lora, on_policy, run_folder, run_options, weights
+from support import hub, lora, on_policy, run_folder, run_options, weights
 from support.cli import stage, wrapped
 from support.files import digest, locked, read_json
 from support.trained_run import load_checkpoint
@@ -62,6 +64,24 @@ class Job(NamedTuple):
         """Packs pairs[i] for i in index into the batches of a step."""
         layout = self.options.row_tokens, self.options.micro_tokens, needs_fixed_length(self.model)
         return make_batches(pairs, index, *layout)
+
+    def check_room(self, saves: int) -> None:
+        """Raises ValueError if --out or the cache beside it cannot be written, or if the disk lacks
+        room for --keep of `saves` checkpoints and for the final model or one more checkpoint."""
+        out, keep, tensors = Path(self.options.out), self.options.keep, [*self.model.parameters()]
+        cached = find_loss(self.options.loss).needs_reference and not self.checkpoint
+        for path in (out.parent / "cache", out) if cached else (out,):
+            folder = next(p for p in (path / "x").absolute().parents if p.is_dir())
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise ValueError(f"--out {out}: cannot write to {folder}; change --out")
+        final = sum(p.nbytes for p in tensors)
+        checkpoint = 3 * sum(p.nbytes for p in tensors if p.requires_grad)  # and two moments
+        needed = min(saves, keep) * checkpoint + max(final, checkpoint * (saves > keep))
+        replaced = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+        room = shutil.disk_usage(folder).free + replaced
+        if needed > room and self.record.get("step") != self.stop:
+            problem = f"the run needs {needed / 1e9:.3g} GB of disk, but has {room / 1e9:.3g} GB"
+            raise ValueError(f"--out {out}: {problem}; free some, lower --keep or change --out")
 
 
 def load_job(options) -> Job:
@@ -166,8 +186,8 @@ def describe(job: Job) -> str:
         f"{options.loss}: {loss.function.__doc__}   [{loss.source}]",
         f"  log-probs as {'means' if options.average_logps else loss.uses} over an answer's tokens"
         f"{''.join(arguments)}, {'with' if loss.needs_reference else 'without'} a reference",
-        f"  {options.init}: {total:,} parameters, {trained:,} of them trained, {options.weights} "
-        f"weights, {options.dtype} products on {options.device}",
+        f"  {hub.named(options.init)}: {total:,} parameters, {trained:,} of them trained, "
+        f"{options.weights} weights, {options.dtype} products on {options.device}",
         f"  {rows}, {len(job.held_out)} held out; steps {job.record.get('step', 0) + 1} to "
         f"{job.stop} of {job.steps}, {on_policy.prompts_per_step(options)} {unit} each; lr "
         f"{options.lr:g}, {options.schedule}, seed {options.seed}",

@@ -11,6 +11,7 @@ from torch import nn
 from mio import CHUNK_TOKENS, chunks_of_pairs
 from model import Llama, ModelConfig
 from support.files import read_json
+from support.hub import named
 from support.lora import add_lora, config_of
 
 # The arguments are vocabulary, width, inner width, layers, heads, key-value heads, head width.
@@ -132,7 +133,7 @@ def plan(options) -> str:
         rows.append(f"{mark} {label:17}{parts}{fits:>5}")
     total = cost_of_longest_pairs(config, options, lora_rank=None).parameters
     pairs = f"{options.batch_size} pairs of up to {options.max_length} tokens"
-    return f"""{init.name[-32:]}: {total:,} parameters,
+    return f"""{Path(named(init).partition("@")[0]).name[-32:]}: {total:,} parameters,
 {pairs} in a step on one {options.gpu} of {GPUS[options.gpu]} GB
 
 {"GB":19} weight   grad moment   kept   head   peak fits

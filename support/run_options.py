@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mio
 from mio import LOSSES, find_loss
-from support import builtin_task, cli, files, lora, on_policy, run_folder
+from support import builtin_task, cli, files, hub, lora, on_policy, run_folder
 from support.builtin_task import is_demonstration
 
 # The defaults of runs that start from a checkpoint (--init), and of the demonstration.
@@ -54,6 +54,8 @@ def make_options(flags: dict, cls: type):
             skipped |= {"out", *LOSS_FLAGS}  # the file's values are for another loss
         flags = {name: x for name, x in found.items() if name not in skipped} | flags
     flags = {name: cli.check_value(fields[name], value) for name, value in flags.items()}
+    if flags.get("init"):  # a name of a model becomes its folder, which a resumed run reads again
+        flags["init"] = str(hub.find(flags["init"], weights=not flags.get("plan")))
     if flags.get("resume"):
         folder = Path(flags.get("out") or default_out(cls(**flags)))
         flags = run_folder.resumed_options(flags, cls, folder)

@@ -7,6 +7,7 @@ from data import Pairs, load_pairs, split_pairs
 from model import Llama
 from support import builtin_task
 from support.files import read_json
+from support.hub import find
 from support.questions import Item, read_items
 from support.tokenizers import load_tokenizer
 
@@ -29,7 +30,7 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
     """Reads a run and its data. `files` maps each data file to its questions, or to None for pairs.
     Without files, the data are the pairs that training held out and, in the demonstration, the
     problems of the task. Raises OSError, or ValueError if data or the reference is missing."""
-    config = folder / "train_config.json"
+    config = (folder := find(folder)) / "train_config.json"
     training = TRAINING | (read_json(config) if config.is_file() else {})
     for name, default in TRAINING.items():
         kind = str | None if default is None else type(default)
@@ -51,15 +52,16 @@ def read_run(folder: Path, files: dict[str, list[Item] | None]) -> Run:
     if not (data or is_demonstration):
         raise ValueError(f"{folder}: has no held-out pairs; name files with --data")
     has_pairs = any(isinstance(rows, Pairs) for _, rows in data.values())
+    training["init"] = init = str(find(init)) if has_pairs and init else init
     if has_pairs and init and not Path(init).is_dir():
         raise ValueError(f"the reference {init} is missing; correct the path in {config}")
     return Run(folder, training, data, is_demonstration)
 
 
 def load_checkpoint(folder, device: str, dtype) -> tuple:
-    """Loads a model and its tokenizer from a folder. Raises OSError, or a ValueError that names the
-    folder or file, for example if the tokenizer has an id outside the model's vocabulary."""
-    if not Path(folder).is_dir():
+    """Loads a model, given by its folder or name, and its tokenizer. Raises OSError, or ValueError
+    that names the file, for example if the tokenizer has an id outside the model's vocabulary."""
+    if not (folder := find(folder)).is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder; correct the path")
     tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, dtype, device)
     ids = tokenizer.vocab_size - 1, model.config.bos_token_id or 0, *tokenizer.stop_ids

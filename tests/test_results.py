@@ -74,3 +74,20 @@ def test_the_gradients_in_logits_are_those_of_autograd_through_a_softmax():
         value = toy.pair_loss(loss, *logps[:, None], *start[:, None], beta=1.0).sum()
         (slope,) = torch.autograd.grad(value, logits)
         assert [f"{x:+.3g}" for x in slope[:2]] == [in_w, in_l]
+
+
+def test_the_origin_of_the_runs_has_singular_and_plural(tmp_path, monkeypatch):
+    page_of_runs, runs = tmp_path / "a.md", []
+    page_of_runs.write_text("<!-- made -->\n<!-- end -->\n<!-- table -->\n<!-- end -->\n")
+    monkeypatch.setattr(page, "summarize", lambda runs: ({}, 1))
+    monkeypatch.setattr(page, "table", lambda *args, **kwargs: "")
+    for commit, threads in (("a", 1), ("b", 2)):
+        runs.append(page.Run(tmp_path / commit, "", 0, {}))
+        runs[-1].folder.mkdir()
+        config = {"commit": commit, "machine": f"x86, {threads} threads", "versions": {"torch": 2}}
+        page.write_json(runs[-1].folder / "train_config.json", config)
+    page.write(str(tmp_path / "a.py"), runs)
+    made = "in 0 wall-clock minutes (commits a and b,\ntorch 2, x86, 1 thread)"
+    assert made in page_of_runs.read_text()
+    page.write(str(tmp_path / "a.py"), runs[1:])
+    assert "(commit b,\ntorch 2, x86, 2 threads)" in page_of_runs.read_text()

@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import tiny_model
 from runs import make_inputs, metrics, refused, run
 
 import train
-from support import run_folder
+from support import job, run_folder
 from support.files import read_json
 
 
@@ -146,3 +150,93 @@ def test_the_log_goes_on_after_its_last_row(tmp_path):
     with run_folder.metrics_log(options) as (last, log):
         assert last == {"step": 3, "loss": None}
     assert [row["step"] for row in metrics(tmp_path)] == [1, 3]
+
+
+# --- Room and write access are checked before the run does any work -------------------------------
+
+
+def disk_with(free: int, monkeypatch) -> None:
+    monkeypatch.setattr(job.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+
+
+WEIGHTS = sum(p.nbytes for p in tiny_model().parameters())
+# Flags of a run of three steps -> what lies on the disk at most, in multiples of WEIGHTS. A
+# checkpoint takes 3, of which 2 are moments, and goes after the next checkpoint is complete.
+ROOM = {
+    "": 1,
+    "--max_steps 1": 4,
+    "--save_every 2 --keep 5": 7,
+    "--save_every 2 --keep 1": 6,
+    "--save_every 1 --keep 2": 9,
+    "--save_every 1 --keep 3": 10,
+}
+
+
+@pytest.mark.parametrize("flags", ROOM)
+def test_a_disk_without_room_is_refused(flags, inputs, tmp_path, monkeypatch):
+    """The files, which also hold headers, log-probs and figures, are a little larger."""
+    command, out = [*inputs, "--batch_size", "8", *flags.split(), "--out"], tmp_path / "out"
+    disk_with(ROOM[flags] * WEIGHTS - 1, monkeypatch)
+    error = refused(*command, out)
+    assert f"--out {out}: the run needs {ROOM[flags] * WEIGHTS / 1e9:.3g} GB of disk" in error
+    assert not list(tmp_path.iterdir())
+    disk_with(ROOM[flags] * WEIGHTS, monkeypatch)
+    found, replace = [], os.replace
+
+    def measure(*args):
+        replace(*args)
+        found.append(sum(p.stat().st_size for p in out.rglob("*.safetensors") if p.is_file()))
+
+    monkeypatch.setattr(os, "replace", measure)
+    train.main([*map(str, (*command, out))])
+    assert 0.95 < max(found) / (ROOM[flags] * WEIGHTS) < 1.15
+
+
+def test_files_that_a_run_replaces_count_as_room(finished, inputs, tmp_path, monkeypatch):
+    out = shutil.copytree(finished / "out", tmp_path / "out")  # two checkpoints and a model
+    disk_with(0, monkeypatch)
+    train.main(["--resume", "--out", str(out)])
+    command = [*inputs, "--batch_size", "8", "--overwrite", "--out", out, "--save_every", "1"]
+    disk_with(int(1.5 * WEIGHTS), monkeypatch)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert "GB of disk" in refused(*command)  # because of a third checkpoint
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    train.main([*map(str, command), "--max_steps", "2"])
+    resume = ["--resume", "--max_steps", "3", "--out", str(out)]
+    assert "GB of disk" in refused(*resume)
+    disk_with(2 * WEIGHTS, monkeypatch)
+    train.main(resume)
+    assert [row["step"] for row in metrics(out)] == [0, 1, 2, 3]
+
+
+def test_adapters_and_the_merged_model_need_room(finished, tmp_path, monkeypatch):
+    disk_with(0, monkeypatch)
+    flags = ("--init", finished / "init", "--data", finished / "pairs.jsonl", "--lora_rank", "2")
+    found = {}
+    for saved in ((), ("--max_steps", "1")):
+        error = refused(*flags, "--batch_size", "8", "--out", tmp_path / "out", *saved)
+        found[saved] = float(error.split("needs ")[1].split()[0]) * 1e9
+    assert WEIGHTS < found[()] < 1.2 * WEIGHTS  # merged weights and adapters
+    adapters = found[()] - WEIGHTS
+    assert found["--max_steps", "1"] == pytest.approx(found[()] + 3 * adapters, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["out/run", "out/cache", "out"])
+def test_a_folder_that_cannot_be_written_is_refused(name, finished, inputs, tmp_path, monkeypatch):
+    """Permissions do not bind every user, so the answer of os.access is made up."""
+    for folder in ("out/run", "out/cache") if name != "out" else ():
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    closed = tmp_path / name
+    monkeypatch.setattr(job.os, "access", lambda folder, mode: Path(folder) != closed)
+    passes = []
+    monkeypatch.setattr(job, "logps_of", lambda *args: passes.append(args))
+    error = refused(*inputs, "--out", tmp_path / "out" / "run")
+    assert f"cannot write to {closed}; change --out" in error and not passes
+    assert sorted(tmp_path.rglob("*")) == before
+    if name == "out/cache":  # a loss without a reference does not use the cache
+        monkeypatch.undo()
+        monkeypatch.setattr(job.os, "access", lambda folder, mode: Path(folder) != closed)
+        flags = ("--out", tmp_path / "out" / "run", "--loss", "sft", "--max_steps", "0")
+        train.main([*map(str, (*inputs, *flags))])

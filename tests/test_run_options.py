@@ -6,14 +6,18 @@ import importlib
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import PAIR_ROWS, write_rows
 from runs import metrics, parse_options, run
 
+import data
 import train
 from mio import LOSSES, Loss
-from support.run_options import loss_table, options_of_losses
+from support.grid import find_grid
+from support.run_options import loss_table, make_options, options_of_losses, read_flags
 from train import Options
 
 
@@ -275,3 +279,27 @@ def test_torchrun_is_refused(monkeypatch):
         assert "train.py trains on one GPU; start it without torchrun" in refused(*flags)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert parse("--init", "x", "--data", "y").init == "x"
+
+
+# --- The page of remedies -------------------------------------------------------------------------
+
+
+def test_the_commands_on_troubleshooting_are_valid(checkpoint, tmp_path, monkeypatch, capsys):
+    """Their flags are read; only the short command, on a data file, is run."""
+    page = (Path(__file__).parent.parent / "docs" / "troubleshooting.md").read_text("utf-8")
+    base = checkpoint.rename(checkpoint.parent / "base")
+    write_rows(base / "pairs.jsonl", PAIR_ROWS)
+    (tmp_path / "out").mkdir()
+    base.rename(tmp_path / "out" / "base")
+    monkeypatch.chdir(tmp_path)
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("python ")]
+    assert {script for script, *_ in commands} == {"train.py", "data.py"}
+    for script, *argv in commands:
+        if script == "data.py":
+            data.main(argv)
+            assert "23 pairs to train on" in capsys.readouterr().out
+        elif grid := find_grid(read_flags(argv, train.Options, "")[1], train.Options):
+            for run in grid.runs():
+                make_options(run.flags | {"out": str(run.folder)}, train.Options)
+        else:
+            parse_options(argv)
