@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("data.py", __doc__)
     parser.add_argument("file", metavar="FILE", help="JSONL file, plain or .gz, or Parquet file")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="folder or file to load")
-    parser.add_argument("--max_length", type=int, default=1024, help="tokens in prompt + longer answer")
+    parser.add_argument("--max_length", type=int, default=1024, help="of prompt and longer answer")
     add_options(parser, DataOptions)
     options = parser.parse_args(argv)
     if options.max_length < 2:
