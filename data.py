@@ -7,7 +7,7 @@ One function implements each of these rules: where the end token goes
 tokens attend to which (`attention_rule`), which hidden state predicts which
 token (`pack_batch`), and the order of pairs in an epoch (`epoch_order`).
 
-    python data.py FILE.jsonl --tokenizer FOLDER    how training uses a file
+    python data.py FILE --tokenizer FOLDER    how training uses a file
 """
 
 import functools
@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 
-from support.cli import Parser
-from support.files import read_rows
+from support.cli import DataOptions, Parser, add_options
 from support.hub import find
-from support.rows import COLUMNS, ROW_FORMS, Example, Report, UnusableError, read_row
+from support.rows import COLUMNS, ROW_FORMS, Example, Report, UnusableError, data_rows, read_row
 from support.tokenizers import Tokenizer, load_tokenizer
 
 # --- Pairs of token ids ---------------------------------------------------------------------------
@@ -80,7 +79,7 @@ def encode_example(example: Example, tokenizer: Tokenizer) -> Pair:
     end token to each answer; in a conversation, the chat template decides how an answer ends."""
     answers = example.chosen, example.rejected
     if isinstance(example.prompt, list):
-        prompt, found = tokenizer.turns(example.prompt, [a for a in answers if a is not None])
+        prompt, found = tokenizer.turns(example.prompt, [a for a in answers if a], example.values)
         ids = iter(found)
         return Pair(prompt, *([] if answer is None else next(ids) for answer in answers))
     encode = tokenizer.continue_ids if example.continues else tokenizer.encode
@@ -101,13 +100,13 @@ def truncate(pair: Pair, max_length: int, bos_id: int | None) -> Pair:
     return pair._replace(prompt=bos + pair.prompt[len(pair.prompt) - room + len(bos) :])
 
 
-def read_pairs(path, tokenizer: Tokenizer, max_length: int) -> tuple[Pairs, Report]:
-    """Returns the usable pairs of a JSONL file, plain or .gz, and a report on all of its rows.
+def read_pairs(path, tokenizer: Tokenizer, max_length: int, columns=None) -> tuple[Pairs, Report]:
+    """Returns the usable pairs of a JSONL or Parquet file, and a report on all of its rows.
     Raises OSError, or a ValueError that names the file and the line."""
     pairs, report = Pairs(), Report()
     # A chat template may write the BOS token of a tokenizer that adds none itself.
     bos_id = tokenizer.added.get(tokenizer.names.get("bos_token"), tokenizer.bos_id)
-    for line, row in read_rows(path):
+    for line, row in data_rows(path, columns):
         report.rows += 1
         report.unused |= dict.fromkeys(row.keys() - COLUMNS)
         try:
@@ -128,10 +127,10 @@ def read_pairs(path, tokenizer: Tokenizer, max_length: int) -> tuple[Pairs, Repo
     return pairs, report
 
 
-def load_pairs(path, tokenizer: Tokenizer, max_length: int = 1024) -> Pairs:
+def load_pairs(path, tokenizer: Tokenizer, max_length: int = 1024, columns=None) -> Pairs:
     """Calls read_pairs and prints to standard error which rows were dropped or truncated. Raises
     the same errors, and a ValueError that names the file and says why if no row can be used."""
-    pairs, report = read_pairs(path, tokenizer, max_length)
+    pairs, report = read_pairs(path, tokenizer, max_length, columns)
     if not pairs:
         why = "; ".join(report.lines()) or f"the file is empty; {ROW_FORMS}"
         raise ValueError(f"{path}: no rows to train on: {why}")
@@ -338,16 +337,17 @@ def main(argv: list[str] | None = None) -> None:
     from support.report import describe_file  # imports this file
 
     parser = Parser("data.py", __doc__)
-    parser.add_argument("file", metavar="FILE.jsonl", help="JSONL file, plain or .gz")
+    parser.add_argument("file", metavar="FILE", help="JSONL file, plain or .gz, or Parquet file")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="folder, file or name")
-    parser.add_argument("--max_length", type=int, default=1024, metavar="N",
-                        help="maximum tokens in a prompt plus its longer answer")  # fmt: skip
+    parser.add_argument("--max_length", type=int, default=1024, help="of prompt and longer answer")
+    add_options(parser, DataOptions)
     options = parser.parse_args(argv)
     if options.max_length < 2:
         parser.error(f"--max_length {options.max_length}: must be at least 2")
     try:
-        tokenizer = load_tokenizer(find(options.tokenizer, weights=False))
-        print(describe_file(options.file, tokenizer, options.max_length))
+        folder = find(options.tokenizer, weights=False)
+        tokenizer = load_tokenizer(folder, options.chat_template_kwargs)
+        print(describe_file(options.file, tokenizer, options.max_length, options.columns))
     except (OSError, ValueError) as error:
         parser.error(error)
 

@@ -1,7 +1,7 @@
 """Evaluation: log-probs of answers, preference metrics, comparison of runs.
 
     python eval.py out/base out/mio out/dpo             the demonstration's runs
-    python eval.py out/mio BASE --data FILE.jsonl       questions, choices, pairs
+    python eval.py out/mio BASE --data FILE             questions, choices, pairs
     python eval.py out/base out/mio --prompt "7+9-3+5"  answers side by side
 
 A table shows the mean and the standard error of each column over the items of
@@ -26,7 +26,7 @@ from data import LAYOUT, Batch, Pairs, answer_states, autocast, make_batches, ne
 from mio import chunked_logps, find_loss, pair_loss
 from model import Llama
 from support.builtin_task import SAMPLES, TEST_PROBLEMS, task_columns
-from support.cli import Parser, add_options, check_value, option, pick_device
+from support.cli import DataOptions, Parser, add_options, check_value, option, pick_device
 from support.curves import plot
 from support.figures import Column, compared, table
 from support.files import digest_file, write_json
@@ -161,10 +161,10 @@ def critic_columns(columns: dict[str, Column]) -> dict[str, Column]:
 
 def evaluate(run: Run, options: "Options") -> tuple[dict, dict]:
     """Evaluates a run on its data. Returns two dicts by table title: the columns, and each item's
-    answers or choice log-probs."""
+    answers or choice log-probs. A plain checkpoint has no reference."""
     by_title, answers, dtype = {}, {}, getattr(torch, options.dtype)
-    init, device = run.training["init"], options.device  # a plain checkpoint has no reference
-    load = functools.cache(lambda dtype: load_checkpoint(run.folder, device, dtype))
+    init, device, values = run.training["init"], options.device, options.chat_template_kwargs
+    load = functools.cache(lambda dtype: load_checkpoint(run.folder, device, dtype, values))
     reference = functools.cache(lambda: init and Llama.from_pretrained(init, device=device))
     for title, (path, rows) in run.data.items():
         if isinstance(rows, Pairs):
@@ -192,7 +192,7 @@ def evaluate(run: Run, options: "Options") -> tuple[dict, dict]:
 
 # fmt: off
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(DataOptions):
     n: int = option(1, "answers to sample per question, for pass@k and maj@n", least=1, most=1024)
     temperature: float | None = option(None, "sampling temperature; 0 is greedy (default: 0, or 1 "
                                        "with --n > 1)", least=0)
@@ -215,7 +215,7 @@ def parse_options(parser: Parser, argv: list[str] | None) -> tuple:
     help = "runs or checkpoints, by folder or ORGANISATION/NAME; the first is the baseline"
     parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=help)
     help = "files of questions, of questions with choices, or of pairs"
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILE.jsonl", help=help)
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help=help)
     help = "show the runs' answers to texts, or to the lines of standard input if there is no TEXT"
     parser.add_argument("--prompt", nargs="*", action="extend", metavar="TEXT", help=help)
     add_options(parser, Options)
@@ -259,8 +259,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
                 raise ValueError("--prompt: there is no text; write a TEXT or a line of input")
             print(side_by_side(names, prompts, options))
             return {}
-        files = {path: read_items(path) for path in data}
-        parsed = {name: read_run(Path(run), files) for name, run in names.items()}
+        files = {path: read_items(path, options.columns) for path in data}
+        parsed = {name: read_run(Path(run), files, options) for name, run in names.items()}
         if options.plot:
             plot({name: [Path(run)] for name, run in names.items()}, Path(options.plot))
         results = {name: evaluate(run, options) for name, run in parsed.items()}

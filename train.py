@@ -35,7 +35,7 @@ from mio import OPTION_BOUNDS, Answers, find_loss, fused_pair_loss, pair_loss
 from model import Llama
 from support import builtin_task, lora, run_folder
 from support.bfloat16 import StochasticAdamW
-from support.cli import option, stage
+from support.cli import DataOptions, option, stage
 from support.figures import table
 from support.files import locked, write_json
 from support.grid import find_grid, run_grid
@@ -49,15 +49,15 @@ from support.run_options import make_options, options_of_losses, read_flags
 
 # fmt: off
 @dataclasses.dataclass(frozen=True)
-class RunOptions:
+class RunOptions(DataOptions):
     """Each field is a flag. None means "not set", unless support/run_options.py has a default."""
 
     loss: str = option("mio", "objective; --loss help lists all losses")
     beta: float | None = option(None, "scale of the implicit reward", above=0, most=1e6)
     average_logps: bool = option(False, "average log-probs over tokens where the loss uses sums")
     init: str | None = option(None, "initial policy and reference: a folder or ORGANISATION/NAME")
-    data: str | None = option(None, "JSONL file of preference pairs to train on")
-    eval_data: str | None = option(None, "JSONL file of held-out preference pairs")
+    data: str | None = option(None, "JSONL or Parquet file of preference pairs to train on")
+    eval_data: str | None = option(None, "JSONL or Parquet file of held-out preference pairs")
     eval_fraction: float = option(0.1, "share of the pairs to hold out if --eval_data is not given",
                                   least=0, most=0.9)
     out: str | None = option(None, "folder for the run's files")

@@ -33,6 +33,12 @@ def option(default, help: str, **checks):
     return dataclasses.field(default=default, metadata={"help": help, **checks})
 
 
+@dataclasses.dataclass(frozen=True)
+class DataOptions:  # the flags of all commands that read pairs
+    columns: str | None = option(None, "other names of columns, as in prompt=question,chosen=good")
+    chat_template_kwargs: str | None = option(None, 'template values: {"enable_thinking": false}')
+
+
 def add_options(parser: Parser, options: type, shown_defaults: dict[str, str] | None = None):
     """Adds a flag for each field of a dataclass. A flag that is not given has the value None.
     shown_defaults: the text that --help shows for defaults that depend on other options."""

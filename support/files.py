@@ -1,4 +1,4 @@
-"""Files: strict JSON, rows of JSONL, atomic writes, hashes, and a lock on a folder."""
+"""Files: strict JSON, rows of JSONL and Parquet, atomic writes, hashes, a lock on a folder."""
 
 import contextlib
 import fcntl
@@ -27,7 +27,7 @@ def parse_json(content: bytes | str, where) -> dict:
     try:
         value = json.loads(content, parse_constant=refuse, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON; correct the file ({error})") from None
+        raise ValueError(f"{where}: not valid JSON; correct it ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object {{...}}, found {type(value).__name__}")
     return value
@@ -45,11 +45,15 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def read_rows(path):
-    """Yields the line number and the dict of each row of a JSONL file, gzipped or not, except blank
-    lines. Raises OSError, or a ValueError that names the path and, for a bad row, the line."""
+    """Yields the line number (Parquet: row number) and the dict of each row of a data file, except
+    blank lines. Raises OSError, or a ValueError that names the path and, for a bad row, the line.
+    """
     bar = {"desc": f"reading {path}", "unit": "B", "unit_scale": True, "leave": False,
            "delay": 1, "disable": None}  # fmt: skip
     with open(path, "rb") as raw, tqdm(total=os.path.getsize(path), **bar) as progress:
+        if raw.peek(4)[:4] == b"PAR1" or Path(path).suffix == ".parquet":
+            yield from _parquet_rows(path)
+            return
         lines = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
         try:
             for number, line in enumerate(lines, start=1):
@@ -58,6 +62,27 @@ def read_rows(path):
                 progress.update(raw.tell() - progress.n)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: broken gzip file; compress it again ({error})") from None
+
+
+def _parquet_rows(path):
+    """Yields what `read_rows` yields, without the nulls that Arrow writes for missing keys."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(f"{path}: Parquet needs pyarrow; pip install pyarrow") from None
+    try:
+        batches = parquet.ParquetFile(path).iter_batches(1000)
+        rows = (without_nulls(row) for batch in batches for row in batch.to_pylist())
+        yield from enumerate(rows, start=1)
+    except (OSError, ValueError, ArrowException) as error:
+        raise ValueError(f"{path}: broken Parquet file; write it again ({error})") from None
+
+
+def without_nulls(value):
+    """Returns a JSON value without the keys of objects, at any depth, whose value is null."""
+    if isinstance(value, dict):
+        return {k: without_nulls(x) for k, x in value.items() if x is not None}
+    return [without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

@@ -96,8 +96,8 @@ def find_grid(flags: dict, options: type) -> Grid | None:
     for name, field in fields.items():
         text = flags.get(name)
         several = isinstance(text, str) and "," in text and not os.path.exists(text)
-        # --lora_targets lists names, and a path may contain a comma, as those of a grid's runs do.
-        if not several or name == "lora_targets":
+        # Some flags take lists, and a path may contain a comma, as those of a grid's runs do.
+        if not several or name in ("lora_targets", "columns", "chat_template_kwargs"):
             continue
         if name in ONE_VALUE:
             raise ValueError(f"--{name} {text}: takes one value; write it without a comma")

@@ -92,11 +92,11 @@ def load_job(options) -> Job:
     loss, pairs, held_out = find_loss(options.loss), Pairs(), Pairs()
     questions = mismatched = None
     if options.eval_data:
-        held_out = load_pairs(options.eval_data, tokenizer, options.max_length)
+        held_out = load_pairs(options.eval_data, tokenizer, options.max_length, options.columns)
     if on_policy.is_on_policy(options):
         questions = on_policy.load_questions(options, model, tokenizer)
     else:
-        pairs = load_pairs(options.data, tokenizer, options.max_length)
+        pairs = load_pairs(options.data, tokenizer, options.max_length, options.columns)
         if not options.eval_data:
             pairs, held_out = split_pairs(pairs, options.eval_fraction, options.split_seed)
         check_answers(pairs, loss.answers, options.data, options.loss)
@@ -131,8 +131,9 @@ def load_job(options) -> Job:
 def load_models(options, checkpoint: Path | None):
     """Loads policy, tokenizer, and the reference, which is None unless the policy draws answers."""
     device, drawn, reference = options.device, on_policy.is_on_policy(options), None
+    kwargs = {"dtype": torch.float32, "values": options.chat_template_kwargs or "{}"}
     if options.lora_rank:
-        model, tokenizer = load_checkpoint(options.init, "cpu", torch.float32)
+        model, tokenizer = load_checkpoint(options.init, "cpu", **kwargs)
         torch.manual_seed(options.seed)
         lora.add_lora(model, lora.config_of(options), getattr(torch, options.dtype))
         model.to(device)  # after the conversion of weights to --dtype, which saves memory
@@ -142,8 +143,8 @@ def load_models(options, checkpoint: Path | None):
         if checkpoint:
             lora.load_adapter(model, checkpoint)
     else:
-        dtype = getattr(torch, options.weights)
-        model, tokenizer = load_checkpoint(checkpoint or options.init, device, dtype)
+        kwargs["dtype"] = dtype = getattr(torch, options.weights)
+        model, tokenizer = load_checkpoint(checkpoint or options.init, device, **kwargs)
         if drawn:
             reference = Llama.from_pretrained(options.init, dtype, device)
     model.checkpointing = options.checkpointing == "on"

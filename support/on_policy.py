@@ -41,7 +41,7 @@ def check_draws(options) -> None:
 
 def load_questions(options, model, tokenizer) -> list[Item]:
     """Returns the questions in --data. Raises ValueError for other rows and overlong prompts."""
-    items = read_items(options.data)
+    items = read_items(options.data, options.columns)
     if items is None or items[0].choices:
         raise ValueError(f"{options.data}: rows must be questions with prompt, answer and grade")
     prompt_ids(model, tokenizer, options.data, items, [options.max_new_tokens] * len(items))

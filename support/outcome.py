@@ -24,7 +24,8 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 def answers_of(folder, prompts: list[str], options) -> list[list[str]]:
     """Returns options.n answers of the model in a folder to each prompt. With a chat template, a
     prompt is a user's message. Raises OSError or ValueError for a bad folder or a long prompt."""
-    model, tokenizer = load_checkpoint(folder, options.device, getattr(torch, options.dtype))
+    dtype, values = getattr(torch, options.dtype), options.chat_template_kwargs
+    model, tokenizer = load_checkpoint(folder, options.device, dtype, values)
     if tokenizer.template:
         items = [[{"role": "user", "content": prompt}] for prompt in prompts]
     else:  # a problem of the built-in task ends with a newline

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from support.figures import Column
-from support.files import read_rows
 from support.grading import GRADERS, grade_values
-from support.rows import COLUMNS, messages_of, text_of
+from support.rows import ANSWER_COLUMNS, data_rows, messages_of, text_of
 from support.sampling import answer_text, sample_ids, stop_texts
 
 FORMS = "write {question, answer}, {prompt, answer, grade}, {prompt, choices, gold} or pairs"
@@ -69,11 +68,11 @@ def _texts_of(row: dict, column: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def read_items(path) -> list[Item] | None:
-    """Returns the questions in a JSONL file, or None for pairs. Raises ValueError for bad rows."""
+def read_items(path, columns: str | None = None) -> list[Item] | None:
+    """Returns the questions in a data file, or None for pairs. Raises ValueError for bad rows."""
     items = []
-    for line, row in read_rows(path):
-        if not items and row.keys() & (COLUMNS - {"prompt"}):
+    for line, row in data_rows(path, columns):
+        if not items and row.keys() & ANSWER_COLUMNS:
             return None
         try:
             items.append(read_item(line, row))

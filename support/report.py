@@ -9,9 +9,9 @@ QUANTILES = (0, 25, 50, 75, 95, 100)  # percent
 MAX_LINES = 12  # most lines for a prompt or an answer; the middle of a longer text is left out
 
 
-def describe_file(path, tokenizer, max_length: int) -> str:
+def describe_file(path, tokenizer, max_length: int, columns: str | None = None) -> str:
     """Returns a report on a data file as text. Raises the same errors as read_pairs."""
-    pairs, report = read_pairs(path, tokenizer, max_length)
+    pairs, report = read_pairs(path, tokenizer, max_length, columns)
     forms = ", ".join(f"{count} of {form}" for form, count in report.forms.items())
     lines = [f"{report.rows} rows, of which training uses {forms or 'none'}"]
     lines += map(wrapped, report.lines())

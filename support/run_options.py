@@ -123,7 +123,7 @@ def check_together(options) -> None:
         raise ValueError("--jobs needs a flag with several values, such as --seed 0,1,2; add one")
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run and --overwrite replaces it; choose one")
-    needed = {"gpu": "plan", "eval_data": "data"}
+    needed = {"gpu": "plan", "eval_data": "data", "columns": "data", "chat_template_kwargs": "data"}
     for name, other in (needed | dict.fromkeys(LORA_FLAGS, "lora_rank")).items():
         if name in given and other not in given:
             raise ValueError(f"--{name} needs --{other}; add --{other} or leave out --{name}")

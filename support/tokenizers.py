@@ -14,7 +14,7 @@ import regex  # a dependency of tiktoken
 import tiktoken
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from support.files import parse_json
+from support.files import parse_json, read_json
 from support.rows import UnusableError
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json",
@@ -135,7 +135,7 @@ def compile_template(source: str):
 def render_template(source: str, messages: list[dict], add_generation_prompt: bool, names) -> str:
     """Formats messages with a chat template, a Jinja program that may use `names`. Raises
     UnusableError if the template refuses the messages, and ValueError if the template crashes."""
-    values = {"messages": messages, "tools": None, "documents": None, **names}
+    values = {"tools": None, "documents": None, **names, "messages": messages}
     try:
         return compile_template(source).render(values, add_generation_prompt=add_generation_prompt)
     except UnusableError:
@@ -167,6 +167,7 @@ class Tokenizer:
     splits: list[regex.Pattern] = ()  # patterns that cut text into pieces, one after another
     space: str = ""  # SentencePiece's prefix: a scheme in PREFIXED, or "never"; "" for byte level
     strip: bool = False  # whether decoding removes the prefix
+    template_values: dict = dataclasses.field(default_factory=dict)  # --chat_template_kwargs
 
     @property
     def vocab_size(self) -> int:
@@ -219,26 +220,41 @@ class Tokenizer:
         transformers' apply_chat_template returns, except that the text of a special token in a
         message is encoded as text. Raises ValueError if the template is missing or fails."""
         messages, mark = self._break_up(messages)
-        text = render_template(self.template, messages, add_generation_prompt, self.names)
+        values = self.names | self.template_values
+        text = render_template(self.template, messages, add_generation_prompt, values)
         return self._encode(text, self.special, mark)
 
-    def turns(self, messages: list[dict], answers: list[dict]) -> tuple[list[int], list[list[int]]]:
+    def turns(self, messages: list[dict], answers: list[dict], values: dict) -> tuple:
         """Returns the ids of a conversation, and the ids that the template adds for each answer, up
         to the first stop token or else the last special token, or with `end_id` appended if there
-        is neither. Raises UnusableError if the template refuses the conversation."""
+        is neither. values: the row's values for the template. Raises UnusableError if the template
+        refuses the conversation, does not use a value or tool calls, or writes answers alike."""
         broken, mark = self._break_up([*messages, *answers])
         messages, answers, answer_ids = broken[: len(messages)], broken[len(messages) :], []
-        head = render_template(self.template, messages, True, self.names)
+        values = self.template_values | values
+        for name in sorted({*values} | {"tool_calls" for m in broken if "tool_calls" in m}):
+            used = regex.search(rf"\b{regex.escape(name)}\b", self.template)
+            if not used or name in ("messages", "add_generation_prompt"):
+                raise UnusableError(f"the chat template does not use {name}")
+        values = self.names | values
+        render = functools.partial(render_template, self.template, names=values)
+        head = render(messages, True)
         special_ends = [match.end() for match in self.special.finditer(head)]
         after = "token" if len(head) in special_ends else "text"
         for answer in answers:
-            text = render_template(self.template, [*messages, answer], False, self.names)
-            if not text.startswith(head):
-                raise UnusableError("the chat template changes the prompt when an answer follows")
-            ids = self._encode(text[len(head) :], self.special, mark, after)
+            text, start = render([*messages, answer], False), head
+            if not text.startswith(head) and messages[1:] and messages[0]["role"] == "system":
+                # Mistral's template leaves out the system message once an answer follows.
+                start = render(messages[1:], True)
+            if not text.startswith(start):
+                why = "check the answer's reasoning and --chat_template_kwargs"
+                raise UnusableError(f"the chat template changes the prompt before an answer; {why}")
+            ids = self._encode(text[len(start) :], self.special, mark, after)
             ends = [i for i, id in enumerate(ids) if id in self.stop_ids]
             ends = ends or [i for i, id in enumerate(ids) if id in self.reserved.values()][-1:]
             answer_ids.append(ids[: ends[0] + 1] if ends else [*ids, self.end_id])
+        if answer_ids[1:] == answer_ids[:-1] != []:
+            raise UnusableError("the chat template writes the chosen and the rejected answer alike")
         return self._encode(head, self.special, mark), answer_ids
 
     def _break_up(self, messages: list[dict]) -> tuple[list[dict], str]:
@@ -246,11 +262,12 @@ class Tokenizer:
         messages, so that `special` does not match them. Returns the new messages and the mark."""
         if self.template is None:
             raise ValueError("messages need a template; add a chat_template.jinja to the tokenizer")
-        text = "".join(message["content"] for message in messages)
+        keys = ("content", "reasoning_content")
+        text = "".join(message.get(key) or "" for message in messages for key in keys)
         mark = next((char for char in map(chr, range(0xFDD0, 0xFDF0)) if char not in text), "")
         for token in (token for token in self.reserved if token in text):
-            broken = token[:1] + mark + token[1:]
-            messages = [m | {"content": m["content"].replace(token, broken)} for m in messages]
+            change = token, token[:1] + mark + token[1:]
+            messages = [m | {k: m[k].replace(*change) for k in keys if m.get(k)} for m in messages]
         return messages, mark
 
     def save(self, folder) -> None:
@@ -262,9 +279,10 @@ class Tokenizer:
 # --- Reading a tokenizer's files ------------------------------------------------------------------
 
 
-def load_tokenizer(path) -> Tokenizer:
+def load_tokenizer(path, template_kwargs: str | None = None) -> Tokenizer:
     """Reads a tokenizer from a folder, a `tokenizer.json` or a tiktoken rank file (Llama 3's
-    `tokenizer.model`), and settings beside it. Raises OSError, or a ValueError with a remedy."""
+    `tokenizer.model`), and settings beside it. Raises OSError, or a ValueError with a remedy.
+    template_kwargs: --chat_template_kwargs; None for those of the run in the folder, if any."""
     path = Path(path)
     if path.is_dir():
         found = [name for name in TOKENIZER_FILES[:2] if (path / name).is_file()]
@@ -272,8 +290,12 @@ def load_tokenizer(path) -> Tokenizer:
     files = {TOKENIZER_FILES[path.suffix != ".json"]: path.read_bytes()}
     beside = [path.parent / name for name in (*TOKENIZER_FILES[2:], "config.json")]
     files |= {file.name: file.read_bytes() for file in beside if file.is_file()}
+    config = path.parent / "train_config.json"
+    if template_kwargs is None and config.is_file():
+        template_kwargs = read_json(config).get("chat_template_kwargs")
     try:
-        return _read(files)
+        values = parse_json(template_kwargs or "{}", f"--chat_template_kwargs {template_kwargs}")
+        return dataclasses.replace(_read(files), template_values=values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError, regex.error) as error:

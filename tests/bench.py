@@ -7,7 +7,7 @@
     prompts      one prompt for both answers of a pair against a prompt for each answer
     generation   greedy answers to GSM8K questions: ours against transformers
     tokenizers   encoding: ours against the tokenizers library
-    loading      rows of JSONL per second
+    loading      rows of JSONL and, with pyarrow, of Parquet per second
     saving       a checkpoint against a training step, and against the disk alone
 
 Peers that are not installed are left out. A figure is the best of several rounds in which the
@@ -15,6 +15,7 @@ contenders take turns or, for training, the median over steps.
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -37,6 +38,7 @@ from data import Pair, Pairs, StepData, load_pairs, load_tokenizer, make_batches
 from mio import fused_pair_loss
 from model import Llama, ModelConfig
 from support.builtin_task import problems, solution
+from support.files import read_rows
 from support.job import Job
 from support.lora import LINEARS, LoraConfig, add_lora
 from support.plan import step_cost
@@ -103,14 +105,22 @@ def bench_loading() -> None:
                 texts += [problem, solution(problem), solution(problem) + "0"]
                 row = dict(zip(("prompt", "chosen", "rejected"), texts[-3:]))
                 rows.write(json.dumps(row) + "\n")
-        load, encode = (load_pairs, file, tokenizer), (one_by_one, tokenizer.encode, texts)
-        seconds = best_of({"load": load, "encode": encode})
-        pairs = load_pairs(file, tokenizer)
-        held = sum(part.itemsize * len(part) for part in (pairs.ids, pairs.ends, pairs.lines))
-        print(f"{len(pairs):,} rows of {file.stat().st_size / len(pairs):.0f} bytes: "
-              f"{len(pairs) / seconds['load']:,.0f} rows/s, without encoding "
-              f"{len(pairs) / (seconds['load'] - seconds['encode']):,.0f} rows/s; "
-              f"{held / len(pairs.ids):.1f} bytes an id")  # fmt: skip
+        files = {"JSONL": file}
+        if importlib.util.find_spec("pyarrow"):
+            import pyarrow.parquet
+
+            files["Parquet"] = file.with_suffix(".parquet")
+            table = pyarrow.Table.from_pylist([row for _, row in read_rows(file)])
+            pyarrow.parquet.write_table(table, files["Parquet"])
+        contenders = {name: (load_pairs, path, tokenizer) for name, path in files.items()}
+        seconds = best_of(contenders | {"encode": (one_by_one, tokenizer.encode, texts)})
+        for name, path in files.items():
+            pairs = load_pairs(path, tokenizer)
+            held = sum(part.itemsize * len(part) for part in (pairs.ids, pairs.ends, pairs.lines))
+            print(f"{name}: {len(pairs):,} rows of {path.stat().st_size / len(pairs):.0f} bytes: "
+                  f"{len(pairs) / seconds[name]:,.0f} rows/s, without encoding "
+                  f"{len(pairs) / (seconds[name] - seconds['encode']):,.0f} rows/s; "
+                  f"{held / len(pairs.ids):.1f} bytes an id")  # fmt: skip
 
 
 # --- Training: the same pairs in the same order, one process for each contender -------------------

@@ -42,7 +42,7 @@ NOT_JSON = {
 
 @pytest.mark.parametrize("content", NOT_JSON.values(), ids=NOT_JSON)
 def test_what_is_not_strict_json_is_refused_by_name(content, tmp_path):
-    with pytest.raises(ValueError, match=r"^here: not valid JSON; correct the file \(") as error:
+    with pytest.raises(ValueError, match=r"^here: not valid JSON; correct it \(") as error:
         parse_json(content, "here")
     assert "\n" not in str(error.value)
     (tmp_path / "x.json").write_bytes(content)

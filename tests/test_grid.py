@@ -216,3 +216,10 @@ def test_after_ctrl_c_the_runs_are_saved_and_the_same_command_continues(tmp_path
     assert process.returncode == 130 and "the same command continues" in text
     assert list((out / "loss=mio" / "checkpoints").glob("step-*"))
     assert not (out / "grid.md").exists()
+
+
+def test_flags_that_hold_commas_make_no_grid(tmp_path):
+    values = {"columns": "prompt=a,chosen=b", "chat_template_kwargs": '{"a": 1, "b": 2}'}
+    assert find_grid(values, Options) is None
+    grid = find_grid(values | {"seed": "0,1", "out": str(tmp_path)}, Options)
+    assert grid.fixed == values

@@ -61,7 +61,7 @@ BAD = {
     "no form": ({"prompt": "a", "gold": 1}, "the row's columns are prompt, gold; write {que"),
     "prompt": (EXACT | {"prompt": 3}, "'prompt' must be a string, not int"),
     "messages": (EXACT | {"prompt": [{"role": "user"}]}, "'prompt' must hold {role, content}"),
-    "question": ({"question": None, "answer": "1"}, "'question' must be a string, not NoneType"),
+    "question": ({"question": None, "answer": "1"}, "the row's columns are answer; write"),
     "surrogate": (EXACT | {"stop": ["\ud800"]}, "surrogates not allowed"),
     "grade": (EXACT | {"grade": "f1"}, "the grade 'f1' is unknown; choose from gsm8k, math"),
     "list": (EXACT | {"grade": ["math"]}, "the grade ['math'] is unknown"),

@@ -4,11 +4,10 @@ import gzip
 import json
 
 import pytest
-from conftest import SHARED, needs_shared
+from conftest import SHARED, needs_shared, write_rows
 
 from data import load_pairs, read_pairs
-from support.files import write_rows
-from support.rows import Example, Report, UnusableError, read_row
+from support.rows import Example, Report, UnusableError, data_rows, read_row
 from support.tokenizers import byte_tokenizer, load_tokenizer
 
 
@@ -134,6 +133,124 @@ def test_examples_are_encoded_in_plain_and_in_compressed_files(tokenizer, tmp_pa
         assert list(pair[1:]) == [[] if text is None else [*text.encode(), 257] for text in answers]
 
 
+def call(city: str, **more) -> dict:
+    function = {"name": "weather", "arguments": {"city": city}}
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]} | more
+
+
+ASK = messages("u:hello")[0]
+SHAREGPT = [{"from": "system", "value": "be"}, {"from": "human", "value": "hello"}]
+PARTS = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
+# name -> row as in a file, the row in the forms above
+OTHER_FORMS = {
+    "question": (
+        {"question": "p ", "chosen": "c", "rejected": "r"},
+        {"prompt": "p ", "chosen": "c", "rejected": "r"},
+    ),
+    "instruction": (
+        {"instruction": "p", "input": "", "chosen": "c", "rejected": "r"},
+        {"prompt": "p", "chosen": "c", "rejected": "r"},
+    ),
+    "instruction and input": (
+        {"instruction": "p", "input": "x", "chosen": messages(YES), "rejected": messages(NO)},
+        {"prompt": messages("u:p\nx"), "chosen": messages(YES), "rejected": messages(NO)},
+    ),
+    "a prompt beside other columns": (
+        {"prompt": "p", "question": "q", "conversations": [], "chosen": "c", "rejected": "r"},
+        {"prompt": "p", "chosen": "c", "rejected": "r"},
+    ),
+    "ShareGPT": (
+        {"conversations": [*SHAREGPT, {"from": "gpt", "value": "yes"}]},
+        {"messages": messages("s:be", Q, YES)},
+    ),
+    "ShareGPT and a label": (
+        {"conversations": [*SHAREGPT, {"from": "gpt", "value": "yes"}], "label": False},
+        {"messages": messages("s:be", Q, YES), "label": False},
+    ),
+    "ShareGPT pairs of single messages": (
+        {"conversations": SHAREGPT, "chosen": {"from": "gpt", "value": "yes"},
+         "rejected": {"from": "gpt", "value": "no"}},
+        {"prompt": messages("s:be", Q), "chosen": messages(YES), "rejected": messages(NO)},
+    ),
+    "answers as strings after messages": (
+        {"prompt": messages("s:be", Q), "chosen": "yes", "rejected": "no"},
+        {"prompt": messages("s:be", Q), "chosen": messages(YES), "rejected": messages(NO)},
+    ),
+    "contents in parts": (
+        {"messages": [ASK | {"content": PARTS}, messages(YES)[0] | {"name": None}]},
+        {"messages": messages(Q, YES)},
+    ),
+    "an empty list of tool calls": (
+        {"messages": [ASK, messages(YES)[0] | {"tool_calls": []}]},
+        {"messages": messages(Q, YES)},
+    ),
+    "a tool call without content": (
+        {"messages": [ASK, call("Rome")]},
+        {"messages": [ASK, call("Rome", content="")]},
+    ),
+    "another name of the reasoning": (
+        {"messages": [ASK, messages(YES)[0] | {"reasoning": "so"}]},
+        {"messages": [ASK, messages(YES)[0] | {"reasoning": "so", "reasoning_content": "so"}]},
+    ),
+    "columns of null": (
+        {"messages": None, "label": None, "prompt": "p", "chosen": "c", "rejected": "r"},
+        {"prompt": "p", "chosen": "c", "rejected": "r"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_other_names_and_forms_give_the_same_example(name, tmp_path):
+    file = write_rows(tmp_path / "x.jsonl", list(OTHER_FORMS[name]))
+    first, second = (read_row(row) for _, row in data_rows(file))
+    assert first == second
+
+
+def test_columns_renames_columns_of_pairs(tokenizer, tmp_path):
+    row = {"ask": "p", "good": "c", "bad": "r", "chosen": 0}
+    file = write_rows(tmp_path / "x.jsonl", [row, row | {"good": "r"}])
+    pairs, report = read_pairs(file, tokenizer, 60, "prompt=ask,chosen=good,rejected=bad")
+    assert list(pairs) == [([256, ord("p")], [ord("c"), 257], [ord("r"), 257])]
+    assert report.unused == {} and report.dropped == {"chosen and rejected are identical": [2]}
+    file = write_rows(file, [FORMS["strings"][0]])  # a map may also swap columns
+    (pair,) = load_pairs(file, tokenizer, columns="chosen=rejected,rejected=chosen")
+    assert pair[1:] == ([ord("r"), 257], [ord("c"), 257])
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ("prompt=ask", "x.jsonl:1: --columns prompt=ask: no column 'ask' among prompt, chosen, re"),
+        ("answer=chosen", "--columns answer=chosen: write NAME=COLUMN, each NAME once, of chat_te"),
+        ("chosen", "--columns chosen: "),
+        ("chosen=rejected,chosen=prompt", "each NAME once"),
+        ("chosen=rejected,", "write NAME=COLUMN"),
+    ],
+)
+def test_a_wrong_map_of_columns_is_refused(columns, message, tokenizer, tmp_path):
+    file = write_rows(tmp_path / "x.jsonl", [FORMS["strings"][0]])
+    with pytest.raises(ValueError) as error:
+        load_pairs(file, tokenizer, columns=columns)
+    assert message in str(error.value) and not isinstance(error.value, UnusableError)
+
+
+def test_conversations_part_where_tool_calls_or_reasoning_differ():
+    """Equal contents do not make equal messages: a call of another tool is another answer, and the
+    messages that follow it belong to it."""
+    result = {"role": "tool", "content": "rain"}
+    chosen = [ASK, call("Rome"), result, *messages(YES)]
+    rejected = [ASK, call("Oslo"), result, *messages(NO)]
+    example = read_row({"chosen": chosen, "rejected": rejected})
+    assert example.prompt == [ASK]
+    answers = [message["tool_calls"] for message in (chosen[1], rejected[1])]
+    assert [answer["tool_calls"] for answer in example[2:4]] == answers
+    example = read_row({"chosen": chosen, "rejected": [*chosen[:3], *messages(NO)]})
+    assert len(example.prompt) == 3 and example.rejected == messages(NO)[0]
+    thoughts = [messages(YES)[0] | {"reasoning_content": text} for text in ("a", "b")]
+    example = read_row({"prompt": "hello", "chosen": thoughts[:1], "rejected": thoughts[1:]})
+    assert list(example[2:4]) == thoughts
+
+
 def test_more_keys_of_messages_do_not_part_conversations():
     chosen, rejected = ([m | {"id": side} for m in messages(Q, side)] for side in (YES, NO))
     example = read_row({"chosen": chosen, "rejected": rejected})
@@ -142,6 +259,7 @@ def test_more_keys_of_messages_do_not_part_conversations():
         read_row({"chosen": chosen, "rejected": [m | {"id": NO} for m in chosen]})
 
 
+ASK_IMAGE = {"role": "user", "content": [{"type": "text", "text": "what?"}, {"type": "image"}]}
 UNUSABLE = {
     "the chosen answer is empty": {"prompt": "p", "chosen": " \n", "rejected": "r"},
     "the rejected answer is empty": {"chosen": messages(Q, YES), "rejected": messages(Q, "a: ")},
@@ -157,6 +275,16 @@ UNUSABLE = {
         "chosen": HH + "a\n\nHuman: b",
         "rejected": HH + "c",
     },
+    "a message has a part of type image, not only text": {"messages": [ASK_IMAGE, *messages(YES)]},
+    "a message is from 'function_call', not from human, gpt, user, assistant, system, tool": {
+        "conversations": [{"from": "function_call", "value": "f()"}]
+    },
+    "enable_thinking needs a prompt of messages, but the prompt is a text": {
+        "prompt": "p",
+        "chosen": "c",
+        "rejected": "r",
+        "chat_template_kwargs": {"enable_thinking": False},
+    },
     "the transcripts differ before their last answer": {
         "chosen": HH + " a",
         "rejected": "\n\nHuman: x" + HH + "b",
@@ -165,9 +293,9 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("reason", UNUSABLE)
-def test_an_unusable_row_is_named_with_its_reason(reason):
+def test_an_unusable_row_is_named_with_its_reason(reason, tmp_path):
     with pytest.raises(UnusableError) as error:
-        read_row(UNUSABLE[reason])
+        read_row(next(data_rows(write_rows(tmp_path / "x.jsonl", [UNUSABLE[reason]])))[1])
     assert str(error.value) == reason
 
 
@@ -229,6 +357,14 @@ MALFORMED = {
     '{"messages": [{"role": "user"}]}': "'messages' must hold {role, content}",
     '{"messages": [{"role": "user", "content": [1]}]}': "'content' must be a string, not list",
     '{"messages": "hello"}': "'messages' must be a list of messages",
+    '{"messages": [{"role": "user", "content": null}]}': "'messages' must hold {role, content}",
+    '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}': "'text' must be a string",
+    '{"messages": [{"role": "a", "content": "b", "reasoning": 1}]}': "'reasoning_content' must be",
+    '{"messages": [{"from": "human", "value": "b"}, 2]}': "must hold {role, content}, not 2",
+    '{"prompt": "p", "completion": "c", "tools": "[{"}': "tools: not valid JSON",
+    '{"prompt": "p", "completion": "c", "tools": 7}': "'tools' must be a list or its JSON",
+    '{"prompt": "p", "completion": "c", "chat_template_kwargs": [1]}': "'chat_template_kwargs' an",
+    '{"question": ["p"], "chosen": "c", "rejected": "r"}': "must hold {role, content}, not 'p'",
     '{"prompt": "\\ud800", "completion": "c"}': "surrogates not allowed",
     '{"prompt": "a\x00b", "completion": "c"}': "not valid JSON",
     '{"prompt": NaN, "completion": "c"}': "NaN",

@@ -152,6 +152,7 @@ INPUTS = ("--init", "init", "--data", "pairs.jsonl")
         (("--average_logps", "--on_policy"), "--average_logps with --on_policy needs a --beta"),
         ((*INPUTS, "--gpu", "h100"), "--gpu needs --plan; add --plan or leave out --gpu"),
         (("--eval_data", "x"), "--eval_data needs --data"),
+        (("--columns", "prompt=a"), "--columns needs --data"),
         ((*INPUTS, "--lora_alpha", "3"), "--lora_alpha needs --lora_rank"),
         ((*INPUTS, "--lora_targets", "all"), "--lora_targets needs --lora_rank"),
         ((*INPUTS, "--lora_rslora"), "--lora_rslora needs --lora_rank"),

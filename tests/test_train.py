@@ -635,7 +635,7 @@ NO_CHANGE = {
 }  # fmt: skip
 ELSEWHERE = (
     "init data out config resume overwrite on_policy samples max_new_tokens lora_rank "
-    "lora_alpha lora_targets lora_rslora plan gpu jobs"
+    "lora_alpha lora_targets lora_rslora plan gpu jobs columns chat_template_kwargs"
 )
 
 
