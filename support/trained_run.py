@@ -62,7 +62,7 @@ def read_run(folder: Path, files: dict[str, list[Item] | None], options=None) ->
 
 
 def load_checkpoint(folder, device: str, dtype, values: str | None = None) -> tuple:
-    """Loads a model, given by its folder or name, and its tokenizer; values: --chat_template_kwargs.
+    """Loads a model by its folder or name, and its tokenizer; values: --chat_template_kwargs.
     Raises OSError or ValueError, for example if the tokenizer has an id that the model lacks."""
     if not (folder := find(folder)).is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder; correct the path")
