@@ -2,6 +2,7 @@
 (on "cuda" if torch is built with CUDA), and compiled FlexAttention's forward pass."""
 
 import contextlib
+import itertools
 from unittest import mock
 
 import gpu
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import data
 import train
 from data import Batch, answer_states, make_batches
+from mio import LOSSES
 from model import Llama
 from support.lora import LINEARS, LoraConfig, add_lora
 
@@ -133,12 +135,13 @@ def fake_step(loss: str, rank: int | None = None, **flags):
             return train.train_step(model, optimizer, work, options)
 
 
-@pytest.mark.parametrize("loss", gpu.FEW)
+KINDS = [{"dtype": "bfloat16"}, {"weights": "bfloat16"}, {"rank": 4, "dtype": "bfloat16"},
+         {"weights": "bfloat16", "dtype": "bfloat16", "checkpointing": "on"}]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "flags",
-    [{}, {"dtype": "bfloat16"}, {"weights": "bfloat16"}, {"rank": 4, "dtype": "bfloat16"},
-     {"weights": "bfloat16", "dtype": "bfloat16", "checkpointing": "on"}],
-)  # fmt: skip
+    ("loss", "flags"), [(loss, {}) for loss in LOSSES] + [*itertools.product(gpu.FEW, KINDS)]
+)
 def test_a_step_reads_no_value_and_stays_on_its_device(loss, flags):
     losses, logps, norm = fake_step(loss, **flags)
     assert losses.shape == (6,) and logps.shape == (6, 2) and norm.shape == ()
