@@ -75,6 +75,8 @@ def test_rounding_goes_to_a_neighbor_and_keeps_what_a_bfloat16_can_hold():
     special = torch.tensor([math.inf, -math.inf, math.nan])
     kept = round_stochastically(special, torch.full((3,), -1, dtype=torch.int32))
     assert kept[:2].tolist() == [math.inf, -math.inf] and kept[2].isnan()
+    other = torch.tensor([0x7FFFFFFF, 0x7F800001], dtype=torch.int32)  # a GPU's NaN, and another
+    assert round_stochastically(other.view(torch.float32), other).isnan().all()
 
 
 def test_random_bits_depend_on_element_key_and_counter_and_look_random():
