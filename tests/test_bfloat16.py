@@ -159,6 +159,9 @@ def test_small_gradients_of_later_passes_count():
     values = summed.double()
     assert abs(values.mean() - exact) < 4 * values.std() / count**0.5
     assert exact - 1 > 0.12
+    # With share f = 0.002 / 2^-7 of roundings going up, independently in each of 64 passes:
+    share = 0.002 * 2**7
+    assert values.std() == pytest.approx((64 * share * (1 - share)) ** 0.5 / 2**7, rel=0.05)
 
 
 def test_the_numbers_depend_on_seed_step_parameter_and_pass(monkeypatch):
