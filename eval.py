@@ -165,7 +165,10 @@ def evaluate(run: Run, options: "Options") -> tuple[dict, dict]:
     by_title, answers, dtype = {}, {}, getattr(torch, options.dtype)
     init, device, values = run.training["init"], options.device, options.chat_template_kwargs
     load = functools.cache(lambda dtype: load_checkpoint(run.folder, device, dtype, values))
-    reference = functools.cache(lambda: init and Llama.from_pretrained(init, device=device))
+    stored = getattr(torch, run.training["weights"])  # rounds the reference as in training
+    reference = functools.cache(
+        lambda: init and Llama.from_pretrained(init, stored, device).float()
+    )
     for title, (path, rows) in run.data.items():
         if isinstance(rows, Pairs):
             model, _ = load(torch.float32)

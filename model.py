@@ -147,6 +147,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
         q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # the norms of Qwen3 may be more precise
         if cache is not None:
             row = torch.arange(B, device=x.device)[:, None]
             cache[0][row, :, positions] = k.transpose(1, 2)  # (B, T, K, E)
@@ -243,7 +244,8 @@ class Llama(nn.Module):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         for index, block in enumerate(self.model["layers"]):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, mask, None, positions, use_reentrant=False)
+                kwargs = {"use_reentrant": False, "preserve_rng_state": False}  # no dropout
+                x = checkpoint(block, x, rotary, mask, None, positions, **kwargs)
             elif cache is None:
                 x = block(x, rotary, mask, None, positions)
             else:  # block.forward skips compiled code: shapes change with every generated token

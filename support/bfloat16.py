@@ -35,9 +35,9 @@ def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
 
 def random_bits(start: int, count: int, key: Tensor, counter: Tensor) -> Tensor:
     """Returns 32 random bits for each of the elements start, start + 1, ...: (count,) int32. They
-    depend only on the number of the element, the key and the counter, which are int32 scalars."""
+    depend only on the number of the element, the key (2,) and the counter (), all int32."""
     element = torch.arange(start, start + count, dtype=torch.int32, device=key.device)
-    return _mix(_mix(element ^ key) + counter)
+    return _mix(_mix(element ^ key[0]) ^ _mix(counter + key[1]))
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -88,14 +88,18 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable, lr: float, weight_decay: float, seed: int, compiled: bool):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        device = parameters[0].device
+        self.grad_scale, self.found_inf = (
+            torch.ones((), device=device),
+            torch.zeros((), device=device),
+        )
         self.compiled, self.keys, self.passes = compiled, {}, {}
-        for number, p in enumerate(p for group in self.param_groups for p in group["params"]):
-            one = torch.ones((), device=p.device)
-            self.grad_scale, self.found_inf = one, 0 * one
-            self.state[p] = {"step": 0 * one, "exp_avg": torch.zeros_like(p)}
-            self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-            keys = np.random.default_rng([seed, number]).integers(2**31, size=2).tolist()
-            self.keys[p] = [torch.full((), key, dtype=torch.int32, device=p.device) for key in keys]
+        for number, p in enumerate(parameters):
+            self.state[p] = {"step": torch.zeros((), device=device)}
+            self.state[p] |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            keys = np.random.default_rng([seed, number]).integers(-(2**31), 2**31, size=(2, 2))
+            self.keys[p] = torch.tensor(keys, dtype=torch.int32, device=device)  # update, sums
             p.register_hook(functools.partial(self._accumulate, p))
 
     def _accumulate(self, p: Tensor, grad: Tensor) -> Tensor:
@@ -123,5 +127,6 @@ class StochasticAdamW(torch.optim.Optimizer):
         """Calls a function of elements, in chunks unless it is compiled into one kernel."""
         size = tensors[0].numel() if self.compiled else EAGER_CHUNK
         function = _compiled(function) if self.compiled else function
+        # (...) -> (n,), in chunks of `size`
         for number, parts in enumerate(zip(*(x.reshape(-1).split(size) for x in tensors))):
             function(*parts, number * size, key, *scalars)

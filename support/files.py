@@ -67,13 +67,16 @@ def read_rows(path):
 def _parquet_rows(path):
     """Yields what `read_rows` yields, without the nulls that Arrow writes for missing keys."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, parquet, types
     except ImportError:
         raise ValueError(f"{path}: Parquet needs pyarrow; pip install pyarrow") from None
     try:
-        batches = parquet.ParquetFile(path).iter_batches(1000)
-        rows = (without_nulls(row) for batch in batches for row in batch.to_pylist())
-        yield from enumerate(rows, start=1)
+        file = parquet.ParquetFile(path)
+        # Python cannot represent every date, and no column of dates is used.
+        names = [x.name for x in file.schema_arrow if not types.is_temporal(x.type)]
+        rows = (r for b in file.iter_batches(1000, columns=names) for r in b.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield number, {k: without_nulls(x) for k, x in row.items()}
     except (OSError, ValueError, ArrowException) as error:
         raise ValueError(f"{path}: broken Parquet file; write it again ({error})") from None
 

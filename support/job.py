@@ -118,7 +118,7 @@ def load_job(options) -> Job:
     }
     # A resumed run reads the initial weights only if they are frozen, replaced, or the reference.
     if not record or reference or options.lora_rank or options.init != record["options"]["init"]:
-        inputs["init"] = weights.hash_model(Path(options.init))
+        inputs["init"] = weights.hash_model(hub.find(options.init))
     job = Job(options, model, tokenizer, pairs, held_out, inputs, checkpoint, record, mismatched,
               questions, reference)  # fmt: skip
     every = options.eval_every or max(1, math.ceil(job.steps / 10))
@@ -148,7 +148,8 @@ def load_models(options, checkpoint: Path | None):
         if drawn:
             reference = Llama.from_pretrained(options.init, dtype, device)
     model.checkpointing = options.checkpointing == "on"
-    model.float32 = options.dtype == "float32"
+    for each in filter(None, (model, reference)):
+        each.float32 = options.dtype == "float32"
     if options.compile == "on" or (options.compile == "auto" and options.device != "cpu"):
         model.compile_blocks()
     return model, tokenizer, reference

@@ -47,13 +47,14 @@ def data_rows(path, columns: str | None = None):
         if missing := {*names.values()} - row.keys():
             found = f"no column {min(missing)!r} among {', '.join(row):.200}"
             raise ValueError(f"{path}:{line}: --columns {columns}: {found}")
-        kept = {k: x for k, x in row.items() if x is not None and k not in names.values()}
-        row = kept | {name: row[column] for name, column in names.items()}
+        kept = {k: x for k, x in row.items() if k not in names.values()}
+        renamed = kept | {name: row[column] for name, column in names.items()}
+        row = {k: x for k, x in renamed.items() if x is not None or k == "label"}
         other = next((n for n in ("question", "instruction", "conversations") if n in row), None)
         if other and "prompt" not in row and row.keys() >= {"chosen", "rejected"}:
             row["prompt"] = row.pop(other)
-            if other == "instruction" and (text := row.pop("input", "")):
-                row["prompt"] = f"{row['prompt']}\n{text}"
+            if isinstance(text := row.get("input"), str) and text and other == "instruction":
+                row["prompt"] = f"{text_of(row, 'prompt')}\n{row.pop('input')}"
         elif other == "conversations" and not row.keys() & {"prompt", "messages"}:
             row["messages"] = row.pop(other)
         yield line, row
@@ -141,7 +142,8 @@ def _read_texts(row: dict) -> Example:
     for column, transcript in answers.items():
         before, turn, answers[column] = transcript.rpartition(ASSISTANT_TURN)
         if not turn:
-            raise ValueError(f"a row without a 'prompt' needs {ASSISTANT_TURN!r} in {column!r}")
+            found = f"{column!r} is no transcript, and the columns are {', '.join(row):.200}"
+            raise ValueError(f"{found}; {ROW_FORMS}")
         if HUMAN_TURN in answers[column]:
             raise UnusableError("the transcript does not end in an assistant's turn")
         prompts.add(before + turn)

@@ -15,7 +15,8 @@ from support.tokenizers import load_tokenizer
 # The keys of train_config.json that evaluation reads, and their values if there is no such file.
 TRAINING = {"init": None, "data": None, "eval_data": None, "split_seed": 0, "eval_fraction": 0.0,
             "max_length": 1024, "loss": "mio", "beta": 1.0, "average_logps": False,
-            "dtype": "float32", "columns": None, "chat_template_kwargs": None}  # fmt: skip
+            "dtype": "float32", "weights": "float32", "columns": None,
+            "chat_template_kwargs": None}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -35,8 +36,9 @@ def read_run(folder: Path, files: dict[str, list[Item] | None], options=None) ->
     training = TRAINING | (read_json(config) if config.is_file() else {})
     for name, default in TRAINING.items():
         kind = str | None if default is None else type(default)
-        if not isinstance(training[name], kind) or training["dtype"] not in ("float32", "bfloat16"):
-            raise ValueError(f"{config}: {name} or dtype is malformed; restore the original file")
+        precision = name not in ("dtype", "weights") or training[name] in ("float32", "bfloat16")
+        if not isinstance(training[name], kind) or not precision:
+            raise ValueError(f"{config}: {name} is malformed; restore the original file")
     init, path, fraction = training["init"], training["data"], training["eval_fraction"]
     kwargs = {"tokenizer": load_tokenizer(folder, options.chat_template_kwargs)}
     kwargs["columns"] = options.columns if files else training["columns"]
@@ -55,7 +57,8 @@ def read_run(folder: Path, files: dict[str, list[Item] | None], options=None) ->
     if not (data or is_demonstration):
         raise ValueError(f"{folder}: has no held-out pairs; name files with --data")
     has_pairs = any(isinstance(rows, Pairs) for _, rows in data.values())
-    training["init"] = init = str(find(init)) if has_pairs and init else init
+    if has_pairs and init and Path(init).is_absolute():  # a snapshot, whose cache may have moved
+        training["init"] = init = str(find(init))
     if has_pairs and init and not Path(init).is_dir():
         raise ValueError(f"the reference {init} is missing; correct the path in {config}")
     return Run(folder, training, data, is_demonstration)

@@ -9,13 +9,15 @@
     large       a step of 8B parameters with --weights bfloat16 against --plan
 
 Prints a row of a Markdown table for each measurement, as soon as it is known. A check that fails is
-a row, too, and the checks after it go on. The exit status is 1 if a bar is missed. With --device
-cpu the models are tiny and speeds have no bar: this tests the script, not the machine.
+a row, too, and the checks after it go on. The exit status is 1 if a bar is missed. If a command may
+take only some minutes, run "right generation resume waits head" and then "large speed". With
+--device cpu the models are tiny and speeds have no bar: this tests the script, not the machine.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 import os
 import signal
@@ -103,10 +105,9 @@ VARIANTS = {
     "checkpointing": ({"checkpointing": "on"}, {}, FEW),
     "LoRA": ({"lora_rank": 4}, {}, FEW),
     "window": ({}, {"sliding_window": 16}, FEW),
-    "compiled": ({"compile": "on"}, {}, FEW),
     "compiled, window": ({"compile": "on"}, {"sliding_window": 16}, FEW),
     "compiled, checkpointing": ({"compile": "on", "checkpointing": "on"}, {}, FEW),
-    "compiled, LoRA": ({"compile": "on", "lora_rank": 4}, {}, FEW),
+    "compiled, LoRA": ({"compile": "on", "lora_rank": 4}, {"qk_norm": True}, FEW),
     "compiled, --weights bfloat16": ({"compile": "on", "weights": "bfloat16"}, {}, FEW),
 }
 
@@ -312,18 +313,20 @@ def compiled_as_on_a_gpu(device: torch.device):
 
 @contextlib.contextmanager
 def neither_waits_nor_recompiles(device: torch.device):
-    """Raises an error at a wait for the device, or if a function is compiled again."""
-    config = torch._dynamo.config
-    before, config.error_on_recompile = config.error_on_recompile, True
+    """Raises an error at a wait for the device, or if a function was compiled again, in whatever
+    thread: on a GPU the backward pass has its own."""
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     try:
         if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
-        config.error_on_recompile = before
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    if compiled:
+        raise RuntimeError(f"{compiled} functions were compiled again")
 
 
 WAITS = {
@@ -399,9 +402,12 @@ def check_head(report: Report) -> None:
 
 
 BETA, BATCH = 0.2, 32
-# Workloads -> tokens of a prompt and of an answer, bar over TRL, precisions of the weights.
-WORKLOADS = {"GSM8K-like": (58, 94, 1.25, ["float32"]),
-             "long prompts, short answers": (1024, 64, 1.5, ["float32", "bfloat16"])}  # fmt: skip
+# Workloads -> tokens of a prompt and of an answer, tokens of a pass (which 32 pairs almost fill),
+# bar over TRL, precisions of the weights, numbers of pairs that TRL takes at a time.
+WORKLOADS = {
+    "GSM8K-like": (58, 94, 8448, 1.25, ["float32"], [8, 16]),
+    "long prompts, short answers": (1024, 64, 8192, 1.5, ["float32", "bfloat16"], [8]),
+}
 
 
 def random_model(config: ModelConfig, device, dtype: torch.dtype) -> Llama:
@@ -414,12 +420,20 @@ def random_model(config: ModelConfig, device, dtype: torch.dtype) -> Llama:
         torch.set_default_dtype(torch.float32)
 
 
+def free() -> None:
+    """Frees the memory of earlier models, which hooks and compiled blocks keep in cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def peak_memory(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else float("nan")
 
 
 def our_step(report: Report, config: ModelConfig, pairs: Pairs, **flags) -> tuple[float, float]:
     """Seconds and peak bytes of a step."""
+    free()
     compile = "on" if report.on_gpu else "off"
     options = train.Options(loss="mio", beta=BETA, lr=1e-6, compile=compile, **flags)
     model = random_model(config, report.device, getattr(torch, options.weights))
@@ -437,15 +451,19 @@ def our_step(report: Report, config: ModelConfig, pairs: Pairs, **flags) -> tupl
     return seconds, peak_memory(report.device)
 
 
-def trl_step(report: Report, config: ModelConfig, pairs: Pairs, dtype: torch.dtype, batch: int):
-    """The same of TRL's DPOTrainer with SDPA, its own head and given reference log-probs. `batch`
-    pairs are in a forward pass."""
+def trl_step(report: Report, init: str, pairs: Pairs, dtype: torch.dtype, batch: int):
+    """The same of TRL's DPOTrainer with SDPA, its own head and given reference log-probs. `init` is
+    a checkpoint; `batch` pairs are in a forward pass."""
+    free()
     import datasets
     import transformers
     import trl
 
     class Trainer(trl.DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
+            return dataset
+
+        def _precompute_ref_logps(self, dataset, *_):
             return dataset
 
     class Marks(transformers.TrainerCallback):
@@ -472,15 +490,13 @@ def trl_step(report: Report, config: ModelConfig, pairs: Pairs, dtype: torch.dty
             max_steps=steps, logging_steps=100, report_to=[], save_strategy="no", disable_tqdm=True,
             bf16=report.on_gpu, use_cpu=not report.on_gpu, gradient_checkpointing=False,
             optim="adamw_torch_fused", max_length=None, remove_unused_columns=False,
-            precompute_ref_log_probs=False, lr_scheduler_type="constant", warmup_steps=0,
+            precompute_ref_log_probs=True, lr_scheduler_type="constant", warmup_steps=0,
         )  # fmt: skip
-        random_model(config, "cpu", torch.bfloat16).save_pretrained(f"{folder}/init")
         kwargs = {"dtype": dtype, "attn_implementation": "sdpa"}
-        model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/init", **kwargs)
+        model = transformers.AutoModelForCausalLM.from_pretrained(init, **kwargs)
         model.to(report.device)
         trainer = Trainer(model, args=args, train_dataset=datasets.Dataset.from_list(rows * steps),
                           processing_class=tokenizer, callbacks=[Marks()])  # fmt: skip
-        trainer.ref_model, trainer.precompute_ref_logps = None, True
         if report.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
@@ -491,13 +507,15 @@ def check_speed(report: Report) -> None:
     config = PRESETS["llama-3.2-1b"] if report.on_gpu else SMALL
     peak, scale = matmul_peak(report.device), 1 if report.on_gpu else 16
     report.add("matrix product, bfloat16", f"{peak / 1e12:.3g} TFLOP/s")
-    for name, (prompt, answer, bar, precisions) in WORKLOADS.items():
+    place = tempfile.TemporaryDirectory()
+    random_model(config, report.device, torch.bfloat16).save_pretrained(place.name)
+    for name, (prompt, answer, micro, bar, precisions, sizes) in WORKLOADS.items():
         count = BATCH if report.on_gpu else 4
         pairs = random_pairs(count, prompt // scale, answer // scale, config.vocab_size, 0.2)
         tokens, flops = int(pairs.lengths().sum()), step_flops(config, pairs)
         for weights in precisions:
             label = f"{name}, {weights} weights"
-            flags = {"weights": weights, "dtype": "bfloat16", "micro_tokens": 8192 // scale}
+            flags = {"weights": weights, "dtype": "bfloat16", "micro_tokens": micro // scale}
             seconds, memory = our_step(report, config, pairs, **flags)
             share = flops / seconds / peak
             measured = f"{tokens / seconds:,.0f} tokens/s, {share:.0%} of the peak"
@@ -507,10 +525,11 @@ def check_speed(report: Report) -> None:
                 report.add(f"TRL: {label}", "left out: trl is not installed")
                 continue
             found = []
-            for batch in (8, 16) if report.on_gpu else (2,):
+            for batch in sizes if report.on_gpu else (2,):
                 with contextlib.suppress(torch.OutOfMemoryError):
                     dtype = getattr(torch, weights)
-                    found.append((*trl_step(report, config, pairs, dtype, batch), batch))
+                    found.append((*trl_step(report, place.name, pairs, dtype, batch), batch))
+            assert found, f"TRL: {label}: out of memory"
             theirs, memory, batch = min(found)
             text = f"{tokens / theirs:,.0f} tokens/s, {memory / 2**30:.1f} GiB, {batch} at a time"
             report.add(f"TRL: {label}", text)
@@ -572,8 +591,7 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             report.add(name, f"{text:.120}", "no error", False)
-        if report.on_gpu:
-            torch.cuda.empty_cache()
+        free()
         report.row(f"({name})", f"{time.perf_counter() - start:.0f} s", "", "")
     return report.missed
 

@@ -9,6 +9,7 @@ from conftest import tiny_model
 from runs import make_inputs, metrics, refused, run
 from safetensors.torch import load_file
 
+import eval as evaluation
 import train
 from data import Pair, StepData, make_batches
 from support import bfloat16
@@ -20,6 +21,9 @@ ROUNDINGS = 10_000
 
 def scalar(value, dtype=torch.int32) -> torch.Tensor:
     return torch.tensor(value, dtype=dtype)
+
+
+KEY = torch.tensor([7, 12345], dtype=torch.int32)
 
 
 # --- Rounding -------------------------------------------------------------------------------------
@@ -49,7 +53,7 @@ def errors_in_standard_errors(rounded_means: torch.Tensor, values: torch.Tensor)
 
 
 def test_rounding_is_unbiased_over_the_whole_range_and_ordinary_rounding_is_not():
-    values, key = values_of_the_whole_range(), scalar(7)
+    values, key = values_of_the_whole_range(), KEY
     total = torch.zeros(len(values), dtype=torch.float64)
     for counter in range(ROUNDINGS):
         bits = random_bits(0, len(values), key, scalar(counter))
@@ -80,12 +84,15 @@ def test_rounding_goes_to_a_neighbor_and_keeps_what_a_bfloat16_can_hold():
 
 
 def test_random_bits_depend_on_element_key_and_counter_and_look_random():
-    count = 2**16
-    bits = random_bits(0, count, scalar(3), scalar(5))
-    assert torch.equal(bits[1000:2000], random_bits(1000, 1000, scalar(3), scalar(5)))
-    others = [random_bits(0, count, scalar(k), scalar(c)) for k, c in ((4, 5), (3, 6), (2**30, 0))]
+    count, keys = 2**16, torch.tensor([[3, 9], [4, 9], [3, 10], [2**30, -5]], dtype=torch.int32)
+    bits = random_bits(0, count, keys[0], scalar(5))
+    assert torch.equal(bits[1000:2000], random_bits(1000, 1000, keys[0], scalar(5)))
+    others = [random_bits(0, count, key, scalar(5)) for key in keys[1:]]
+    others += [random_bits(0, count, keys[0], scalar(6))]
     for other in others:
         assert (bits == other).float().mean() < 1e-3
+        # Nor are they the same numbers in another order, which would make elements twins.
+        assert torch.isin(bits, other).float().mean() < 1e-3
     for position in range(32):
         ones = (bits >> position) & 1
         assert abs(ones.float().mean() - 0.5) < 4 * 0.5 / count**0.5
@@ -261,6 +268,12 @@ def test_a_run_stores_everything_in_bfloat16(inputs, tmp_path):
     flags = ("--weights", "bfloat16", "--dtype", "float32", "--max_steps", "1")
     out = run(*inputs, tmp_path / "float32", *flags)
     assert metrics(out)[1]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+
+
+def test_evaluation_rounds_the_reference_as_training_did(inputs, tmp_path):
+    out = run(*inputs, tmp_path / "out", "--weights", "bfloat16", "--max_steps", "0")
+    found = evaluation.main([str(out)])
+    assert found["Δ chosen"] == found["Δ rejected"] == 0
 
 
 def test_what_does_not_fit_is_refused_by_name(inputs, tmp_path):

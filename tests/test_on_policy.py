@@ -115,6 +115,12 @@ def test_pairs_are_right_against_wrong_from_the_weights_of_the_step(argv):
     torch.testing.assert_close(moved.ref_logps, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_policy_and_reference_agree_at_step_0_with_bfloat16_weights(dtype, argv):
+    job = job_of(argv, "--loss", "rlhf", "--weights", "bfloat16", "--dtype", dtype)
+    assert draw_pairs(job, 1, rows=[0, 1, 2]).metrics["kl"] == 0
+
+
 def drawn_texts(monkeypatch, *texts: str) -> None:
     """Lets the policy answer each prompt with these texts in turn; "!" marks one that is cut."""
 

@@ -224,3 +224,29 @@ def test_a_layout_whose_label_says_which_answer_is_chosen_is_refused_by_its_colu
             load_pairs(file, byte_tokenizer())
         assert str(error.value).startswith(f"{file}:1: the row's columns are post_id, domain, ")
         assert "history, " in str(error.value) and "--columns prompt=NAME" in str(error.value)
+
+
+def test_a_null_in_a_renamed_column_counts_as_missing(tokenizer, tmp_path):
+    rows = [{"chosen": [USER, TEXT], "rejected": [USER, ANOTHER], "of": x} for x in (None, [USER])]
+    files = write_rows(tmp_path / "a.jsonl", rows), write_parquet(tmp_path / "a.parquet", rows)
+    for file in files:
+        assert [row.keys() for _, row in data_rows(file, "prompt=of")] == [
+            {"chosen", "rejected"}, {"chosen", "rejected", "prompt"}
+        ]  # fmt: skip
+        assert len(load_pairs(file, tokenizer, columns="prompt=of")) == 2
+
+
+def test_a_label_that_is_null_is_refused(tokenizer, tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "label": x} for x in (True, None)]
+    for file in (
+        write_rows(tmp_path / "a.jsonl", rows),
+        write_parquet(tmp_path / "a.parquet", rows),
+    ):
+        with pytest.raises(ValueError, match=":2: 'label' must be true or false, not None"):
+            load_pairs(file, tokenizer)
+
+
+def test_columns_of_dates_are_not_read(tmp_path):
+    table = pa.table({"prompt": ["p"], "at": pa.array([2**62], pa.timestamp("us"))})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert list(read_rows(tmp_path / "a.parquet")) == [(1, {"prompt": "p"})]

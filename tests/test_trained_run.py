@@ -9,6 +9,7 @@ import torch
 from conftest import PAIR_ROWS, tiny_model, write_rows
 
 from data import Pairs, load_pairs, split_pairs
+from support import trained_run
 from support.files import write_json
 from support.questions import read_items
 from support.tokenizers import byte_tokenizer
@@ -124,3 +125,15 @@ def test_broken_json_of_a_run_is_refused_by_name(make_run):
     (folder / "train_config.json").write_text(json.dumps({"beta": 1})[:-1])
     with pytest.raises(ValueError, match="train_config.json: not valid JSON"):
         read_run(folder, {})
+
+
+def test_a_relative_reference_is_never_a_model_of_the_cache(
+    make_run, checkpoint, pairs_file, tmp_path, monkeypatch
+):
+    """A missing folder org/tiny must not become the cached model of the same name."""
+    monkeypatch.setattr(
+        trained_run, "find", lambda path: checkpoint if path == "org/tiny" else path
+    )
+    run = make_run(init="org/tiny")
+    with pytest.raises(ValueError, match="the reference org/tiny is missing"):
+        read_run(run, {str(pairs_file): None})
