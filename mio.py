@@ -410,15 +410,14 @@ def chunked_logps(hidden, head_weight, targets, lengths, chunk_tokens=CHUNK_TOKE
 def fused_pair_loss(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, lengths: Tensor,
     ref_logps: Tensor | None, name: str, *, beta: float, advantages: Tensor | None = None,
-    chunk_tokens: int = CHUNK_TOKENS, counts: list[int] | None = None, compiled: bool = False,
-    **options,
+    chunk_tokens: int = CHUNK_TOKENS, counts: list | None = None, compiled: bool = False, **options,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Computes, chunk by chunk, the loss of each pair (B,) and the log-prob of each answer (2B,).
 
     hidden (N, D), head_weight (V, D), targets (N,), lengths (2B,), ref_logps and advantages (2B,)
     or None. Reduce the losses by mean() or sum() before backward(): unless all losses have the same
-    upstream gradient, hidden and head_weight get NaN gradients. The log-probs are detached.
-    `counts` is `lengths` as a list; without it, reading the lengths waits for a GPU."""
+    upstream gradient, hidden and head_weight get NaN gradients. The log-probs are detached. Without
+    `counts`, the lengths as a list, reading them waits for a GPU."""
     assert find_loss(name).pairwise or "shared" in options, f"{name} needs the batch's shared term"
     assert len(lengths) % 2 == 0, "lengths must hold two entries for each pair"
     chunks = list(chunks_of_pairs(counts or lengths.tolist(), chunk_tokens))
