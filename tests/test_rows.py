@@ -350,7 +350,7 @@ MALFORMED = {
     '{"completion": "c"}': "the row's columns are completion; rows must be {",
     '{"prompt": "p", "chosen": "c"}': "the row's columns are prompt, chosen; rows must be {",
     '{"prompt": ["p"], "chosen": [], "rejected": []}': "'chosen' must be a list of messages",
-    '{"chosen": "a", "rejected": "b"}': "a row without a 'prompt' needs",
+    '{"chosen": "a", "rejected": "b"}': "'chosen' is no transcript, and",
     '{"prompt": "p", "chosen": "a", "rejected": [1]}': "'rejected' must be a string, not list",
     '{"prompt": "p", "completion": "a", "label": 1}': "'label' must be true or false, not 1",
     '{"prompt": 1, "completion": "a"}': "'prompt' must be a string, not int",
