@@ -43,6 +43,8 @@ def read_item(line: int, row: dict) -> Item:
     has_choices = row.keys() >= {"prompt", "choices", "gold"}
     if not has_choices and not row.keys() >= {"prompt", "answer", "grade"}:
         raise ValueError(f"the row's columns are {', '.join(row) or 'none':.200}; {FORMS}")
+    if row.keys() & {"tools", "chat_template_kwargs"}:
+        raise ValueError("only pairs may have tools; for questions use --chat_template_kwargs")
     read = messages_of if isinstance(row["prompt"], list) else text_of
     prompt = read(row, "prompt")
     if has_choices:

@@ -204,13 +204,13 @@ def bench_lora() -> None:
 def bench_plan(sizes=("W1", "W2", "W3")) -> None:
     """The peak memory that train.py --plan predicts for a step, against that of a process."""
     print("MB beyond weights, gradients, moments, if malloc returns freed memory (and as it does)")
-    print(f"{'':32}{'planned':>9}{'measured':>18}{'ratio':>15}{'of all':>15}")
+    print(f"{'':39}{'planned':>9}{'measured':>18}{'ratio':>15}{'of all':>15}")
     for size in sizes:
         batch, micro = (10, 1024) if size == "W3" else (BATCH, 4096)
         with tempfile.TemporaryDirectory() as folder:
             prepare(Path(folder), SIZES[size])
-            for checkpointing in ("off", "on"):
-                name = f"plan-{checkpointing}-{batch}-{micro}"
+            for checkpointing, weights in itertools.product(("off", "on"), ("float32", "bfloat16")):
+                name = f"plan-{checkpointing}-{batch}-{micro}-{weights}"
                 returned = in_process(name, folder, MALLOC_MMAP_THRESHOLD_="65536")
                 malloc, planned = in_process(name, folder), returned["planned"]
                 measured = [one["memory"] for one in (returned, malloc)]
@@ -220,8 +220,8 @@ def bench_plan(sizes=("W1", "W2", "W3")) -> None:
                     [f"{planned / m:.2f}" for m in measured],
                     [f"{(planned + state) / (m + state):.2f}" for m in measured],
                 ]
-                line = f"{size}, {batch} pairs, checkpointing {checkpointing:4}"
-                line += f"{planned / 2**20:9.0f}"
+                line = f"{size}, {batch} pairs, checkpointing {checkpointing:4}{weights:9}"
+                line += f"{planned / 2**20:7.0f}"
                 print(line + "".join(f"{a:>8} ({b})" for a, b in cells))
 
 
@@ -386,7 +386,7 @@ def worker(name: str, folder: Path) -> None:
     run = {"ours": run_ours, "lean": run_transformers, "full": run_transformers, "trl": run_trl,
            "plan": run_planned}  # fmt: skip
     config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
-    clock = Clock(config)
+    clock = Clock(config, 8 if name.endswith("-bfloat16") else 16)
     run[name.split("-")[0]](name, folder, pairs, ref, losses, clock)
     tokens = int(pairs.lengths()[BATCH:].sum()) / STEPS
     result = {
@@ -411,9 +411,10 @@ def step_flops(config: ModelConfig, pairs: Pairs) -> float:
 class Clock:
     """Measures the seconds of each step, and memory beyond weights, gradients and moments."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, stored: int):
+        """stored: bytes of a weight, its gradient and its moments."""
         self.steps, self.started, self.imported, self.planned = [], 0.0, 0, 0
-        self.state = 16 * sum(p.numel() for p in Llama(config).parameters())
+        self.state = stored * sum(p.numel() for p in Llama(config).parameters())
 
     def imports_done(self) -> None:
         self.imported = resident("VmRSS")
@@ -465,16 +466,17 @@ def run_ours(name, folder, pairs, ref, losses, clock) -> None:
 
 def run_planned(name, folder, pairs, ref, losses, clock) -> None:
     """Two steps, of which the second counts. A step of a small model before them loads the code."""
-    _, checkpointing, batch, micro = name.split("-")
+    _, checkpointing, batch, micro, weights = name.split("-")
     options = train.Options(loss="mio", beta=BETA, lr=LR, device="cpu", micro_tokens=int(micro),
-                            checkpointing=checkpointing)  # fmt: skip
-    batch = int(batch)
+                            checkpointing=checkpointing, weights=weights)  # fmt: skip
+    batch, dtype = int(batch), getattr(torch, weights)
     small = Llama(dataclasses.replace(SIZES["W1"], hidden_size=64, num_attention_heads=2))
+    small.to(dtype).float32 = True
     step_on(small, train.make_optimizer(small, options), options, pairs, [0], ref)
     del small
     clock.imports_done()
-    model = Llama.from_pretrained(folder)
-    model.checkpointing = checkpointing == "on"
+    model = Llama.from_pretrained(folder, dtype)
+    model.checkpointing, model.float32 = checkpointing == "on", True
     optimizer = train.make_optimizer(model, options)
     for start in (0, batch):
         clock.start()
@@ -537,6 +539,9 @@ def run_trl(name, folder, pairs, ref, losses, clock) -> None:
         def _prepare_dataset(self, dataset, *_):
             return dataset
 
+        def _precompute_ref_logps(self, dataset, *_):
+            return dataset  # has them already, so that TRL makes no reference model
+
         def _get_train_sampler(self, *_):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -564,13 +569,11 @@ def run_trl(name, folder, pairs, ref, losses, clock) -> None:
         per_device_train_batch_size=BATCH, max_steps=STEPS + 1, logging_steps=1, report_to=[],
         lr_scheduler_type="constant", warmup_steps=0, bf16=False, use_cpu=True, save_strategy="no",
         gradient_checkpointing=False, weight_decay=0.0, optim="adamw_torch_fused", max_length=None,
-        disable_tqdm=True, remove_unused_columns=False, precompute_ref_log_probs=False,
+        disable_tqdm=True, remove_unused_columns=False, precompute_ref_log_probs=True,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     trainer = Trainer(model, args=args, train_dataset=datasets.Dataset.from_list(rows),
                       processing_class=tokenizer, callbacks=[Marks()])  # fmt: skip
-    trainer.ref_model = None
-    trainer.precompute_ref_logps = True
     trainer.train()
 
 

@@ -64,6 +64,7 @@ BAD = {
     "question": ({"question": None, "answer": "1"}, "the row's columns are answer; write"),
     "surrogate": (EXACT | {"stop": ["\ud800"]}, "surrogates not allowed"),
     "grade": (EXACT | {"grade": "f1"}, "the grade 'f1' is unknown; choose from gsm8k, math"),
+    "tools": (EXACT | {"tools": [{"name": "f"}]}, "only pairs may have tools"),
     "list": (EXACT | {"grade": ["math"]}, "the grade ['math'] is unknown"),
     "gold": (CHOICES[1] | {"gold": 2}, "'gold' is 2, but must be from 0 to 1"),
     "negative": (CHOICES[1] | {"gold": -1}, "'gold' is -1"),
