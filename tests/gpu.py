@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib.util
+import io
 import os
 import signal
 import subprocess
@@ -254,25 +255,25 @@ def check_generation(report: Report) -> None:
 
 
 def check_resume(report: Report, kinds=("float32", "bfloat16")) -> None:
-    """Kills a run with SIGKILL after a checkpoint, and resumes it."""
-    script = Path(train.__file__)
+    """Kills a run with SIGKILL after a checkpoint, resumes it, and compares it with a whole run."""
     for weights in kinds:
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
             init, file = make_inputs(Path(place))
             flags = ["--init", init, "--data", file, "--batch_size", 4, "--lr", 1e-3, "--epochs", 2]
             flags += ["--save_every", 2, "--keep", 99, "--weights", weights, "--compile", "off"]
-            command = [sys.executable, script, "--device", report.device, *flags, "--out"]
             whole, killed = Path(place) / "whole", Path(place) / "killed"
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            subprocess.run([*map(str, command), str(whole)], check=True, **quiet)
-            process = subprocess.Popen([*map(str, command), str(killed)], **quiet)
+            argv = [str(x) for x in (*flags, "--device", report.device, "--out")]
+            train.main([*argv, str(whole)])
+            command = [sys.executable, train.__file__, *argv, str(killed)]
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             while not (killed / "checkpoints" / "step-000002").is_dir():
                 assert process.poll() is None, "the run ended before it could be killed"
                 time.sleep(0.01)
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-            resume = [sys.executable, str(script), "--resume", "--out", str(killed)]
-            subprocess.run(resume, check=True, **quiet)
+            train.main(["--resume", "--out", str(killed)])
             found = differences(whole, killed)
         measured = ", ".join(found) or "the same files to the bit"
         report.add(f"killed and resumed, {weights} weights", measured, "no difference", not found)
