@@ -240,8 +240,7 @@ class Llama(nn.Module):
         rotary = rotary_table(self.config, positions)
         x = self.model["embed_tokens"](tokens)  # (B, T, D)
         if self.float32 or torch.is_autocast_enabled(x.device.type):
-            # The sum of all blocks' outputs would lose too much in bfloat16.
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            x = x.to(torch.promote_types(x.dtype, torch.float32))  # sums need more than bfloat16
         for index, block in enumerate(self.model["layers"]):
             if self.checkpointing and torch.is_grad_enabled():
                 kwargs = {"use_reentrant": False, "preserve_rng_state": False}  # no dropout

@@ -174,10 +174,10 @@ def make_optimizer(model: Llama, options: Options) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, norms = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
     groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
+    adamw = functools.partial(torch.optim.AdamW, fused=True)
     if options.weights == "bfloat16":
-        kwargs = {"seed": options.seed, "compiled": model.compiled}
-        return StochasticAdamW(groups, options.lr, options.weight_decay, **kwargs)
-    return torch.optim.AdamW(groups, options.lr, weight_decay=options.weight_decay, fused=True)
+        adamw = functools.partial(StochasticAdamW, seed=options.seed, compiled=model.compiled)
+    return adamw(groups, options.lr, weight_decay=options.weight_decay)
 
 
 def learning_rate(options: Options, step: int, steps: int) -> float:
