@@ -1,5 +1,6 @@
 """support/bfloat16.py: stochastic rounding, the optimizer and runs with --weights bfloat16."""
 
+import copy
 import math
 
 import numpy as np
@@ -268,6 +269,16 @@ def test_a_run_stores_everything_in_bfloat16(inputs, tmp_path):
     flags = ("--weights", "bfloat16", "--dtype", "float32", "--max_steps", "1")
     out = run(*inputs, tmp_path / "float32", *flags)
     assert metrics(out)[1]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    run(*inputs, tmp_path / "plain", "--max_steps", "1")
+    assert len([*(tmp_path / "cache").iterdir()]) == 3  # each precision has its own log-probs
+
+
+def test_answers_are_those_of_the_same_weights_in_float32():
+    model = tiny_model().to(torch.bfloat16)
+    model.float32, exact = True, copy.deepcopy(model).float()
+    prompts = [[1, 2, 3], [4, 5, 6, 7]]
+    expected = exact.generate(prompts, 20, temperature=0)
+    assert model.generate(prompts, 20, temperature=0) == expected
 
 
 def test_evaluation_rounds_the_reference_as_training_did(inputs, tmp_path):

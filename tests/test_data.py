@@ -330,3 +330,9 @@ def test_packed_pairs_with_shared_prompts_equal_one_sequence_at_a_time(dtype, bo
         gradients = torch.autograd.grad((weights * packed).sum(), model.parameters())
         for a, b in zip(gradients, expected):
             assert (a - b).norm() <= bound * b.norm()
+
+
+def test_padding_goes_to_a_multiple_so_that_few_lengths_occur():
+    pairs = [Pair([1] * n, [2] * 3, [3] * 4) for n in (4, 40, 9)]
+    batches = make_batches(pairs, [0, 1, 2], 16, 32, pad=True)
+    assert sorted(batch.tokens.shape[1] for batch in batches) == [32, 64]

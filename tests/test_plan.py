@@ -172,6 +172,14 @@ def test_gradients_of_earlier_passes_wait():
     assert two.peak == three.peak == one.peak + head
 
 
+def test_a_gpu_copies_and_rounds_the_gradient_of_the_head():
+    config, count = tiny_config(vocab_size=50_000), 50_000 * 32
+    options = options_of(device="cuda", **RECOMPUTED, **BFLOAT16)
+    found = step_cost(config, options, [9], [4, 4], passes=2)
+    kept = found.weights + found.moments + found.gradients + found.activations
+    assert found.peak == kept + (4 + 4 + 2) * count  # the gradient, its scaled copy, rounded
+
+
 def test_pairs_are_as_long_as_they_may_be_and_passes_are_padded():
     """max_length 100: a prompt of 50 and two answers of 50 take 50 + 2 * 49 = 148 tokens."""
     config = tiny_config(max_position_embeddings=4096)
