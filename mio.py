@@ -431,8 +431,7 @@ def fused_pair_loss(
         kwargs = {"chosen_lengths": n_w, "rejected_lengths": n_l, "advantages": A} | options
         return pair_loss(name, logps[0::2], logps[1::2], *refs, beta=beta, **kwargs)
 
-    owners = _answer_of_token(lengths, targets)
-    return FusedHead.apply(hidden, head_weight, targets, owners, losses_of, chunks, compiled)
+    return FusedHead.apply(hidden, head_weight, targets, lengths, losses_of, chunks, compiled)
 
 
 class FusedHead(torch.autograd.Function):
@@ -450,7 +449,7 @@ class FusedHead(torch.autograd.Function):
     logits in the backward pass needs four."""
 
     @staticmethod
-    def forward(ctx, hidden, head_weight, targets, answer_of_token, losses_of, chunks, compiled):
+    def forward(ctx, hidden, head_weight, targets, lengths, losses_of, chunks, compiled):
         need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         accumulator = torch.promote_types(head_weight.dtype, torch.float32)
@@ -458,7 +457,7 @@ class FusedHead(torch.autograd.Function):
         largest = max(tokens.stop - tokens.start for _, tokens in chunks)
         weight = in_product_precision(head_weight, hidden)
         buffer = weight.new_empty(largest, len(weight))  # the logits of a chunk
-        results = []
+        answer_of_token, results = _answer_of_token(lengths, targets), []
         for answers, tokens in chunks:
             states, y = hidden[tokens], targets[tokens]  # (t, D), (t,)
             logits = torch.mm(states.to(weight.dtype), weight.T, out=buffer[: len(y)])  # (t, V)

@@ -90,10 +90,8 @@ class StochasticAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         parameters = [p for group in self.param_groups for p in group["params"]]
         device = parameters[0].device
-        self.grad_scale, self.found_inf = (
-            torch.ones((), device=device),
-            torch.zeros((), device=device),
-        )
+        self.grad_scale = torch.ones((), device=device)
+        self.found_inf = torch.zeros((), device=device)
         self.compiled, self.keys, self.passes = compiled, {}, {}
         for number, p in enumerate(parameters):
             self.state[p] = {"step": torch.zeros((), device=device)}
@@ -117,16 +115,17 @@ class StochasticAdamW(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             lr = torch.full_like(self.grad_scale, group["lr"])  # copies nothing from the CPU
+            decay = 1 - lr * group["weight_decay"]
             for p in (p for p in group["params"] if p.grad is not None):
                 step, *moments = self.state[p].values()
                 step += 1 - self.found_inf
-                scalars = step, lr, 1 - lr * group["weight_decay"], self.grad_scale, self.found_inf
+                scalars = step, lr, decay, self.grad_scale, self.found_inf
                 self._run(_update, (p, p.grad, *moments), self.keys[p][0], *scalars)
 
     def _run(self, function, tensors: tuple, key: Tensor, *scalars) -> None:
-        """Calls a function of elements, in chunks unless it is compiled into one kernel."""
+        """Calls a function on the elements of tensors (...): on all at once if it is compiled, else
+        in chunks (n,), which bound the memory of intermediate results."""
         size = tensors[0].numel() if self.compiled else EAGER_CHUNK
         function = _compiled(function) if self.compiled else function
-        # (...) -> (n,), in chunks of `size`
         for number, parts in enumerate(zip(*(x.reshape(-1).split(size) for x in tensors))):
             function(*parts, number * size, key, *scalars)

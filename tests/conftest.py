@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from model import Llama, ModelConfig  # noqa: E402
 from support import files  # noqa: E402
-from support.tokenizers import byte_tokenizer  # noqa: E402
+from support.tokenizers import byte_tokenizer, load_tokenizer  # noqa: E402
 
 # A folder of real data that may lie beside the project. Without it, tests on real data are skipped.
 SHARED = Path(__file__).parent.parent.parent / "shared"
@@ -62,6 +62,13 @@ PAIR_ROWS = [
 def write_rows(path: Path, rows: list) -> Path:
     files.write_rows(path, rows)
     return path
+
+
+def chat_tokenizer(folder: Path, template: str):
+    """The byte tokenizer with a chat template, read from the folder to which it is written."""
+    byte_tokenizer().save(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return load_tokenizer(folder)
 
 
 def logp_alone(model, pair, side: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from conftest import PAIR_ROWS, write_rows
+from conftest import PAIR_ROWS, chat_tokenizer, write_rows
 
 import data
 import eval as evaluation
@@ -13,7 +13,7 @@ from data import load_pairs, read_pairs
 from support.files import read_rows
 from support.questions import read_items
 from support.rows import Example, data_rows, read_row
-from support.tokenizers import byte_tokenizer, load_tokenizer
+from support.tokenizers import byte_tokenizer
 
 pa = pytest.importorskip("pyarrow", reason="writes the Parquet files")
 from pyarrow import parquet  # noqa: E402
@@ -43,15 +43,13 @@ def write_parquet(path, rows: list[dict], schema=None, **options):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    byte_tokenizer().save(folder)
-    (folder / "chat_template.jinja").write_text(
+    template = (
         "{% for m in messages %}{{ m.role }}:{{ m.content }}"
         "{% if m.tool_calls %}{{ m.tool_calls | tojson(sort_keys=true) }}{% endif %}"
         "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    return load_tokenizer(folder)
+    return chat_tokenizer(tmp_path_factory.mktemp("tokenizer"), template)
 
 
 @pytest.mark.parametrize("rows", [PAIR_ROWS + [PAIR_ROWS[0] | {"chosen": ""}], CHATS])

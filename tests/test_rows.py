@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from conftest import SHARED, needs_shared, write_rows
+from conftest import SHARED, chat_tokenizer, needs_shared, write_rows
 
 from data import load_pairs, read_pairs
 from support.rows import Example, Report, UnusableError, data_rows, read_row
@@ -100,16 +100,14 @@ def test_every_form_of_row_becomes_an_example(name):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """The byte tokenizer with a chat template whose output is easy to read."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    byte_tokenizer().save(folder)
-    (folder / "chat_template.jinja").write_text(
+    template = (
         "{% for m in messages %}"
         "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
         "{{ m.role[0] }}:{{ m.content }}"
         "{% if m.role == 'assistant' %}<|end|>{% endif %}|{% endfor %}"
         "{% if add_generation_prompt %}a:{% endif %}"
     )
-    return load_tokenizer(folder)
+    return chat_tokenizer(tmp_path_factory.mktemp("tokenizer"), template)
 
 
 def test_examples_are_encoded_in_plain_and_in_compressed_files(tokenizer, tmp_path):
